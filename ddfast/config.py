@@ -1,0 +1,121 @@
+"""Configuration of every stage: keyword-only dataclasses that validate themselves.
+
+Recipes (`ddfast.recipes`) are functions that return a fresh `TrainConfig`; commands expose every field as an override.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """VQ tokenizer of the digits recipe."""
+
+    num_codes: int = 64
+    code_dim: int = 4
+    width: int = 32
+    iterations: int = 1000
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        _require(self.num_codes >= 2, "num_codes", self.num_codes, "at least 2")
+        _require(self.code_dim >= 1, "code_dim", self.code_dim, "at least 1")
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """AR transformer teacher, with the sampling settings that distillation reproduces."""
+
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    class_dropout: float = 0.1
+    iterations: int = 1500
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    cfg_scale: float = 1.5
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
+
+
+@dataclass(kw_only=True)
+class TrajectoryConfig:
+    """DD1 pairs: how many, how they are integrated, how they are stored."""
+
+    count: int = 20_000
+    shard_size: int = 1000
+    steps: int = 24
+    solver: str = "dpm3m"
+    store_noise: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.count >= 1, "count", self.count, "at least 1")
+        _require(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+
+
+@dataclass(kw_only=True)
+class DD1Config:
+    """DD1 distillation (METHOD.md section 2)."""
+
+    point: int = 5
+    point_probability: float = 0.3
+    iterations: int = 3000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    embedding_weight: float = 1.0
+    gradient_clip: float = 1.0
+    log_every: int = 50
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How many samples the figures rest on, and the batch sizes that are timed."""
+
+    samples: int = 5000
+    batch_sizes: tuple[int, ...] = (1, 64)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Everything `ddfast.train` needs, from the teacher to the report."""
+
+    recipe: str = "digits"
+    method: str = "dd1"
+    out: Path = Path("runs/digits")
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = False
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    trajectories: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    dd1: DD1Config = field(default_factory=DD1Config)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def config_hash(*parts: Any) -> str:
+    """Twelve hex digits that identify a stage's settings: the name of its artefact and the test that it still matches."""
+    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[arg-type]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:12]
