@@ -1,0 +1,47 @@
+"""Every environment variable that ddfast reads at run time, in one place; `ddfast doctor` lists them.
+
+(`setup.py` reads `DDFAST_NO_NATIVE` and `DDFAST_NO_CUDA` at build time.)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLES = {
+    "DDFAST_CACHE": "folder of trained tokenizers, teachers and classifiers (default: ~/.cache/ddfast)",
+    "DDFAST_BACKEND": "op backend instead of the dispatch table: 'reference', or per op 'nearest_code=reference,noise=cpu'",
+    "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one this machine has)",
+    "RANK": "rank of this process, set by torchrun (default: 0)",
+    "WORLD_SIZE": "number of processes, set by torchrun (default: 1)",
+}
+
+
+def settings() -> dict[str, str | None]:
+    """Name and current value (None: unset) of every variable in `VARIABLES`."""
+    return {name: os.environ.get(name) for name in VARIABLES}
+
+
+def cache_dir() -> Path:
+    """Folder that holds trained teachers between runs; created by whoever writes to it."""
+    value = os.environ.get("DDFAST_CACHE")
+    return Path(value).expanduser() if value else Path.home() / ".cache" / "ddfast"
+
+
+def backend_overrides() -> dict[str, str]:
+    """`DDFAST_BACKEND` as {op: backend}; the key "*" stands for every op."""
+    overrides = {}
+    for item in filter(None, os.environ.get("DDFAST_BACKEND", "").split(",")):
+        op, separator, backend = item.strip().partition("=")
+        overrides[op if separator else "*"] = backend if separator else op
+    return overrides
+
+
+def isa() -> str | None:
+    """`DDFAST_ISA`, or None to let the native module choose."""
+    return os.environ.get("DDFAST_ISA") or None
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes (torchrun's convention)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
