@@ -1,0 +1,240 @@
+"""codebook_posterior: the closed-form flow of a distribution over codes, and the velocity and score built on it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddfast.ops import common, native
+
+
+def codebook_posterior(
+    x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """E[x_0 | x_t = x]: what the noisy token `x` will be on average, when the clean one is code j with probability p_j.
+
+    w_j ∝ p_j exp(-|x - (1-t) c_j|^2 / (2 t^2)),  x0_hat = sum_j w_j c_j.
+
+    Args:
+        x: noisy tokens [..., d], any floating dtype.
+        t: flow time in (0, 1] (1 = noise), a number or a tensor broadcastable to [...].
+        log_probs: [..., V]; -inf marks filtered codes; need not be normalised. Leading dimensions that only `x` has
+            are broadcast without a copy (several noise draws per token: x [m, B, n, d], log_probs [B, n, V]).
+        codebook: codes [V, d].
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        x0_hat [..., d] in the dtype of `x`.
+
+    Numerics: float32 accumulation with the running maximum subtracted; float64 inputs run on the reference.
+    Memory: O(tokens d); the reference holds [tokens, V].
+    Autograd: in x, fused: dx = ((1-t)/t^2) sum_j w_j c_j ((c_j - x0_hat) . g). Nothing else takes a gradient:
+        METHOD's p comes from stop-gradient prefixes.
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: shapes, devices or t are out of range; t, log_probs or codebook require a gradient; a row of
+            log_probs has NaN, +inf or an empty support.
+    Source: METHOD.md section 1 (DD1 equation for the flow between noise and a discrete distribution).
+    """
+    common.check_float("x", x)
+    if x.dim() < 1:
+        raise ValueError("x: got a scalar, expected shape [..., d]")
+    common.check_codebook(codebook, x.shape[-1], x)
+    check_log_probs(log_probs, codebook, x)
+    time = _times(t, x)
+    if torch.is_grad_enabled():
+        for name, tensor in (("t", time), ("log_probs", log_probs), ("codebook", codebook)):
+            if tensor.requires_grad:
+                raise ValueError(f"{name}: requires a gradient, expected a detached tensor (only x is differentiable)")
+    return torch.ops.ddfast.codebook_posterior(x, time, log_probs, codebook, backend)[0]
+
+
+def velocity(x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
+    """Velocity of the flow, v = dx/dt = (x - x0_hat) / t; arguments as `codebook_posterior` [..., d] -> [..., d]."""
+    x0_hat = codebook_posterior(x, t, log_probs, codebook, backend=backend)
+    return (x - x0_hat) / _column(t)
+
+
+def score(x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
+    """Score of the noisy marginal, s = -(x - (1-t) x0_hat) / t^2; arguments as `codebook_posterior`."""
+    x0_hat = codebook_posterior(x, t, log_probs, codebook, backend=backend)
+    t = _column(t)
+    return -(x - (1 - t) * x0_hat) / t**2
+
+
+def _column(t: Tensor | float) -> Tensor | float:
+    return t[..., None] if isinstance(t, Tensor) else t
+
+
+def _times(t: Tensor | float, x: Tensor) -> Tensor:
+    """t as a tensor of x's leading shape."""
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    time = torch.as_tensor(t, dtype=dtype, device=x.device)
+    try:
+        return time.expand(x.shape[:-1])
+    except RuntimeError:
+        expected = f"a shape broadcastable to {list(x.shape[:-1])}"
+        raise ValueError(f"t: got shape {tuple(time.shape)}, expected {expected}") from None
+
+
+def check_log_probs(log_probs: Tensor, codebook: Tensor, x: Tensor) -> None:
+    """`log_probs` is [..., V] and its leading dimensions are the last ones of x's."""
+    common.check_float("log_probs", log_probs, x)
+    lead = tuple(x.shape[:-1])
+    own = tuple(log_probs.shape[:-1])
+    if log_probs.dim() < 1 or log_probs.shape[-1] != codebook.shape[0] or lead[len(lead) - len(own) :] != own:
+        expected = f"{[*lead, codebook.shape[0]]}, leading dimensions of x may be left out"
+        raise ValueError(f"log_probs: got shape {tuple(log_probs.shape)}, expected {expected}")
+
+
+def codebook_posterior_reference(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> Tensor:
+    """The definition, in plain differentiable PyTorch; t [...]."""
+    dtype = common.compute_dtype(x, log_probs, codebook)
+    x_, t, codes = x.to(dtype), t.to(dtype)[..., None], codebook.to(dtype)
+    weights = _log_weights(x_, t, log_probs.to(dtype), codes).softmax(-1)
+    return (weights @ codes).to(x.dtype)
+
+
+def _log_weights(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> Tensor:
+    """log p_j - |x - (1-t) c_j|^2 / (2 t^2), less what all codes share; t [..., 1] -> [..., V]."""
+    ratio = (1 - t) / t
+    return log_probs + (x / t * ratio) @ codebook.T - ratio.square() * codebook.square().sum(-1) / 2
+
+
+def _check_values(t: Tensor, log_probs: Tensor) -> None:
+    """t in (0, 1] and usable rows; only where looking costs no device synchronisation."""
+    if t.device.type == "cpu" and t.numel():
+        low, high = torch.aminmax(t)
+        if not (0.0 < float(low) and float(high) <= 1.0):
+            raise ValueError(f"t: got values from {float(low):g} to {float(high):g}, expected 0 < t <= 1")
+
+
+def _codebook_posterior(
+    x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    x0_hat, log_norm = _fake(x, t, log_probs, codebook, backend)
+    if x.numel() == 0:
+        return x0_hat, log_norm
+    _check_values(t, log_probs)
+    if common.backend_of("codebook_posterior", backend, x, log_probs, codebook) == "reference":
+        dtype = common.compute_dtype(x, log_probs, codebook)
+        common.check_rows("log_probs", common.usable_rows(log_probs.reshape(-1, log_probs.shape[-1])))
+        scores = _log_weights(x.to(dtype), t.to(dtype)[..., None], log_probs.to(dtype), codebook.to(dtype))
+        x0_hat.copy_(scores.softmax(-1) @ codebook.to(dtype))
+        log_norm.copy_(scores.logsumexp(-1))
+        return x0_hat, log_norm
+    rows = _Rows(x, t, log_probs, codebook)
+    out = torch.empty_like(rows.x)
+    norm = torch.empty(len(rows.x))
+    for start in rows.starts:
+        status = rows.kernels.codebook_posterior_forward(
+            *rows.arguments(start),
+            rows.codes.data_ptr(),
+            out[start:].data_ptr(),
+            norm[start:].data_ptr(),
+            *rows.sizes,
+        )
+        common.check_rows("log_probs", status)
+    x0_hat.copy_(out.view(x.shape))
+    log_norm.copy_(norm.view(x.shape[:-1]))
+    return x0_hat, log_norm
+
+
+def _codebook_posterior_backward(
+    grad: Tensor,
+    x: Tensor,
+    t: Tensor,
+    log_probs: Tensor,
+    codebook: Tensor,
+    x0_hat: Tensor,
+    log_norm: Tensor,
+    backend: str,
+) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    if common.backend_of("codebook_posterior", backend, x, log_probs, codebook) == "reference":
+        dtype = common.compute_dtype(x, log_probs, codebook)
+        t, codes, g, mean = t.to(dtype)[..., None], codebook.to(dtype), grad.to(dtype), x0_hat.to(dtype)
+        weights = _log_weights(x.to(dtype), t, log_probs.to(dtype), codes).softmax(-1)
+        along_g = g @ codes.T - (mean * g).sum(-1, keepdim=True)
+        return ((1 - t) / t.square() * ((weights * along_g) @ codes)).to(x.dtype)
+    rows = _Rows(x, t, log_probs, codebook)
+    g, mean, norm = common.float_rows(grad), common.float_rows(x0_hat), log_norm.reshape(-1).contiguous()
+    out = torch.empty_like(rows.x)
+    for start in rows.starts:
+        rows.kernels.codebook_posterior_backward(
+            g[start:].data_ptr(),
+            *rows.arguments(start),
+            rows.codes.data_ptr(),
+            mean[start:].data_ptr(),
+            norm[start:].data_ptr(),
+            out[start:].data_ptr(),
+            *rows.sizes,
+        )
+    return out.view(x.shape).to(x.dtype)
+
+
+class _Rows:
+    """Native arguments of one call: rows of x and t, and the rows of log_probs that repeat under x's extra dimensions."""
+
+    def __init__(self, x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> None:
+        self.kernels: Any = native.cpu
+        self.x = common.float_rows(x)
+        self.t = t.reshape(-1).float().contiguous()
+        self.log_probs = common.rows_of(log_probs)
+        self.codes = codebook.float().contiguous()
+        period = math.prod(log_probs.shape[:-1])
+        self.starts = range(0, len(self.x), period)
+        self.sizes = (period, *codebook.shape, common.threads())
+
+    def arguments(self, start: int) -> tuple[int, ...]:
+        """Pointers of x and t at row `start`, and log_probs with its dtype and row stride."""
+        dtype = native.DTYPE_CODES[self.log_probs.dtype]
+        pointers = (self.x[start:].data_ptr(), self.t[start:].data_ptr(), self.log_probs.data_ptr())
+        return (*pointers, dtype, self.log_probs.stride(0))
+
+
+def _fake(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    norm_dtype = common.compute_dtype(x, log_probs, codebook)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape[:-1], dtype=norm_dtype)
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    t: Tensor,
+    log_probs: Tensor,
+    codebook: Tensor,
+    x0_hat: Tensor,
+    log_norm: Tensor,
+    backend: str,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, t, log_probs, codebook, ctx.backend = inputs
+    ctx.save_for_backward(x, t, log_probs, codebook, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, grad_norm: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    dx = torch.ops.ddfast.codebook_posterior_backward(grad, *ctx.saved_tensors, ctx.backend)
+    return dx, None, None, None, None
+
+
+_ARGUMENTS = "Tensor x, Tensor t, Tensor log_probs, Tensor codebook"
+common.define(f"codebook_posterior({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _codebook_posterior, _fake)
+common.define(
+    f"codebook_posterior_backward(Tensor grad, {_ARGUMENTS}, Tensor x0_hat, Tensor log_norm, str backend) -> Tensor",
+    _codebook_posterior_backward,
+    _fake_backward,
+)
+torch.library.register_autograd(
+    "ddfast::codebook_posterior", _autograd, setup_context=_setup_context, lib=common.library
+)

@@ -1,0 +1,92 @@
+"""What the ops share: the torch.library namespace, argument checks and the view of leading dimensions as rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddfast.ops import dispatch, native
+
+library = torch.library.Library("ddfast", "DEF")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> None:
+    """Register one op: `Library.define` and `impl` cost about 3 us a call, `torch.library.custom_op` several times that."""
+    name = schema[: schema.index("(")]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ddfast::{name}", fake, lib=library)
+
+
+def backend_of(op: str, backend: str, *tensors: Tensor | None) -> str:
+    """Dispatch on the first tensor's device and the widest dtype of all of them."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return dispatch.choose(op, present[0].device.type, compute_dtype(*present, kernel=True), backend).backend
+
+
+def compute_dtype(*tensors: Tensor | None, kernel: bool = False) -> torch.dtype:
+    """float64 if any input is; otherwise float32, in which every reduced-precision input is accumulated.
+
+    With `kernel`, an input of a type that no kernel reads (such as float64) is what comes back.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in native.DTYPE_CODES:
+            return tensor.dtype if kernel else torch.float64
+    return torch.float32
+
+
+def threads() -> int:
+    """Threads a CPU kernel may use: PyTorch's own setting."""
+    return torch.get_num_threads()
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """[..., K] as [rows, K] with unit stride along K; a copy only where the strides allow no such view."""
+    flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.reshape(math.prod(tensor.shape[:-1]), -1)
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
+
+
+def float_rows(tensor: Tensor) -> Tensor:
+    """[..., K] as contiguous float32 [rows, K]."""
+    return rows_of(tensor).to(torch.float32).contiguous()
+
+
+def check_float(name: str, tensor: object, like: Tensor | None = None) -> None:
+    """`tensor` is a floating-point tensor, on the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a floating-point tensor")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected {like.device} as the first argument")
+
+
+def check_codebook(codebook: object, dim: int, like: Tensor) -> None:
+    """`codebook` is [V, dim] with at least one code."""
+    check_float("codebook", codebook, like)
+    assert isinstance(codebook, Tensor)
+    if codebook.dim() != 2 or codebook.shape[0] < 1 or codebook.shape[1] != dim or dim < 1:
+        raise ValueError(f"codebook: got shape {tuple(codebook.shape)}, expected [V >= 1, {dim}]")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """`tensor` has exactly the shape `expected`."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {list(expected)}")
+
+
+def check_rows(name: str, status: int) -> None:
+    """Turn a kernel's status (the first row it could not use, or -1) into the user's error."""
+    if status >= 0:
+        raise ValueError(
+            f"{name}: row {status} has NaN, +inf or no finite entry; expected at least one finite value per row"
+        )
+
+
+def usable_rows(log_probs: Tensor) -> int:
+    """The status a kernel would return: the first row with NaN, +inf or nothing finite, or -1."""
+    bad = log_probs.isnan().any(-1) | (log_probs == math.inf).any(-1) | (log_probs == -math.inf).all(-1)
+    return int(bad.nonzero()[0, 0]) if bool(bad.any()) else -1

@@ -1,0 +1,88 @@
+"""Which backend runs an op, and why: a pure function of the op, the device, the dtype and what is installed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ddfast import env
+from ddfast.ops import native
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+
+KERNELS: dict[str, tuple[str, ...]] = {
+    "nearest_code": ("cpu",),
+    "filter_logits": ("cpu",),
+    "codebook_posterior": ("cpu",),
+    "flow_sample": ("cpu",),
+    "sample_codes": ("cpu",),
+    "noise": ("cpu",),
+}
+"""Backends that have a kernel for each op, beside the reference that every op has."""
+
+DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+class Choice(NamedTuple):
+    """A backend and the reason it was chosen."""
+
+    backend: str
+    reason: str
+
+
+def available() -> dict[str, str]:
+    """Backends that can run here, with a line that says what they are; a missing one is in `missing()`."""
+    found = {"reference": f"PyTorch {torch.__version__}"}
+    if native.cpu is not None:
+        found["cpu"] = native.cpu_reason
+    return found
+
+
+def missing() -> dict[str, str]:
+    """Backends that cannot run here, with the reason."""
+    return {} if native.cpu is not None else {"cpu": native.cpu_reason}
+
+
+def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> Choice:
+    """The backend that runs `op` on tensors of this device and dtype.
+
+    Args:
+        op: name of the op, a key of `KERNELS`.
+        device: device type, such as "cpu".
+        dtype: the widest floating dtype among the inputs.
+        backend: "auto", or the one that must run.
+
+    Raises:
+        ValueError: `backend` is unknown, or asked for by name and cannot run these inputs. There is no silent fallback.
+    """
+    if backend == "auto":
+        overrides = env.backend_overrides()
+        backend = overrides.get(op, overrides.get("*", "auto"))
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return Choice("reference", "asked for by name")
+    if backend != "auto":
+        obstacle = _obstacle(op, backend, device, dtype)
+        if obstacle:
+            raise ValueError(f"backend: {backend!r} cannot run {op}: {obstacle}; use backend='auto' or 'reference'")
+        return Choice(backend, "asked for by name")
+    obstacles = []
+    for candidate in KERNELS[op]:
+        obstacle = _obstacle(op, candidate, device, dtype)
+        if not obstacle:
+            return Choice(candidate, f"fastest kernel for {device} tensors")
+        obstacles.append(f"{candidate}: {obstacle}")
+    return Choice("reference", "; ".join(obstacles))
+
+
+def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    """Why `backend` cannot run, or an empty string."""
+    if backend not in KERNELS[op]:
+        return f"this version of ddfast has no {backend} kernel for it"
+    if device != DEVICE_OF[backend]:
+        return f"the tensors are on {device}, it needs {DEVICE_OF[backend]}"
+    if dtype not in native.DTYPE_CODES:
+        return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    return missing().get(backend, "")

@@ -1,0 +1,174 @@
+"""filter_logits: a teacher's raw outputs -> the distribution it samples from."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddfast.ops import common, native
+
+
+def filter_logits(
+    logits: Tensor,
+    *,
+    uncond: Tensor | None = None,
+    cfg_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probabilities after classifier-free guidance, temperature, top-k and top-p, in this order.
+
+    guided = uncond + cfg_scale (logits - uncond); divided by `temperature`; top-k drops what is below the k-th largest
+    (all ties with it survive); top-p keeps an entry when the mass of the strictly earlier entries in descending order
+    (ties: lowest index first) is below `top_p`, and always the first; what is left is normalised.
+
+    Args:
+        logits: [..., V], any floating dtype.
+        uncond: unconditional logits of the same shape, or None for no guidance.
+        cfg_scale: guidance scale, a number or a tensor broadcastable to [...]; unused without `uncond`.
+        temperature: positive.
+        top_k: 0 or at least V means off.
+        top_p: in (0, 1]; 1 means off.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        float32 [..., V] (float64 for float64 inputs), normalised, -inf where filtered.
+
+    Autograd: none.
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: a shape, a device or a setting is out of range; a row has NaN, +inf or nothing finite.
+    """
+    check_filter(logits, uncond, temperature, top_k, top_p)
+    scale = cfg_rows(logits, uncond, cfg_scale)
+    if uncond is not None:
+        uncond = uncond.detach()
+    return torch.ops.ddfast.filter_logits(
+        logits.detach(), uncond, scale, float(temperature), int(top_k), float(top_p), backend
+    )
+
+
+def check_filter(logits: Tensor, uncond: Tensor | None, temperature: float, top_k: int, top_p: float) -> None:
+    """Raise the user's error where a filter argument is out of its range."""
+    common.check_float("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V >= 1]")
+    if uncond is not None:
+        common.check_float("uncond", uncond, logits)
+        common.check_shape("uncond", uncond, tuple(logits.shape))
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: got {temperature}, expected a positive number (top_k=1 is greedy)")
+    if top_k < 0:
+        raise ValueError(f"top_k: got {top_k}, expected 0 (off) or a positive number")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p: got {top_p}, expected 0 < top_p <= 1 (1 is off)")
+
+
+def cfg_rows(logits: Tensor, uncond: Tensor | None, cfg_scale: float | Tensor) -> Tensor | None:
+    """The guidance scale of every row, [...] in float32; None where there is nothing to guide."""
+    if uncond is None:
+        return None
+    scale = torch.as_tensor(cfg_scale, dtype=torch.float32, device=logits.device).detach()
+    try:
+        return scale.expand(logits.shape[:-1])
+    except RuntimeError:
+        expected = f"a shape broadcastable to {list(logits.shape[:-1])}"
+        raise ValueError(f"cfg_scale: got shape {tuple(scale.shape)}, expected {expected}") from None
+
+
+def filter_logits_reference(
+    logits: Tensor,
+    uncond: Tensor | None = None,
+    cfg_scale: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """The definition, in plain PyTorch; cfg_scale [...]."""
+    dtype = common.compute_dtype(logits, uncond)
+    guided = logits.to(dtype)
+    if uncond is not None and cfg_scale is not None:
+        base = uncond.to(dtype)
+        never = (guided == -math.inf) & (base == -math.inf)
+        guided = (base + cfg_scale[..., None].to(dtype) * (guided - base)).masked_fill(never, -math.inf)
+    guided = guided / temperature
+    common.check_rows("logits", common.usable_rows(guided.reshape(-1, guided.shape[-1])))
+    if 0 < top_k < guided.shape[-1]:
+        kth_largest = guided.topk(top_k, dim=-1).values[..., -1:]
+        guided = guided.masked_fill(guided < kth_largest, -math.inf)
+    if top_p < 1.0:
+        probs, order = guided.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        mass_before = probs.double().cumsum(-1).roll(1, dims=-1)
+        mass_before[..., 0] = -1.0  # the first entry always stays
+        dropped = torch.zeros_like(guided, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+        guided = guided.masked_fill(dropped, -math.inf)
+    return guided.log_softmax(-1)
+
+
+def native_filter_arguments(
+    logits: Tensor, uncond: Tensor | None, cfg_scale: Tensor | None, temperature: float, top_k: int, top_p: float
+) -> tuple[tuple[int | float, ...], list[Tensor | None]]:
+    """The native modules' leading arguments, and the tensors that must outlive the call."""
+    rows = common.rows_of(logits)
+    uncond_rows = None if uncond is None else common.rows_of(uncond.to(rows.dtype))
+    scale = None if cfg_scale is None else cfg_scale.reshape(-1).contiguous()
+    arguments = (
+        rows.data_ptr(),
+        native.DTYPE_CODES[rows.dtype],
+        rows.stride(0),
+        0 if uncond_rows is None else uncond_rows.data_ptr(),
+        0 if uncond_rows is None else uncond_rows.stride(0),
+        0 if scale is None else scale.data_ptr(),
+        temperature,
+        top_k,
+        top_p,
+    )
+    return arguments, [rows, uncond_rows, scale]
+
+
+def _filter_logits(
+    logits: Tensor,
+    uncond: Tensor | None,
+    cfg_scale: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    backend: str,
+) -> Tensor:
+    if logits.numel() == 0:
+        return _fake(logits, uncond, cfg_scale, temperature, top_k, top_p, backend)
+    if common.backend_of("filter_logits", backend, logits, uncond) == "reference":
+        return filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
+    assert native.cpu is not None
+    arguments, _alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
+    out = torch.empty(logits.shape, dtype=torch.float32)
+    num_codes = logits.shape[-1]
+    status = native.cpu.filter_logits(
+        *arguments, out.data_ptr(), logits.numel() // num_codes, num_codes, common.threads()
+    )
+    common.check_rows("logits", status)
+    return out
+
+
+def _fake(
+    logits: Tensor,
+    uncond: Tensor | None,
+    cfg_scale: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    backend: str,
+) -> Tensor:
+    return torch.empty(logits.shape, dtype=common.compute_dtype(logits, uncond), device=logits.device)
+
+
+common.define(
+    "filter_logits(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, int top_k, float top_p,"
+    " str backend) -> Tensor",
+    _filter_logits,
+    _fake,
+)

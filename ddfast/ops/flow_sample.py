@@ -1,0 +1,194 @@
+"""flow_sample: the whole per-token flow ODE, from noise to a code."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddfast.ops import common, native
+from ddfast.ops.codebook_posterior import check_log_probs
+from ddfast.ops.geometry import codebook_geometry
+
+SOLVERS = {"euler": 1, "dpm2m": 2, "dpm3m": 3, "heun": 4}
+"""Solver name -> number by which the native modules know it (the multistep ones: their order)."""
+
+DEFAULT_STEPS = 20
+DEFAULT_SOLVER = "dpm3m"
+
+_START_SPREADS = 8.0
+"""The grid starts at this multiple of the token's own spread; docs/numerics.md has the measurements."""
+
+
+def flow_sample(
+    log_probs: Tensor,
+    noise: Tensor,
+    codebook: Tensor,
+    *,
+    steps: int = DEFAULT_STEPS,
+    solver: str = DEFAULT_SOLVER,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The code that each token's noise flows to under dx/dt = (x - x0_hat(x, t)) / t, from t=1 to t=0.
+
+    Because the posterior is exact, noise ~ N(0, I) makes the codes distributed as `log_probs`.
+
+    Args:
+        log_probs: [..., V], -inf where filtered; need not be normalised.
+        noise: [..., d].
+        codebook: codes [V, d].
+        steps: intervals of the geometric grid in sigma = t/(1-t); each costs one pass over the codes (heun: two).
+        solver: "dpm3m" (third-order multistep in x0 form), "dpm2m", "heun" or "euler".
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        codes int64 [...], and the embeddings reached, codebook[codes], [..., d] in the codebook's dtype.
+
+    Numerics: float32 in VE coordinates (float64 inputs: in float64, on the reference). The kernels stop a token as
+        soon as its code is provably final; the reference never does. docs/numerics.md: agreement with the exact map.
+    Memory: O(tokens d) beside the output; the reference holds [tokens, V].
+    Autograd: none.
+    Raises:
+        TypeError: an argument is no floating-point tensor, or `solver` no known name.
+        ValueError: shapes, devices or settings are out of range; a row has NaN, +inf or an empty support.
+    Source: METHOD.md section 1 (VE form), NUMERICS.md (solver, grid, end).
+    """
+    check_flow(noise, codebook, steps, solver)
+    check_log_probs(log_probs, codebook, noise)
+    common.check_shape("log_probs", log_probs, (*noise.shape[:-1], codebook.shape[0]))
+    log_probs, noise, codebook = log_probs.detach(), noise.detach(), codebook.detach()
+    codes = torch.ops.ddfast.flow_sample(log_probs, noise, codebook, steps, solver, backend)
+    return codes, codebook[codes]
+
+
+def check_flow(noise: Tensor, codebook: Tensor, steps: int, solver: str) -> None:
+    """Raise the user's error where a flow argument is out of its range."""
+    common.check_float("noise", noise)
+    if noise.dim() < 1:
+        raise ValueError("noise: got a scalar, expected shape [..., d]")
+    common.check_codebook(codebook, noise.shape[-1], noise)
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, expected at least 1")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
+
+
+def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str) -> Tensor:
+    """The algorithm, in plain PyTorch without early exit: codes int64 [...].
+
+    With u = x/(1-t), sigma = t/(1-t) and lambda = -log(sigma) the flow is du/dlambda = D(u, sigma) - u, linear but
+    for D = x0_hat: the solvers integrate exp(-(h - s)) D(s) exactly for a D interpolated through past evaluations.
+    """
+    dtype = common.compute_dtype(log_probs, noise, codebook)
+    codes, lead = codebook.to(dtype), noise.shape[:-1]
+    log_p = log_probs.to(dtype).reshape(-1, len(codes))
+    eps = noise.to(dtype).reshape(-1, codes.shape[1])
+    common.check_rows("log_probs", common.usable_rows(log_p))
+    half_norms = codes.square().sum(-1) / 2
+    log_p = log_p.log_softmax(-1)
+
+    def scores(u: Tensor, sigma: Tensor) -> Tensor:
+        return log_p + (u @ codes.T - half_norms) / sigma.square()
+
+    def denoise(u: Tensor, sigma: Tensor) -> Tensor:
+        return scores(u, sigma).softmax(-1) @ codes
+
+    probs = log_p.exp()
+    mean = probs @ codes
+    spread = _spread(probs, mean, codes)
+    sigma_min = codebook_geometry(codebook).sigma_min
+    sigma = (_START_SPREADS * spread).clamp_min(2 * sigma_min)
+    h = torch.log(sigma / sigma_min) / steps
+    decay = torch.exp(-h)
+    i0, i1, i2 = _exponential_integrals(h)
+
+    # In z = 1/sigma and v = u/sigma the flow is dv/dz = D, regular at z = 0 where D is the mean: Heun's step from
+    # there, whose first stage is free. The same expansion supplies the history that a multistep solver lacks.
+    u = sigma * eps + mean
+    current = denoise(u, sigma)
+    u = u + (current - mean) / 2
+    previous = mean + (current - mean) * decay
+    before = mean + (current - mean) * decay.square()
+
+    for step in range(steps):
+        if step:
+            before, previous, current = previous, current, denoise(u, sigma)
+        following = decay * sigma
+        moved = decay * u + i0 * current
+        if solver == "dpm2m":
+            moved = moved + i1 * (current - previous) / h
+        elif solver == "dpm3m":
+            slope = (3 * current - 4 * previous + before) / (2 * h)
+            curvature = (current - 2 * previous + before) / h.square()
+            moved = moved + i1 * slope + i2 * curvature / 2
+        elif solver == "heun":
+            moved = moved + i1 * (denoise(moved, following) - current) / h
+        u, sigma = moved, following
+    reached = scores(u, sigma)
+    # Without spread there is no flow: one code, or several at one point.
+    return torch.where(spread[:, 0] > 0, reached.argmax(-1), log_p.argmax(-1)).reshape(lead)
+
+
+def _spread(probs: Tensor, mean: Tensor, codes: Tensor) -> Tensor:
+    """sqrt(E|c - mean|^2 / d) per row, [rows, 1], without cancellation and exactly 0 for a single code."""
+    variance = torch.stack([p[p > 0] @ (codes[p > 0] - m).square().mean(-1) for p, m in zip(probs, mean, strict=True)])
+    single = (probs > 0).sum(-1) == 1
+    return variance.masked_fill(single, 0.0).sqrt()[:, None]
+
+
+def _exponential_integrals(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integrals of exp(-(h - s)) s^k over s in [0, h], k = 0, 1, 2, in the dtype of h."""
+    exact = h.double()
+    i0 = -torch.expm1(-exact)
+    i1 = exact - i0
+    i2 = exact.square() - 2 * i1
+    return i0.to(h.dtype), i1.to(h.dtype), i2.to(h.dtype)
+
+
+def native_flow_arguments(
+    noise: Tensor, codebook: Tensor, codes_out: Tensor, steps: int, solver: str
+) -> tuple[tuple[int | float | bool, ...], list[Tensor]]:
+    """The native modules' trailing arguments (early exit on), and the tensors that must outlive the call."""
+    eps, codes = common.float_rows(noise), codebook.float().contiguous()
+    geometry = codebook_geometry(codebook)
+    arguments = (
+        eps.data_ptr(),
+        codes.data_ptr(),
+        geometry.packed.data_ptr(),
+        codes_out.data_ptr(),
+        0,  # evaluations per row are not asked for
+        len(eps),
+        *codes.shape,
+        steps,
+        SOLVERS[solver],
+        geometry.sigma_min,
+        True,
+        common.threads(),
+    )
+    return arguments, [eps, codes, geometry.packed]
+
+
+def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str, backend: str) -> Tensor:
+    out = _fake(log_probs, noise, codebook, steps, solver, backend)
+    if out.numel() == 0:
+        return out
+    if common.backend_of("flow_sample", backend, log_probs, noise, codebook) == "reference":
+        return flow_sample_reference(log_probs, noise, codebook, steps, solver)
+    assert native.cpu is not None
+    rows = common.rows_of(log_probs)
+    arguments, _alive = native_flow_arguments(noise, codebook, out, steps, solver)
+    status = native.cpu.flow_sample(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.stride(0), *arguments)
+    common.check_rows("log_probs", status)
+    return out
+
+
+def _fake(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str, backend: str) -> Tensor:
+    return noise.new_empty(noise.shape[:-1], dtype=torch.int64)
+
+
+common.define(
+    "flow_sample(Tensor log_probs, Tensor noise, Tensor codebook, int steps, str solver, str backend) -> Tensor",
+    _flow_sample,
+    _fake,
+)

@@ -1,0 +1,43 @@
+"""The compiled modules: found or not, and why not. Importing this file never fails."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from ddfast import env
+
+ABI = 1
+"""Version of the calling convention between this package and `ddfast_native`."""
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""How the native modules name the element type of logits."""
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        return None, f"{name} is not installed ({error}); run `pip install .` with a C++ compiler at hand"
+    if getattr(module, "abi", None) != ABI:
+        return None, f"{name} was built for another version of ddfast; run `pip install .` again"
+    return module, f"{name} {module.version}"
+
+
+def _load_cpu() -> tuple[ModuleType | None, str]:
+    module, reason = _load("ddfast_native")
+    if module is None:
+        return None, reason
+    isa = env.isa()
+    if isa is not None:
+        try:
+            module.set_isa(isa)
+        except ValueError as error:
+            return None, f"DDFAST_ISA={isa}: {error}"
+    return module, f"{reason}, {module.isa()}"
+
+
+cpu, cpu_reason = _load_cpu()
+cuda, cuda_reason = _load("ddfast_cuda")

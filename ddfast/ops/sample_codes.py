@@ -1,0 +1,115 @@
+"""sample_codes: filter and flow in one call, the teacher loop's hot path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddfast.ops import common, native
+from ddfast.ops.filter_logits import cfg_rows, check_filter, filter_logits_reference, native_filter_arguments
+from ddfast.ops.flow_sample import (
+    DEFAULT_SOLVER,
+    DEFAULT_STEPS,
+    check_flow,
+    flow_sample_reference,
+    native_flow_arguments,
+)
+
+
+def sample_codes(
+    logits: Tensor,
+    noise: Tensor,
+    codebook: Tensor,
+    *,
+    uncond: Tensor | None = None,
+    cfg_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    steps: int = DEFAULT_STEPS,
+    solver: str = DEFAULT_SOLVER,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`flow_sample(filter_logits(logits, ...), noise, codebook, ...)` without the distribution ever being written.
+
+    Args:
+        logits, uncond, cfg_scale, temperature, top_k, top_p: as in `filter_logits`, [..., V].
+        noise, codebook, steps, solver, backend: as in `flow_sample`, [..., d] and [V, d].
+
+    Returns:
+        codes int64 [...], and codebook[codes] [..., d].
+
+    Memory: O(threads (V + K d)), K the codes kept; the reference holds [tokens, V].
+    Autograd: none.
+    Raises: as `filter_logits` and `flow_sample`.
+    """
+    check_filter(logits, uncond, temperature, top_k, top_p)
+    check_flow(noise, codebook, steps, solver)
+    common.check_shape("logits", logits, (*noise.shape[:-1], codebook.shape[0]))
+    scale = cfg_rows(logits, uncond, cfg_scale)
+    codebook = codebook.detach()
+    codes = torch.ops.ddfast.sample_codes(
+        logits.detach(),
+        None if uncond is None else uncond.detach(),
+        scale,
+        float(temperature),
+        int(top_k),
+        float(top_p),
+        noise.detach(),
+        codebook,
+        steps,
+        solver,
+        backend,
+    )
+    return codes, codebook[codes]
+
+
+def _sample_codes(
+    logits: Tensor,
+    uncond: Tensor | None,
+    cfg_scale: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    noise: Tensor,
+    codebook: Tensor,
+    steps: int,
+    solver: str,
+    backend: str,
+) -> Tensor:
+    out = noise.new_empty(noise.shape[:-1], dtype=torch.int64)
+    if out.numel() == 0:
+        return out
+    if common.backend_of("sample_codes", backend, logits, uncond, noise, codebook) == "reference":
+        log_probs = filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
+        return flow_sample_reference(log_probs, noise, codebook, steps, solver)
+    assert native.cpu is not None
+    filter_arguments, _filter_alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
+    flow_arguments, _flow_alive = native_flow_arguments(noise, codebook, out, steps, solver)
+    status = native.cpu.sample_codes(*filter_arguments, *flow_arguments)
+    common.check_rows("logits", status)
+    return out
+
+
+def _fake(
+    logits: Tensor,
+    uncond: Tensor | None,
+    cfg_scale: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    noise: Tensor,
+    codebook: Tensor,
+    steps: int,
+    solver: str,
+    backend: str,
+) -> Tensor:
+    return noise.new_empty(noise.shape[:-1], dtype=torch.int64)
+
+
+common.define(
+    "sample_codes(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, int top_k, float top_p,"
+    " Tensor noise, Tensor codebook, int steps, str solver, str backend) -> Tensor",
+    _sample_codes,
+    _fake,
+)
