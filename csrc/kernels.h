@@ -1,0 +1,65 @@
+// The CPU kernels: arguments and the table of one instruction-set variant. Pointers, sizes and a thread count only.
+// Arrays are contiguous and row-major unless a stride is given; sizes in elements; V codes of dimension d.
+#pragma once
+
+#include <cstdint>
+
+namespace ddfast {
+
+constexpr int64_t kOk = -1;  // other statuses are the first bad row
+
+enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct Rows {  // [rows, V] of any dtype, rows `stride` elements apart
+  const void* data;
+  int dtype;
+  int64_t stride;
+};
+
+struct NearestCodeArgs {
+  const float *x, *codebook;
+  int64_t* codes;
+  int64_t rows, V, d;
+  bool cosine;
+};
+
+struct FilterArgs {
+  Rows logits, uncond;     // uncond.data may be null; the same dtype as logits
+  const float* cfg_scale;  // [rows], used with uncond
+  double temperature;
+  int64_t top_k;
+  double top_p;
+  int64_t rows, V;
+};
+
+struct PosteriorArgs {
+  const float *x, *t;
+  Rows log_probs;
+  const float* codebook;
+  int64_t rows, V, d;
+};
+
+struct Kernels {
+  const char* name;
+  void (*nearest_code)(const NearestCodeArgs&, int threads);
+  int64_t (*filter_logits)(const FilterArgs&, float* out, int threads);
+  int64_t (*posterior_forward)(const PosteriorArgs&, float* x0, float* lse, int threads);
+  void (*posterior_backward)(const PosteriorArgs&, const float* grad, const float* x0, const float* lse, float* dx,
+                             int threads);
+};
+
+#if defined(DDFAST_X86)
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+namespace baseline {
+extern const Kernels kernels;
+}
+
+void noise(uint64_t seed, const int64_t* index, int64_t count, int64_t per_sample, float* out, int threads);
+
+}  // namespace ddfast

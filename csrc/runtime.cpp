@@ -1,0 +1,162 @@
+#include "runtime.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace ddfast {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Long enough to bridge the gap between two ops of one step, short enough not to steal a core from other threads.
+constexpr int kSpins = 2000;
+
+struct Job {
+  void (*body)(void*, int64_t, int64_t);
+  void* context;
+  int64_t count, grain;
+};
+
+class Pool {
+ public:
+  void run(const Job& job, int threads) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner.owns_lock()) {
+      job.body(job.context, 0, job.count);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (; workers_ < threads - 1; ++workers_) std::thread([this] { work(); }).detach();
+      job_ = job;
+      next_.store(0, std::memory_order_relaxed);
+      error_ = nullptr;
+      free_seats_ = threads - 1;
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    take_pieces(job);
+    std::unique_lock<std::mutex> lock(mutex_);
+    free_seats_ = 0;  // late workers stay out: the job ends with this call
+    if (seated_ != 0) {
+      lock.unlock();
+      for (int i = 0; i < kSpins && seated_.load(std::memory_order_acquire) != 0; ++i) pause();
+      lock.lock();
+      left_.wait(lock, [this] { return seated_ == 0; });
+    }
+    if (error_) {
+      std::exception_ptr error = error_;
+      error_ = nullptr;
+      std::rethrow_exception(error);
+    }
+  }
+
+ private:
+  void take_pieces(const Job& job) {
+    try {
+      for (;;) {
+        const int64_t begin = next_.fetch_add(job.grain, std::memory_order_relaxed);
+        if (begin >= job.count) return;
+        job.body(job.context, begin, begin + job.grain < job.count ? begin + job.grain : job.count);
+      }
+    } catch (...) {
+      next_.store(job.count, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+
+  void work() {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) pause();
+      Job job;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        seen = generation_.load(std::memory_order_relaxed);
+        if (free_seats_ == 0) continue;
+        --free_seats_;
+        ++seated_;
+        job = job_;
+      }
+      take_pieces(job);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--seated_ == 0) left_.notify_one();
+    }
+  }
+
+  std::mutex owner_;  // held by the caller whose job is running
+  std::mutex mutex_;
+  std::condition_variable wake_, left_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> seated_{0};
+  int free_seats_ = 0, workers_ = 0;
+  Job job_{};
+  std::exception_ptr error_;
+};
+
+// Never destroyed: parked workers must not outlive their mutex at interpreter exit. A forked child has none of the
+// workers and perhaps a locked mutex, so it starts again with a pool of its own.
+std::atomic<Pool*> g_pool{nullptr};
+
+Pool& pool() {
+  Pool* pool = g_pool.load(std::memory_order_acquire);
+  if (pool == nullptr) {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); });
+    (void)registered;
+    Pool* fresh = new Pool;
+    if (g_pool.compare_exchange_strong(pool, fresh)) return *fresh;
+    delete fresh;
+  }
+  return *pool;
+}
+
+struct Buffers {
+  void* data[kNumSlots] = {};
+  size_t size[kNumSlots] = {};
+  ~Buffers() {
+    for (void* p : data) std::free(p);
+  }
+};
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (count <= 0) return;
+  const int64_t pieces = (count + grain - 1) / grain;
+  if (threads > pieces) threads = static_cast<int>(pieces);
+  if (threads <= 1) {
+    body(context, 0, count);
+    return;
+  }
+  pool().run(Job{body, context, count, grain}, threads);
+}
+
+void* scratch(Slot slot, size_t bytes) {
+  thread_local Buffers buffers;
+  if (buffers.size[slot] < bytes) {
+    std::free(buffers.data[slot]);
+    buffers.data[slot] = nullptr;
+    buffers.size[slot] = 0;
+    const size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    buffers.data[slot] = std::aligned_alloc(64, rounded);
+    if (buffers.data[slot] == nullptr) throw std::bad_alloc();
+    buffers.size[slot] = rounded;
+  }
+  return buffers.data[slot];
+}
+
+}  // namespace ddfast

@@ -1,0 +1,207 @@
+// Vectors of W floats for the instruction set of this translation unit, and the few functions on them that kernels need.
+// Included inside an anonymous namespace of every variant: nothing here may have external linkage, or a machine without
+// AVX-512 could be given the AVX-512 copy of a function. For the same reason variants use nothing of the C++ library.
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t vi_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t vh_unaligned __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef float vf_may_alias __attribute__((vector_size(4 * W), may_alias));
+
+constexpr float kInf = __builtin_inff();
+
+template <class T>
+static inline T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+static inline T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+static inline vf splat(float x) { return x - (vf){}; }
+static inline vi splat(int32_t x) { return x - (vi){}; }
+static inline vf load(const float* p) { return *(const vf_unaligned*)p; }
+static inline void store(float* p, vf x) { *(vf_unaligned*)p = x; }
+static inline vf loada(const float* p) { return *(const vf_may_alias*)p; }   // p aligned to the vector
+static inline void storea(float* p, vf x) { *(vf_may_alias*)p = x; }
+static inline vi as_int(vf x) { return (vi)x; }
+static inline vf as_float(vi x) { return (vf)x; }
+static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+
+static inline vi lane_ids() {
+  vi r;
+  for (int i = 0; i < W; ++i) r[i] = i;
+  return r;
+}
+
+// a * b + c. The files are compiled without contraction, so this is the only place where a product and a sum may fuse.
+static inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+static inline vf fnma(vf a, vf b, vf c) {  // c - a * b
+#if defined(__AVX512F__)
+  return (vf)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return c - a * b;
+#endif
+}
+
+// The larger (smaller); b where either is NaN.
+static inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Bit i is set where lane i of the mask (0 or -1) is.
+static inline uint32_t bits(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+  return (uint32_t)_mm_movemask_ps((__m128)mask);
+#else
+  uint32_t r = 0;
+  for (int i = 0; i < W; ++i) r |= (uint32_t)(mask[i] & 1) << i;
+  return r;
+#endif
+}
+static inline bool any(vi mask) { return bits(mask) != 0; }
+
+static inline float reduce_max(vf x) {
+  float r = x[0];
+  for (int i = 1; i < W; ++i) r = max_of(r, (float)x[i]);
+  return r;
+}
+static inline float reduce_min(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_min_ps((__m512)x);
+#else
+  float r = x[0];
+  for (int i = 1; i < W; ++i) r = min_of(r, (float)x[i]);
+  return r;
+#endif
+}
+static inline float reduce_sum(vf x) {  // pairwise
+  float a[W];
+  __builtin_memcpy(a, &x, sizeof a);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) a[i] += a[i + n];
+  return a[0];
+}
+static inline int64_t reduce_sum(vi x) {
+  int64_t r = 0;
+  for (int i = 0; i < W; ++i) r += x[i];
+  return r;
+}
+
+// e^x for x <= 88, to about one unit in the last place; exactly 0 below -87; NaN stays NaN.
+// x = n ln 2 + r: n is read from the mantissa of x / ln 2 + 1.5 2^23; the polynomial is the classical one of Cephes' expf.
+static inline vf vexp(vf x) {
+  const vf magic = splat(12582912.f);
+  const vf shifted = fma(x, splat(1.44269504f), magic);
+  const vf n = shifted - magic;
+  vf r = fnma(n, splat(0.693359375f), x);
+  r = fnma(n, splat(-2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.f;
+  const vf y = as_float(as_int(p) + (as_int(shifted) << 23));
+  return select(x < splat(-87.f), (vf){}, y);
+}
+
+static inline float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, body = h & 0x7fff;
+  uint32_t out;
+  if (body >= 0x7c00) {
+    out = sign | 0x7f800000u | (body & 0x3ff) << 13;
+  } else if (body >= 0x400) {
+    out = sign | ((body << 13) + 0x38000000u);
+  } else {
+    float f = (float)body * 5.9604644775390625e-8f;  // subnormal: body 2^-24
+    __builtin_memcpy(&out, &f, 4);
+    out |= sign;
+  }
+  float f;
+  __builtin_memcpy(&f, &out, 4);
+  return f;
+}
+
+// W consecutive elements of `dtype` at element offset i, as floats.
+static inline vf load_as_float(const void* data, int dtype, int64_t i) {
+  if (dtype == kFloat32) return load((const float*)data + i);
+  const uint16_t* p = (const uint16_t*)data + i;
+  if (dtype == kBFloat16) return as_float(__builtin_convertvector(*(const vh_unaligned*)p, vi) << 16);
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf r;
+  for (int j = 0; j < W; ++j) r[j] = half_to_float(p[j]);
+  return r;
+#endif
+}
+
+// The same where fewer than W elements are left: the missing lanes are -inf.
+static inline vf load_tail_as_float(const void* data, int dtype, int64_t i, int64_t count) {
+  uint32_t raw[W] = {};
+  const int64_t size = dtype == kFloat32 ? 4 : 2;
+  __builtin_memcpy(raw, (const char*)data + i * size, (size_t)(count * size));
+  return select(lane_ids() < splat((int32_t)count), load_as_float(raw, dtype, 0), splat(-kInf));
+}
+
+// Row `row` from element i on, W of them, -inf beyond V.
+static inline vf load_row(const Rows& rows, int64_t row, int64_t i, int64_t V) {
+  const char* data = (const char*)rows.data + row * rows.stride * (rows.dtype == kFloat32 ? 4 : 2);
+  if (i + W <= V) return load_as_float(data, rows.dtype, i);
+  return i < V ? load_tail_as_float(data, rows.dtype, i, V - i) : splat(-kInf);
+}
+
+// The codebook as vectors over codes: packed[block][k][lane] = codebook[block W + lane][k], zeros beyond V.
+static inline void pack_codebook(const float* codebook, int64_t V, int64_t d, int64_t padded, float* packed) {
+  for (int64_t block = 0; block < padded / W; ++block) {
+    float* out = packed + block * W * d;
+    for (int lane = 0; lane < W; ++lane) {
+      const int64_t j = block * W + lane;
+      for (int64_t k = 0; k < d; ++k) out[k * W + lane] = j < V ? codebook[j * d + k] : 0.f;
+    }
+  }
+}

@@ -1,0 +1,35 @@
+// All kernels for one instruction set: compiled once for each, with DDFAST_ISA naming the namespace (see CMakeLists.txt).
+#include <cstddef>
+#include <cstdint>
+#if defined(DDFAST_X86)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "runtime.h"
+
+extern "C" double log(double);
+extern "C" double sqrt(double);
+
+#define DDFAST_STRING_(x) #x
+#define DDFAST_STRING(x) DDFAST_STRING_(x)
+
+namespace ddfast {
+namespace DDFAST_ISA {
+namespace {
+
+#include "simd.h"
+
+#include "nearest_code.h"
+
+#include "filter_logits.h"
+
+#include "codebook_posterior.h"
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {DDFAST_STRING(DDFAST_ISA), nearest_code, filter_logits, posterior_forward, posterior_backward};
+
+}  // namespace DDFAST_ISA
+}  // namespace ddfast

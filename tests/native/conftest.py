@@ -1,0 +1,107 @@
+"""ddfast_native over numpy arrays: thin wrappers that turn arrays into addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+native = pytest.importorskip("ddfast_native")
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+
+
+def address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+def to_dtype(array: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bits as the kernels read them, the values those bits stand for in float32)."""
+    array = np.ascontiguousarray(array, dtype=np.float32)
+    if dtype == FLOAT16:
+        half = array.astype(np.float16)
+        return half, half.astype(np.float32)
+    if dtype == BFLOAT16:
+        bits = (array.view(np.uint32) >> 16).astype(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32).reshape(array.shape)
+    return array, array
+
+
+def noise(seed: int, index: np.ndarray, per_sample: int, threads: int = 1) -> np.ndarray:
+    out = np.full((len(index), per_sample), np.nan, np.float32)
+    native.noise(seed, address(index), len(index), per_sample, address(out), threads)
+    return out
+
+
+def nearest_code(x: np.ndarray, codebook: np.ndarray, cosine: bool = False, threads: int = 1) -> np.ndarray:
+    codes = np.full(len(x), -1, np.int64)
+    native.nearest_code(address(x), address(codebook), address(codes), len(x), *codebook.shape, cosine, threads)
+    return codes
+
+
+def filter_logits(
+    logits: np.ndarray,
+    *,
+    dtype: int = FLOAT32,
+    uncond: np.ndarray | None = None,
+    cfg_scale: np.ndarray | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    threads: int = 1,
+) -> tuple[np.ndarray, int]:
+    rows, num_codes = logits.shape
+    out = np.full((rows, num_codes), np.nan, np.float32)
+    status = native.filter_logits(
+        address(logits), dtype, logits.strides[0] // logits.itemsize,
+        address(uncond), 0 if uncond is None else uncond.strides[0] // uncond.itemsize, address(cfg_scale),
+        temperature, top_k, top_p, address(out), rows, num_codes, threads,
+    )  # fmt: skip
+    return out, status
+
+
+def posterior_forward(
+    x: np.ndarray, t: np.ndarray, log_probs: np.ndarray, codebook: np.ndarray, dtype: int = FLOAT32, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray, int]:
+    x0, lse = np.full_like(x, np.nan), np.full(len(x), np.nan, np.float32)
+    status = native.codebook_posterior_forward(
+        address(x), address(t), address(log_probs), dtype, log_probs.shape[1], address(codebook),
+        address(x0), address(lse), len(x), *codebook.shape, threads,
+    )  # fmt: skip
+    return x0, lse, status
+
+
+def posterior_backward(
+    grad: np.ndarray, x: np.ndarray, t: np.ndarray, log_probs: np.ndarray, codebook: np.ndarray,
+    x0: np.ndarray, lse: np.ndarray, dtype: int = FLOAT32, threads: int = 1,
+) -> np.ndarray:  # fmt: skip
+    dx = np.full_like(x, np.nan)
+    native.codebook_posterior_backward(
+        address(grad), address(x), address(t), address(log_probs), dtype, log_probs.shape[1], address(codebook),
+        address(x0), address(lse), address(dx), len(x), *codebook.shape, threads,
+    )  # fmt: skip
+    return dx
+
+
+@pytest.fixture(params=native.isa_available())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction-set variant of this machine."""
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Any:
+    return SimpleNamespace(
+        noise=noise,
+        nearest_code=nearest_code,
+        filter_logits=filter_logits,
+        posterior_forward=posterior_forward,
+        posterior_backward=posterior_backward,
+        to_dtype=to_dtype,
+    )
