@@ -10,8 +10,8 @@ from pathlib import Path
 
 VARIABLES = {
     "DDFAST_CACHE": "folder of trained tokenizers, teachers and classifiers (default: ~/.cache/ddfast)",
-    "DDFAST_BACKEND": "op backend instead of the dispatch table: 'reference', or per op 'nearest_code=reference,noise=cpu'",
-    "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one this machine has)",
+    "DDFAST_BACKEND": "op backend to use: 'reference' for all, or per op 'nearest_code=reference,noise=cpu'",
+    "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one here)",
     "RANK": "rank of this process, set by torchrun (default: 0)",
     "WORLD_SIZE": "number of processes, set by torchrun (default: 1)",
 }

@@ -1,4 +1,4 @@
-"""Public ops: one function each, with a reference in plain PyTorch and kernels behind one dispatch (`ddfast doctor`)."""
+"""Public ops: a reference in plain PyTorch each, and kernels behind one dispatch (`ddfast doctor` explains it)."""
 
 from ddfast.ops.codebook_posterior import codebook_posterior, score, velocity
 from ddfast.ops.filter_logits import filter_logits

@@ -90,12 +90,12 @@ def check_log_probs(log_probs: Tensor, codebook: Tensor, x: Tensor) -> None:
         raise ValueError(f"log_probs: got shape {tuple(log_probs.shape)}, expected {expected}")
 
 
-def codebook_posterior_reference(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> Tensor:
-    """The definition, in plain differentiable PyTorch; t [...]."""
+def codebook_posterior_reference(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, in plain differentiable PyTorch; t [...] -> x0_hat [..., d], log of the weights' sum [...]."""
     dtype = common.compute_dtype(x, log_probs, codebook)
-    x_, t, codes = x.to(dtype), t.to(dtype)[..., None], codebook.to(dtype)
-    weights = _log_weights(x_, t, log_probs.to(dtype), codes).softmax(-1)
-    return (weights @ codes).to(x.dtype)
+    codes = codebook.to(dtype)
+    scores = _log_weights(x.to(dtype), t.to(dtype)[..., None], log_probs.to(dtype), codes)
+    return (scores.softmax(-1) @ codes).to(x.dtype), scores.logsumexp(-1)
 
 
 def _log_weights(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> Tensor:
@@ -104,12 +104,12 @@ def _log_weights(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> T
     return log_probs + (x / t * ratio) @ codebook.T - ratio.square() * codebook.square().sum(-1) / 2
 
 
-def _check_values(t: Tensor, log_probs: Tensor) -> None:
-    """t in (0, 1] and usable rows; only where looking costs no device synchronisation."""
+def _check_times(t: Tensor) -> None:
+    """t in (0, 1]; only where looking costs no device synchronisation."""
     if t.device.type == "cpu" and t.numel():
-        low, high = torch.aminmax(t)
-        if not (0.0 < float(low) and float(high) <= 1.0):
-            raise ValueError(f"t: got values from {float(low):g} to {float(high):g}, expected 0 < t <= 1")
+        low, high = (float(bound) for bound in torch.aminmax(t))
+        if not (low > 0.0 and high <= 1.0):
+            raise ValueError(f"t: got values from {low:g} to {high:g}, expected 0 < t <= 1")
 
 
 def _codebook_posterior(
@@ -118,14 +118,10 @@ def _codebook_posterior(
     x0_hat, log_norm = _fake(x, t, log_probs, codebook, backend)
     if x.numel() == 0:
         return x0_hat, log_norm
-    _check_values(t, log_probs)
+    _check_times(t)
     if common.backend_of("codebook_posterior", backend, x, log_probs, codebook) == "reference":
-        dtype = common.compute_dtype(x, log_probs, codebook)
-        common.check_rows("log_probs", common.usable_rows(log_probs.reshape(-1, log_probs.shape[-1])))
-        scores = _log_weights(x.to(dtype), t.to(dtype)[..., None], log_probs.to(dtype), codebook.to(dtype))
-        x0_hat.copy_(scores.softmax(-1) @ codebook.to(dtype))
-        log_norm.copy_(scores.logsumexp(-1))
-        return x0_hat, log_norm
+        common.check_rows("log_probs", common.bad_row(log_probs.reshape(-1, log_probs.shape[-1])))
+        return codebook_posterior_reference(x, t, log_probs, codebook)
     rows = _Rows(x, t, log_probs, codebook)
     out = torch.empty_like(rows.x)
     norm = torch.empty(len(rows.x))
@@ -178,7 +174,7 @@ def _codebook_posterior_backward(
 
 
 class _Rows:
-    """Native arguments of one call: rows of x and t, and the rows of log_probs that repeat under x's extra dimensions."""
+    """Native arguments of one call: rows of x and t, and the log_probs that repeat under x's extra dimensions."""
 
     def __init__(self, x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> None:
         self.kernels: Any = native.cpu

@@ -96,7 +96,7 @@ def filter_logits_reference(
         never = (guided == -math.inf) & (base == -math.inf)
         guided = (base + cfg_scale[..., None].to(dtype) * (guided - base)).masked_fill(never, -math.inf)
     guided = guided / temperature
-    common.check_rows("logits", common.usable_rows(guided.reshape(-1, guided.shape[-1])))
+    common.check_rows("logits", common.bad_row(guided.reshape(-1, guided.shape[-1])))
     if 0 < top_k < guided.shape[-1]:
         kth_largest = guided.topk(top_k, dim=-1).values[..., -1:]
         guided = guided.masked_fill(guided < kth_largest, -math.inf)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -84,7 +82,8 @@ def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, st
     codes, lead = codebook.to(dtype), noise.shape[:-1]
     log_p = log_probs.to(dtype).reshape(-1, len(codes))
     eps = noise.to(dtype).reshape(-1, codes.shape[1])
-    common.check_rows("log_probs", common.usable_rows(log_p))
+    common.check_rows("log_probs", common.bad_row(log_p))
+    check_finite_noise(eps)
     half_norms = codes.square().sum(-1) / 2
     log_p = log_p.log_softmax(-1)
 
@@ -128,6 +127,12 @@ def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, st
     reached = scores(u, sigma)
     # Without spread there is no flow: one code, or several at one point.
     return torch.where(spread[:, 0] > 0, reached.argmax(-1), log_p.argmax(-1)).reshape(lead)
+
+
+def check_finite_noise(eps: Tensor) -> None:
+    """NaN or infinite noise would walk to an arbitrary code."""
+    if not bool(eps.isfinite().all()):
+        raise ValueError("noise: got NaN or infinite values, expected finite ones")
 
 
 def _spread(probs: Tensor, mean: Tensor, codes: Tensor) -> Tensor:
@@ -176,6 +181,7 @@ def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int,
     if common.backend_of("flow_sample", backend, log_probs, noise, codebook) == "reference":
         return flow_sample_reference(log_probs, noise, codebook, steps, solver)
     assert native.cpu is not None
+    check_finite_noise(noise)
     rows = common.rows_of(log_probs)
     arguments, _alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.flow_sample(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.stride(0), *arguments)

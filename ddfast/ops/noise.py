@@ -34,7 +34,7 @@ def noise(
         float32 [*index.shape, *shape]. A sample's values depend on (seed, index) alone: not on the device, the batch
         or the number of processes, bit for bit.
 
-    Numerics: the transform uses only + - * / sqrt in float64, which IEEE 754 fixes, and is rounded to float32 at the end.
+    Numerics: only + - * / sqrt in float64, which IEEE 754 fixes, then rounded to float32.
     Autograd: none.
     Raises:
         TypeError: `index` is neither an int nor an int64 tensor.

@@ -10,6 +10,7 @@ from ddfast.ops.filter_logits import cfg_rows, check_filter, filter_logits_refer
 from ddfast.ops.flow_sample import (
     DEFAULT_SOLVER,
     DEFAULT_STEPS,
+    check_finite_noise,
     check_flow,
     flow_sample_reference,
     native_flow_arguments,
@@ -84,6 +85,7 @@ def _sample_codes(
         log_probs = filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
         return flow_sample_reference(log_probs, noise, codebook, steps, solver)
     assert native.cpu is not None
+    check_finite_noise(noise)
     filter_arguments, _filter_alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
     flow_arguments, _flow_alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.sample_codes(*filter_arguments, *flow_arguments)
