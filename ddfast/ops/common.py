@@ -45,7 +45,7 @@ def threads() -> int:
 
 def rows_of(tensor: Tensor) -> Tensor:
     """[..., K] as [rows, K] with unit stride along K; a copy only where the strides allow no such view."""
-    flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.reshape(math.prod(tensor.shape[:-1]), -1)
+    flat = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
 
 

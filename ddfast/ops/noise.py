@@ -69,7 +69,7 @@ def noise_reference(seed: int, index: Tensor, shape: Sequence[int]) -> Tensor:
         [seed & _MASK, (seed >> 32) & _MASK],
     )
     normals = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1)
-    return normals.float().flatten(1)[:, :size].reshape(*index.shape, *shape)
+    return normals.float().flatten(1)[:, :size].reshape(*index.shape, *shape).contiguous()
 
 
 def _philox(counter: list[Tensor], key: list[int]) -> list[Tensor]:

@@ -1,0 +1,147 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from truth import flow_codes, problem
+
+import ddfast
+from ddfast.ops import dispatch, flow_sample
+from ddfast.ops.flow_sample import SOLVERS
+
+
+def agreement(codes: torch.Tensor, truth: torch.Tensor) -> float:
+    return (codes == truth).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "dim", "peak", "support"), [(64, 4, 2.0, 1.0), (256, 8, 1.0, 0.4), (512, 32, 3.0, 0.3)]
+)
+def test_exact_map(backend, num_codes, dim, peak, support):
+    """The default solver against thousands of Heun steps in other coordinates, in float64."""
+    log_probs, noise, codebook = problem(500, num_codes, dim, peak=peak, support=support, seed=1)
+    truth = torch.from_numpy(flow_codes(log_probs.numpy(), noise.numpy(), codebook.numpy(), 2500))
+    codes, x = flow_sample(log_probs.float(), noise.float(), codebook.float(), backend=backend)
+    assert agreement(codes, truth) >= 0.99
+    assert torch.equal(x, codebook.float()[codes])
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_every_solver_converges(backend, solver):
+    log_probs, noise, codebook = problem(300, 64, 4, seed=2)
+    truth = torch.from_numpy(flow_codes(log_probs.numpy(), noise.numpy(), codebook.numpy(), 2500))
+    log_probs, noise, codebook = log_probs.float(), noise.float(), codebook.float()
+    coarse, fine = (
+        agreement(flow_sample(log_probs, noise, codebook, steps=steps, solver=solver, backend=backend)[0], truth)
+        for steps in (5, 400)
+    )
+    assert fine >= 0.99
+    assert fine > coarse
+
+
+def test_higher_order_is_worth_it():
+    log_probs, noise, codebook = problem(3000, 64, 4, seed=3)
+    exact, _ = flow_sample(log_probs, noise, codebook, steps=1000)
+    wrong = [
+        (flow_sample(log_probs, noise, codebook, steps=10, solver=solver)[0] != exact).sum()
+        for solver in ("euler", "dpm2m", "dpm3m")
+    ]
+    assert wrong[0] > 2 * wrong[1] > 2 * wrong[2]
+
+
+def test_frequencies(backend):
+    """Pushed-forward noise has the distribution asked for: chi-square over V=64 codes, 50,000 noises."""
+    draws = 50_000
+    log_probs, _, codebook = (tensor.float() for tensor in problem(1, 64, 4, peak=1.0, seed=4))
+    noise = ddfast.noise(11, torch.arange(draws), (4,))
+    codes, _ = flow_sample(log_probs.expand(draws, 64), noise, codebook, backend=backend)
+    wanted = log_probs[0].exp() * draws
+    statistic = ((torch.bincount(codes, minlength=64) - wanted).square() / wanted).sum()
+    assert wanted.min() > 5
+    assert chi2.sf(float(statistic), 63) > 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 60),
+    num_codes=st.sampled_from([1, 2, 7, 65, 1023]),
+    dim=st.sampled_from([1, 2, 8, 33]),
+    support=st.sampled_from([0.0, 0.2, 1.0]),
+    peak=st.sampled_from([0.0, 2.0, 20.0]),
+    solver=st.sampled_from(sorted(SOLVERS)),
+    steps=st.sampled_from([1, 3, 20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_backends_agree(rows, num_codes, dim, support, peak, solver, steps, dtype, seed):
+    log_probs, noise, codebook = problem(rows, num_codes, dim, support=support, peak=peak, seed=seed)
+    log_probs, noise, codebook = log_probs.to(dtype), noise.float(), codebook.float()
+    reference, _ = flow_sample(log_probs, noise, codebook, steps=steps, solver=solver, backend="reference")
+    for name in dispatch.available():
+        codes, _ = flow_sample(log_probs, noise, codebook, steps=steps, solver=solver, backend=name)
+        assert (log_probs.gather(1, codes[:, None]) > -math.inf).all()
+        # Tokens on a basin's boundary may fall either way in float32; early exit answers for the exact flow.
+        slack = 2 if steps == 20 else 0.25 * rows + 2
+        assert (codes != reference).sum() <= slack
+
+
+def test_codes_do_not_depend_on_the_batch(backend):
+    log_probs, noise, codebook = (tensor.float() for tensor in problem(64, 200, 8, support=0.5))
+    together, _ = flow_sample(log_probs, noise, codebook, backend=backend)
+    if backend == "reference":  # its matrix products round by batch: only kernels promise this bit for bit
+        return
+    alone = torch.cat(
+        [flow_sample(log_probs[i : i + 1], noise[i : i + 1], codebook, backend=backend)[0] for i in range(64)]
+    )
+    assert torch.equal(together, alone)
+
+
+def test_one_code_left(backend):
+    log_probs, noise, codebook = (tensor.float() for tensor in problem(30, 50, 4, support=0.0))
+    codes, _ = flow_sample(log_probs, noise, codebook, backend=backend)
+    assert torch.equal(codes, log_probs.argmax(-1))
+
+
+def test_duplicate_codes_go_to_the_likelier_then_the_lower(backend):
+    codebook = torch.ones(6, 3)
+    log_probs = torch.tensor([[0.1, 0.2, 0.3, 0.3, 0.05, 0.05]]).log()
+    codes, _ = flow_sample(log_probs, torch.randn(1, 3), codebook, backend=backend)
+    assert codes.tolist() == [2]
+
+
+def test_leading_dimensions_and_strides(backend):
+    log_probs, noise, codebook = (tensor.float() for tensor in problem(24, 30, 4))
+    codes, x = flow_sample(
+        log_probs.view(4, 6, 30).transpose(0, 1), noise.view(4, 6, 4).transpose(0, 1), codebook, backend=backend
+    )
+    assert codes.shape == (6, 4)
+    assert x.shape == (6, 4, 4)
+    assert torch.equal(codes.T.reshape(-1), flow_sample(log_probs, noise, codebook, backend=backend)[0])
+
+
+def test_empty(backend):
+    codes, x = flow_sample(torch.empty(2, 0, 7), torch.empty(2, 0, 4), torch.randn(7, 4), backend=backend)
+    assert codes.shape == (2, 0)
+    assert x.shape == (2, 0, 4)
+
+
+LOG_P, NOISE, CODES = torch.zeros(3, 5), torch.randn(3, 4), torch.randn(5, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings_", "words"),
+    [
+        ((LOG_P, NOISE, CODES), {"steps": 0}, "steps: got 0"),
+        ((LOG_P, NOISE, CODES), {"solver": "rk4"}, "solver: got 'rk4', expected one of euler"),
+        ((torch.zeros(2, 5), NOISE, CODES), {}, r"log_probs: got shape \(2, 5\)"),
+        ((torch.zeros(5), NOISE, CODES), {}, r"log_probs: got shape \(5,\), expected \[3, 5\]"),
+        ((LOG_P, NOISE * math.nan, CODES), {}, "noise: got NaN"),
+        ((torch.full((3, 5), -math.inf), NOISE, CODES), {}, "log_probs: row 0"),
+        ((LOG_P * math.nan, NOISE, CODES), {}, "log_probs: row 0"),
+    ],
+)
+def test_errors(backend, arguments, settings_, words):
+    with pytest.raises(ValueError, match=words):
+        flow_sample(*arguments, **settings_, backend=backend)

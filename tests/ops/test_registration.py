@@ -1,0 +1,105 @@
+"""Every op under torch.library.opcheck, torch.compile(fullgraph=True), and its choice of backend."""
+
+import pytest
+import torch
+
+import ddfast
+from ddfast import ops
+from ddfast.ops import dispatch, native
+
+B, N, V, D = 2, 5, 33, 4
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "x": normal(B, N, D),
+        "codebook": normal(V, D),
+        "logits": normal(B, N, V),
+        "uncond": normal(B, N, V),
+        "log_probs": normal(B, N, V).log_softmax(-1),
+        "scale": torch.full((B, N), 1.5),
+        "t": torch.rand(B, N, generator=generator) * 0.9 + 0.05,
+        "index": torch.arange(B),
+    }
+
+
+def schemas(backend: str) -> dict[str, tuple]:
+    a = tensors()
+    norm = torch.zeros(B, N)
+    return {
+        "nearest_code": (a["x"], a["codebook"], False, backend),
+        "filter_logits": (a["logits"], a["uncond"], a["scale"], 1.0, 7, 0.9, backend),
+        "codebook_posterior": (a["x"].clone().requires_grad_(), a["t"], a["log_probs"], a["codebook"], backend),
+        "codebook_posterior_backward": (a["x"], a["x"], a["t"], a["log_probs"], a["codebook"], a["x"], norm, backend),
+        "flow_sample": (a["log_probs"], a["x"], a["codebook"], 8, "dpm3m", backend),
+        "sample_codes": (a["logits"], None, None, 1.0, 0, 1.0, a["x"], a["codebook"], 8, "dpm3m", backend),
+        "noise": (3, a["index"], [3, 2], backend),
+    }
+
+
+@pytest.mark.parametrize("op", sorted(schemas("auto")))
+def test_opcheck(backend, op):
+    torch.library.opcheck(getattr(torch.ops.ddfast, op).default, schemas(backend)[op])
+
+
+PUBLIC = {
+    "nearest_code": lambda a: ops.nearest_code(a["x"], a["codebook"]),
+    "filter_logits": lambda a: ops.filter_logits(a["logits"], uncond=a["uncond"], cfg_scale=1.5, top_k=7, top_p=0.9),
+    "codebook_posterior": lambda a: ops.codebook_posterior(a["x"], a["t"], a["log_probs"], a["codebook"]),
+    "velocity": lambda a: ops.velocity(a["x"], 0.3, a["log_probs"], a["codebook"]),
+    "score": lambda a: ops.score(a["x"], a["t"], a["log_probs"], a["codebook"]),
+    "flow_sample": lambda a: ops.flow_sample(a["log_probs"], a["x"], a["codebook"])[1],
+    "sample_codes": lambda a: ops.sample_codes(a["logits"], a["x"], a["codebook"], top_k=9)[0],
+    "noise": lambda a: ddfast.noise(3, a["index"], (3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_compiles_without_a_graph_break(name):
+    a = tensors()
+    compiled = torch.compile(PUBLIC[name], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a), PUBLIC[name](a))
+
+
+def test_compiled_gradient_is_the_fused_one():
+    a = tensors()
+    a["x"].requires_grad_()
+    grads = []
+    for function in (PUBLIC["codebook_posterior"], torch.compile(PUBLIC["codebook_posterior"], fullgraph=True)):
+        (grad,) = torch.autograd.grad(function(a).square().sum(), a["x"])
+        grads.append(grad)
+    assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_every_public_op_is_covered():
+    assert {*PUBLIC} == {*ops.__all__}
+    assert {*dispatch.KERNELS} == {*ops.__all__} - {"velocity", "score"}
+
+
+def test_dispatch_explains_itself(monkeypatch):
+    assert dispatch.choose("noise", "cuda", torch.float32).backend == "reference"
+    assert "no kernel for float64" in dispatch.choose("flow_sample", "cpu", torch.float64).reason
+    with pytest.raises(ValueError, match="'cpu' cannot run flow_sample: the tensors are on cuda"):
+        dispatch.choose("flow_sample", "cuda", torch.float32, "cpu")
+    monkeypatch.setattr(native, "cpu", None)
+    monkeypatch.setattr(native, "cpu_reason", "not built")
+    assert dispatch.choose("flow_sample", "cpu", torch.float32) == ("reference", "cpu: not built")
+    with pytest.raises(ValueError, match="cannot run flow_sample: not built"):
+        dispatch.choose("flow_sample", "cpu", torch.float32, "cpu")
+
+
+def test_environment_overrides_auto_only(monkeypatch):
+    monkeypatch.setenv("DDFAST_BACKEND", "nearest_code=reference")
+    assert dispatch.choose("nearest_code", "cpu", torch.float32).backend == "reference"
+    monkeypatch.setenv("DDFAST_BACKEND", "reference")
+    assert dispatch.choose("noise", "cpu", torch.float32).backend == "reference"
+    if "cpu" in dispatch.available():
+        assert dispatch.choose("noise", "cpu", torch.float32, "cpu").backend == "cpu"
+    monkeypatch.setenv("DDFAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="backend: got 'fast'"):
+        dispatch.choose("noise", "cpu", torch.float32)

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from ddfast.ops import filter_logits, flow_sample, sample_codes
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 60, "top_p": 0.8, "temperature": 1.4}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_filter_then_flow(backend, filters, dtype):
+    logits, uncond = (2 * torch.randn(2, 100, 300)).to(dtype), torch.randn(2, 100, 300).to(dtype)
+    noise, codebook = torch.randn(2, 100, 8), torch.randn(300, 8)
+    guidance = {"uncond": uncond, "cfg_scale": torch.rand(2, 1) + 1}
+    codes, x = sample_codes(logits, noise, codebook, **guidance, **filters, backend=backend)
+    log_probs = filter_logits(logits, **guidance, **filters, backend=backend)
+    apart, _ = flow_sample(log_probs, noise, codebook, backend=backend)
+    assert (codes != apart).sum() <= 1  # log p may differ in its last bits
+    assert torch.equal(x, codebook[codes])
+
+
+def test_real_shape(backend):
+    logits, noise, codebook = 2.5 * torch.randn(8, 16384), torch.randn(8, 8), torch.randn(16384, 8)
+    codebook = torch.nn.functional.normalize(codebook, dim=-1)
+    codes, _ = sample_codes(logits, noise, codebook, top_k=8000, backend=backend)
+    reference, _ = sample_codes(logits.double(), noise.double(), codebook.double(), top_k=8000, steps=200)
+    assert (codes != reference).sum() <= 1
+
+
+def test_empty(backend):
+    codes, x = sample_codes(torch.empty(0, 7), torch.empty(0, 4), torch.randn(7, 4), backend=backend)
+    assert codes.shape == (0,)
+    assert x.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("logits", "noise", "arguments", "words"),
+    [
+        (torch.zeros(2, 5), torch.randn(3, 4), {}, r"logits: got shape \(2, 5\), expected \[3, 5\]"),
+        (torch.zeros(3, 5), torch.randn(3, 2), {}, "codebook: got shape"),
+        (torch.zeros(3, 5), torch.randn(3, 4), {"top_p": -1.0}, "top_p: got -1.0"),
+        (torch.full((3, 5), torch.nan), torch.randn(3, 4), {}, "logits: row 0"),
+        (torch.zeros(3, 5), torch.full((3, 4), torch.inf), {}, "noise: got NaN or infinite"),
+    ],
+)
+def test_errors(backend, logits, noise, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        sample_codes(logits, noise, torch.randn(5, 4), **arguments, backend=backend)
