@@ -104,4 +104,24 @@ PYBIND11_MODULE(ddfast_native, m) {
                                  pointer<const float>(grad), pointer<const float>(x0), pointer<const float>(lse),
                                  pointer<float>(dx), threads);
   }, release_gil());
+
+  m.def("flow_sample", [](Address log_probs, int dtype, int64_t row_stride, Address noise, Address codebook,
+                          Address geometry, Address codes, Address evaluations, int64_t rows, int64_t V, int64_t d,
+                          int64_t steps, int solver, double sigma_min, bool early_exit, int threads) {
+    return kernels().flow_sample({rows_of(log_probs, dtype, row_stride), pointer<const float>(noise),
+                                  pointer<const float>(codebook), pointer<const float>(geometry), pointer<int64_t>(codes),
+                                  pointer<int32_t>(evaluations), rows, V, d, steps, solver, sigma_min, early_exit},
+                                 threads);
+  }, release_gil(), "Returns -1, or the first bad row. solver: 1 euler, 2 and 3 multistep, 4 heun.");
+
+  m.def("sample_codes", [](Address logits, int dtype, int64_t row_stride, Address uncond, int64_t uncond_row_stride,
+                           Address cfg_scale, double temperature, int64_t top_k, double top_p, Address noise,
+                           Address codebook, Address geometry, Address codes, Address evaluations, int64_t rows, int64_t V,
+                           int64_t d, int64_t steps, int solver, double sigma_min, bool early_exit, int threads) {
+    return kernels().sample_codes({rows_of(logits, dtype, row_stride), rows_of(uncond, dtype, uncond_row_stride),
+                                   pointer<const float>(cfg_scale), temperature, top_k, top_p, rows, V},
+                                  {Rows{}, pointer<const float>(noise), pointer<const float>(codebook),
+                                   pointer<const float>(geometry), pointer<int64_t>(codes), pointer<int32_t>(evaluations),
+                                   rows, V, d, steps, solver, sigma_min, early_exit}, threads);
+  }, release_gil(), "filter_logits, then flow_sample on what it keeps. Returns -1, or the first bad row.");
 }

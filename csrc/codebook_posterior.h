@@ -197,8 +197,10 @@ static Posterior prepare_posterior(const PosteriorArgs& args) {
   s.padded = round_up(args.V, kGroup);
   s.chunk = max_of(kGroup, 8192 / args.d / kGroup * kGroup);
   s.status = kOk;
-  float* packed = (float*)scratch(kShared, (size_t)(s.padded * args.d) * sizeof(float));
-  pack_codebook(args.codebook, args.V, args.d, s.padded, packed);
+  float* packed = (float*)scratch(kShared, (size_t)(s.padded * (args.d + 1)) * sizeof(float));
+  int32_t* index = (int32_t*)(packed + s.padded * args.d);
+  for (int64_t j = 0; j < s.padded; ++j) index[j] = (int32_t)min_of(j, args.V - 1);
+  gather_codes(args.codebook, index, s.padded, args.d, packed);
   s.packed = packed;
   return s;
 }

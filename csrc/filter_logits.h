@@ -90,6 +90,11 @@ struct Kept {
   int32_t last_tie;
 };
 
+static inline vi kept_lanes(const Kept& kept, vf x, int64_t first) {
+  const vi index = lane_ids() + splat((int32_t)first);
+  return (vi)(x > splat(kept.threshold)) | ((vi)(x == splat(kept.threshold)) & (vi)(index <= splat(kept.last_tie)));
+}
+
 // Sum of weights in float64: float32 per lane over a few vectors, then widened.
 struct MassSum {
   double lane[W] = {};
@@ -252,12 +257,9 @@ static void filter_logits_rows(void* context, int64_t begin, int64_t end) {
       continue;
     }
     float* out = f.out + row * V;
-    vi index = lane_ids();
-    for (int64_t i = 0; i < V; i += W, index += W) {
+    for (int64_t i = 0; i < V; i += W) {
       const vf v = loada(x + i);
-      const vi keep = (vi)(v > splat(kept.threshold)) |
-                      ((vi)(v == splat(kept.threshold)) & (index <= splat(kept.last_tie)));
-      const vf y = select(keep, v - splat(kept.log_normaliser), splat(-kInf));
+      const vf y = select(kept_lanes(kept, v, i), v - splat(kept.log_normaliser), splat(-kInf));
       if (i + W <= V)
         store(out + i, y);
       else

@@ -39,6 +39,18 @@ struct PosteriorArgs {
   int64_t rows, V, d;
 };
 
+struct FlowArgs {
+  Rows log_probs;  // unused by sample_codes
+  const float *noise, *codebook;
+  const float* geometry;  // [V + 1]: distance of each code to its nearest other code; a bound on the codebook's diameter
+  int64_t* codes;
+  int32_t* evaluations;  // [rows], or null
+  int64_t rows, V, d, steps;
+  int solver;
+  double sigma_min;
+  bool early_exit;
+};
+
 struct Kernels {
   const char* name;
   void (*nearest_code)(const NearestCodeArgs&, int threads);
@@ -46,6 +58,8 @@ struct Kernels {
   int64_t (*posterior_forward)(const PosteriorArgs&, float* x0, float* lse, int threads);
   void (*posterior_backward)(const PosteriorArgs&, const float* grad, const float* x0, const float* lse, float* dx,
                              int threads);
+  int64_t (*flow_sample)(const FlowArgs&, int threads);
+  int64_t (*sample_codes)(const FilterArgs&, const FlowArgs&, int threads);
 };
 
 #if defined(DDFAST_X86)

@@ -195,13 +195,33 @@ static inline vf load_row(const Rows& rows, int64_t row, int64_t i, int64_t V) {
   return i < V ? load_tail_as_float(data, rows.dtype, i, V - i) : splat(-kInf);
 }
 
-// The codebook as vectors over codes: packed[block][k][lane] = codebook[block W + lane][k], zeros beyond V.
-static inline void pack_codebook(const float* codebook, int64_t V, int64_t d, int64_t padded, float* packed) {
-  for (int64_t block = 0; block < padded / W; ++block) {
-    float* out = packed + block * W * d;
-    for (int lane = 0; lane < W; ++lane) {
-      const int64_t j = block * W + lane;
-      for (int64_t k = 0; k < d; ++k) out[k * W + lane] = j < V ? codebook[j * d + k] : 0.f;
+#if defined(__clang__)
+#define DDFAST_SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define DDFAST_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, (vqi){i, j, k, l})
+#endif
+typedef float vq __attribute__((vector_size(16)));
+typedef float vq_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t vqi __attribute__((vector_size(16)));
+
+// Codes as vectors over codes: packed[j / W][k][j % W] = codebook[index[j]][k] for `count` entries, a multiple of W.
+static inline void gather_codes(const float* codebook, const int32_t* index, int64_t count, int64_t d, float* packed) {
+  for (int64_t j = 0; j < count; j += 4) {
+    const float* c[4];
+    for (int i = 0; i < 4; ++i) c[i] = codebook + index[j + i] * d;
+    float* out = packed + j / W * W * d + j % W;
+    int64_t k = 0;
+    for (; k + 4 <= d; k += 4) {  // transposes 4 x 4 in registers
+      const vq a0 = *(const vq_unaligned*)(c[0] + k), a1 = *(const vq_unaligned*)(c[1] + k);
+      const vq a2 = *(const vq_unaligned*)(c[2] + k), a3 = *(const vq_unaligned*)(c[3] + k);
+      const vq b0 = DDFAST_SHUFFLE4(a0, a1, 0, 4, 1, 5), b1 = DDFAST_SHUFFLE4(a0, a1, 2, 6, 3, 7);
+      const vq b2 = DDFAST_SHUFFLE4(a2, a3, 0, 4, 1, 5), b3 = DDFAST_SHUFFLE4(a2, a3, 2, 6, 3, 7);
+      *(vq_unaligned*)(out + k * W) = DDFAST_SHUFFLE4(b0, b2, 0, 1, 4, 5);
+      *(vq_unaligned*)(out + (k + 1) * W) = DDFAST_SHUFFLE4(b0, b2, 2, 3, 6, 7);
+      *(vq_unaligned*)(out + (k + 2) * W) = DDFAST_SHUFFLE4(b1, b3, 0, 1, 4, 5);
+      *(vq_unaligned*)(out + (k + 3) * W) = DDFAST_SHUFFLE4(b1, b3, 2, 3, 6, 7);
     }
+    for (; k < d; ++k)
+      for (int i = 0; i < 4; ++i) out[k * W + i] = c[i][k];
   }
 }

@@ -8,6 +8,8 @@
 #include "kernels.h"
 #include "runtime.h"
 
+extern "C" double exp(double);
+extern "C" double expm1(double);
 extern "C" double log(double);
 extern "C" double sqrt(double);
 
@@ -26,10 +28,13 @@ namespace {
 
 #include "codebook_posterior.h"
 
+#include "flow_sample.h"
+
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {DDFAST_STRING(DDFAST_ISA), nearest_code, filter_logits, posterior_forward, posterior_backward};
+const Kernels kernels = {DDFAST_STRING(DDFAST_ISA), nearest_code, filter_logits, posterior_forward, posterior_backward,
+                         flow_sample, sample_codes};
 
 }  // namespace DDFAST_ISA
 }  // namespace ddfast

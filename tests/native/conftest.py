@@ -86,6 +86,53 @@ def posterior_backward(
     return dx
 
 
+SOLVERS = {"euler": 1, "dpm2m": 2, "dpm3m": 3, "heun": 4}
+
+
+def geometry(codebook: np.ndarray) -> np.ndarray:
+    """Nearest-neighbour distance of every code, then twice the radius about the mean."""
+    codes = codebook.astype(np.float64)
+    square = (codes**2).sum(1)
+    distance = np.sqrt(np.maximum(square[:, None] + square - 2 * codes @ codes.T, 0))
+    np.fill_diagonal(distance, np.inf)
+    diameter = 2 * np.linalg.norm(codes - codes.mean(0), axis=1).max()
+    return np.append(distance.min(1), diameter).astype(np.float32)
+
+
+def flow_arguments(
+    noise: np.ndarray, codebook: np.ndarray, shape: np.ndarray, steps: int, solver: str, sigma_min: float,
+    early_exit: bool, threads: int, codes: np.ndarray, evaluations: np.ndarray,
+) -> tuple[Any, ...]:  # fmt: skip
+    return (
+        address(noise), address(codebook), address(shape), address(codes), address(evaluations),
+        len(noise), *codebook.shape, steps, SOLVERS[solver], sigma_min, early_exit, threads,
+    )  # fmt: skip
+
+
+def flow_sample(
+    log_probs: np.ndarray, noise: np.ndarray, codebook: np.ndarray, shape: np.ndarray, *, dtype: int = FLOAT32,
+    steps: int = 20, solver: str = "dpm3m", sigma_min: float = 0.05, early_exit: bool = True, threads: int = 1,
+) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    codes, evaluations = np.full(len(noise), -1, np.int64), np.full(len(noise), -1, np.int32)
+    tail = flow_arguments(noise, codebook, shape, steps, solver, sigma_min, early_exit, threads, codes, evaluations)
+    status = native.flow_sample(address(log_probs), dtype, log_probs.strides[0] // log_probs.itemsize, *tail)
+    return codes, evaluations, status
+
+
+def sample_codes(
+    logits: np.ndarray, noise: np.ndarray, codebook: np.ndarray, shape: np.ndarray, *,
+    uncond: np.ndarray | None = None, cfg_scale: np.ndarray | None = None, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, steps: int = 20, solver: str = "dpm3m", sigma_min: float = 0.05, threads: int = 1,
+) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    codes, evaluations = np.full(len(noise), -1, np.int64), np.full(len(noise), -1, np.int32)
+    tail = flow_arguments(noise, codebook, shape, steps, solver, sigma_min, True, threads, codes, evaluations)
+    status = native.sample_codes(
+        address(logits), FLOAT32, logits.shape[1], address(uncond), logits.shape[1], address(cfg_scale),
+        temperature, top_k, top_p, *tail,
+    )  # fmt: skip
+    return codes, evaluations, status
+
+
 @pytest.fixture(params=native.isa_available())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction-set variant of this machine."""
@@ -104,4 +151,7 @@ def kernels() -> Any:
         posterior_forward=posterior_forward,
         posterior_backward=posterior_backward,
         to_dtype=to_dtype,
+        geometry=geometry,
+        flow_sample=flow_sample,
+        sample_codes=sample_codes,
     )
