@@ -95,7 +95,9 @@ def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, st
 
     probs = log_p.exp()
     mean = probs @ codes
-    spread = _spread(probs, mean, codes)
+    # Distances by differences: a token certain of its code has a spread of exactly 0.
+    distance = torch.cdist(mean, codes, compute_mode="donot_use_mm_for_euclid_dist")
+    spread = ((probs * distance.square()).sum(-1, keepdim=True) / codes.shape[1]).sqrt()
     sigma_min = codebook_geometry(codebook).sigma_min
     sigma = (_START_SPREADS * spread).clamp_min(2 * sigma_min)
     h = torch.log(sigma / sigma_min) / steps
@@ -133,13 +135,6 @@ def check_finite_noise(eps: Tensor) -> None:
     """NaN or infinite noise would walk to an arbitrary code."""
     if not bool(eps.isfinite().all()):
         raise ValueError("noise: got NaN or infinite values, expected finite ones")
-
-
-def _spread(probs: Tensor, mean: Tensor, codes: Tensor) -> Tensor:
-    """sqrt(E|c - mean|^2 / d) per row, [rows, 1], without cancellation and exactly 0 for a single code."""
-    variance = torch.stack([p[p > 0] @ (codes[p > 0] - m).square().mean(-1) for p, m in zip(probs, mean, strict=True)])
-    single = (probs > 0).sum(-1) == 1
-    return variance.masked_fill(single, 0.0).sqrt()[:, None]
 
 
 def _exponential_integrals(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

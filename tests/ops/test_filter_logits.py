@@ -34,7 +34,7 @@ def test_against_the_rules(rows, num_codes, temperature, top_k, top_p, dtype, ti
     for name in dispatch.available():
         got = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, backend=name)
         assert got.dtype == torch.float32
-        # The nucleus edge is a comparison of masses: where rounding moves it by one entry, that entry's mass is the error.
+        # The nucleus edge compares masses: rounding may move it by one entry, if that mass is top_p up to rounding.
         differs = (got == -math.inf) != (truth == -math.inf)
         assert (differs.sum(-1) <= 1).all()
         assert torch.allclose(got.exp().sum(-1), torch.ones(rows), atol=1e-4)
