@@ -15,8 +15,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "nearest_code": ("cpu",),
     "filter_logits": ("cpu",),
     "codebook_posterior": ("cpu",),
-    "flow_sample": (),
-    "sample_codes": (),
+    "flow_sample": ("cpu",),
+    "sample_codes": ("cpu",),
     "noise": ("cpu",),
 }
 """Backends that have a kernel for each op, beside the reference that every op has."""
