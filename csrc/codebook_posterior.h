@@ -6,6 +6,10 @@
 // 1/t^2 and cancel, the differences of the codes that matter are of order t, so float32 is enough for any t.
 // Vectors of codes whose weights are all below e^-25 of the largest so far are skipped in the second half.
 // Cost: 3 V d fused multiply-adds per row forward, 4 V d backward. Memory: one packed copy of the codebook.
+//
+// Rows where less than half of the codes have p > 0 take another way if d is a multiple of the vector width: only those
+// codes are read, as rows of the codebook in place, and dot products are summed across lanes W codes at a time.
+// Which way a row takes depends on that row alone.
 
 constexpr float kNegligible = 25.f;
 
@@ -16,6 +20,7 @@ struct Posterior {
   const float *grad, *saved_x0, *saved_lse;  // backward: inputs
   float* dx;
   int64_t padded, chunk, status;
+  int64_t *dense, dense_rows;  // rows left for the dense way; null: all
 };
 
 // Buffers of one thread for a tile of R rows.
@@ -110,8 +115,10 @@ static void posterior_rows(void* context, int64_t begin, int64_t end) {
     float keep[R], scale[R], most[R], shift[R];
     vf mass[R];
     vi bad[R];
+    int64_t rows[R];
     for (int r = 0; r < R; ++r) {
-      const int64_t i = min_of(row + r, end - 1);  // the last tile repeats its last row
+      const int64_t position = min_of(row + r, end - 1);  // the last tile repeats its last row
+      const int64_t i = rows[r] = s.dense ? s.dense[position] : position;
       keep[r] = 1.f - a.t[i];
       scale[r] = -.5f / (a.t[i] * a.t[i]);
       most[r] = kGrad ? s.saved_lse[i] : -kInf;
@@ -132,7 +139,7 @@ static void posterior_rows(void* context, int64_t begin, int64_t end) {
       const float* packed = s.packed + j0 * d;
       for (int r = 0; r < R; ++r)
         for (int64_t j = 0; j < n; j += W) {
-          const vf log_p = load_row(a.log_probs, min_of(row + r, end - 1), j0 + j, V);
+          const vf log_p = load_row(a.log_probs, rows[r], j0 + j, V);
           bad[r] |= ~(vi)(log_p < splat(kInf));
           storea(tile.score + r * chunk + j, log_p);
         }
@@ -173,7 +180,7 @@ static void posterior_rows(void* context, int64_t begin, int64_t end) {
 
     for (int r = 0; r < R && row + r < end; ++r) {
       const float total = reduce_sum(mass[r]);
-      const int64_t i = row + r;
+      const int64_t i = rows[r];
       if (kGrad) {
         // The weights' rounding shifts every (c_j - x0).g alike; subtracting total * x0 removes that shift.
         const float factor = keep[r] * (-2.f * scale[r]);
@@ -191,36 +198,160 @@ static void posterior_rows(void* context, int64_t begin, int64_t end) {
   }
 }
 
-static Posterior prepare_posterior(const PosteriorArgs& args) {
-  Posterior s = {};
-  s.args = &args;
-  s.padded = round_up(args.V, kGroup);
-  s.chunk = max_of(kGroup, 8192 / args.d / kGroup * kGroup);
-  s.status = kOk;
-  float* packed = (float*)scratch(kShared, (size_t)(s.padded * (args.d + 1)) * sizeof(float));
-  int32_t* index = (int32_t*)(packed + s.padded * args.d);
-  for (int64_t j = 0; j < s.padded; ++j) index[j] = (int32_t)min_of(j, args.V - 1);
-  gather_codes(args.codebook, index, s.padded, args.d, packed);
+// sum[p..p+W) = sum_j weight_j code_j over the listed codes; the lists are padded to a multiple of 4 by zero weights.
+static void sparse_sums(const float* codebook, int64_t d, const float* weight, const int32_t* index, int64_t count,
+                        float* sum) {
+  for (int64_t p = 0; p < d; p += W) {
+    vf part[4] = {};
+    for (int64_t j = 0; j < count; j += 4)
+      for (int i = 0; i < 4; ++i) part[i] = fma(splat(weight[j + i]), load(codebook + index[j + i] * d + p), part[i]);
+    store(sum + p, (part[0] + part[1]) + (part[2] + part[3]));
+  }
+}
+
+template <bool kGrad>
+static void posterior_sparse_row(Posterior& s, int64_t row, float* score, int32_t* index, int64_t count, float* weight,
+                                 int32_t* active) {
+  const PosteriorArgs& a = *s.args;
+  const int64_t d = a.d;
+  const float *x = a.x + row * d, *grad = s.grad + row * d;
+  const vf keep = splat(1.f - a.t[row]);
+  const float scale = -.5f / (a.t[row] * a.t[row]);
+  vf most = splat(-kInf);
+  for (int64_t j = 0; j < count; j += W) {
+    vf distance[W] = {};
+    for (int64_t p = 0; p < d; p += W) {
+      const vf xp = load(x + p);
+      for (int i = 0; i < W; ++i) {
+        const vf difference = fnma(keep, load(a.codebook + index[j + i] * d + p), xp);
+        distance[i] = fma(difference, difference, distance[i]);
+      }
+    }
+    const vf value = fma(splat(scale), lane_sums(distance), load(score + j));
+    store(score + j, value);
+    most = vmax(value, most);
+  }
+  const float largest = kGrad ? s.saved_lse[row] : reduce_max(most);
+  int64_t actives = 0;
+  vf mass = {};
+  for (int64_t j = 0; j < count; j += W) {
+    const vf relative = load(score + j) - splat(largest);
+    const vi matters = (vi)(relative > splat(-kNegligible));
+    if (!any(matters)) continue;
+    const vf w = select(matters, vexp(relative), (vf){});
+    mass += w;
+    const int64_t before = actives;
+    actives = append(matters, w, j, weight, active, actives);
+    for (int64_t i = before; i < actives; ++i) active[i] = index[active[i]];
+  }
+  const int64_t padded = round_up(actives, W);
+  for (int64_t i = actives; i < padded; ++i) {
+    weight[i] = 0.f;
+    active[i] = index[0];
+  }
+  if (!kGrad) {
+    const float total = reduce_sum(mass);
+    if (!(total > 0.f)) {
+      report(&s.status, row);
+      return;
+    }
+    float* x0 = s.x0 + row * d;
+    sparse_sums(a.codebook, d, weight, active, padded, x0);
+    for (int64_t k = 0; k < d; ++k) x0[k] /= total;
+    s.lse[row] = largest + (float)log((double)total);
+    return;
+  }
+  const float* x0 = s.saved_x0 + row * d;
+  float shift = 0;
+  for (int64_t k = 0; k < d; ++k) shift += grad[k] * x0[k];
+  mass = vf{};
+  for (int64_t j = 0; j < padded; j += W) {
+    vf dot[W] = {};
+    for (int64_t p = 0; p < d; p += W) {
+      const vf gp = load(grad + p);
+      for (int i = 0; i < W; ++i) dot[i] = fma(gp, load(a.codebook + active[j + i] * d + p), dot[i]);
+    }
+    const vf w = load(weight + j) * (lane_sums(dot) - splat(shift));
+    mass += w;
+    store(weight + j, w);
+  }
+  float* dx = s.dx + row * d;
+  sparse_sums(a.codebook, d, weight, active, padded, dx);
+  const float total = reduce_sum(mass), factor = keep[0] * (-2.f * scale);
+  for (int64_t k = 0; k < d; ++k) dx[k] = factor * (dx[k] - total * x0[k]);  // as in posterior_rows
+}
+
+// Does the sparse rows and lists the others.
+template <bool kGrad>
+static void posterior_sparse_rows(void* context, int64_t begin, int64_t end) {
+  Posterior& s = *(Posterior*)context;
+  const int64_t V = s.args->V, limit = V / 2, room = limit + 2 * W;
+  float* score = (float*)scratch(kSupport, (size_t)(4 * room) * sizeof(float));
+  float* weight = score + room;
+  int32_t *index = (int32_t*)(weight + room), *active = index + room;
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t count = 0;
+    vi bad = {};
+    for (int64_t i = 0; i < V && count <= limit; i += W) {
+      const vf log_p = load_row(s.args->log_probs, row, i, V);
+      bad |= ~(vi)(log_p < splat(kInf));
+      count = append((vi)(log_p > splat(-kInf)), log_p, i, score, index, count);
+    }
+    if (count > limit) {
+      s.dense[__atomic_fetch_add(&s.dense_rows, 1, __ATOMIC_RELAXED)] = row;
+      continue;
+    }
+    if (any(bad) || count == 0) {
+      if (!kGrad) report(&s.status, row);
+      continue;
+    }
+    for (int64_t i = count; i < round_up(count, W); ++i) {
+      score[i] = -kInf;
+      index[i] = index[0];
+    }
+    posterior_sparse_row<kGrad>(s, row, score, index, count, weight, active);
+  }
+}
+
+template <int R, bool kGrad>
+static void run_posterior(Posterior& s, int threads) {
+  const PosteriorArgs& a = *s.args;
+  if (a.rows == 0) return;
+  int64_t rows = a.rows;
+  if (a.d % W == 0) {
+    s.dense = (int64_t*)scratch(kSharedExtra, (size_t)rows * sizeof(int64_t));
+    parallel_for(rows, 2, threads, posterior_sparse_rows<kGrad>, &s);
+    rows = s.dense_rows;
+    if (rows == 0) return;
+  }
+  s.padded = round_up(a.V, kGroup);
+  s.chunk = max_of(kGroup, 8192 / a.d / kGroup * kGroup);
+  float* packed = (float*)scratch(kShared, (size_t)(s.padded * (a.d + 1)) * sizeof(float));
+  int32_t* index = (int32_t*)(packed + s.padded * a.d);
+  for (int64_t j = 0; j < s.padded; ++j) index[j] = (int32_t)min_of(j, a.V - 1);
+  gather_codes(a.codebook, index, s.padded, a.d, packed);
   s.packed = packed;
-  return s;
+  parallel_for(rows, 2 * R, threads, posterior_rows<R, kGrad>, &s);
 }
 
 static int64_t posterior_forward(const PosteriorArgs& args, float* x0, float* lse, int threads) {
-  if (args.rows == 0) return kOk;
-  Posterior s = prepare_posterior(args);
+  Posterior s = {};
+  s.args = &args;
+  s.status = kOk;
   s.x0 = x0;
   s.lse = lse;
-  parallel_for(args.rows, 2 * kTileRows, threads, posterior_rows<kTileRows, false>, &s);
+  run_posterior<kTileRows, false>(s, threads);
   return s.status;
 }
 
 static void posterior_backward(const PosteriorArgs& args, const float* grad, const float* x0, const float* lse, float* dx,
                                int threads) {
-  if (args.rows == 0) return;
-  Posterior s = prepare_posterior(args);
+  Posterior s = {};
+  s.args = &args;
+  s.status = kOk;
   s.grad = grad;
   s.saved_x0 = x0;
   s.saved_lse = lse;
   s.dx = dx;
-  parallel_for(args.rows, 4, threads, posterior_rows<2, true>, &s);
+  run_posterior<2, true>(s, threads);
 }

@@ -40,23 +40,6 @@ static Support support_buffers(int64_t V, int64_t d) {
   return s;
 }
 
-// Appends the lanes in `mask`.
-static inline void append(Support& s, vi mask, vf log_p, int64_t first) {
-#if defined(__AVX512F__)
-  const __mmask16 m = _mm512_movepi32_mask((__m512i)mask);
-  store(s.log_p + s.count, (vf)_mm512_maskz_compress_ps(m, (__m512)log_p));
-  const vi index = lane_ids() + splat((int32_t)first);
-  *(vi_unaligned*)(s.index + s.count) = (vi)_mm512_maskz_compress_epi32(m, (__m512i)index);
-  s.count += __builtin_popcount(m);
-#else
-  for (uint32_t left = bits(mask); left; left &= left - 1) {
-    const int lane = __builtin_ctz(left);
-    s.log_p[s.count] = log_p[lane];
-    s.index[s.count++] = (int32_t)first + lane;
-  }
-#endif
-}
-
 // The codes of positive probability and their log p; false for a bad row.
 static bool find_support(const Flow& f, int64_t row, Support& s) {
   const int64_t V = f.args->V;
@@ -67,14 +50,14 @@ static bool find_support(const Flow& f, int64_t row, Support& s) {
     if (!filter_row(*f.filter, row, x, kept)) return false;
     for (int64_t i = 0; i < V; i += W) {
       const vf v = loada(x + i);
-      append(s, kept_lanes(kept, v, i), v - splat(kept.log_normaliser), i);
+      s.count = append(kept_lanes(kept, v, i), v - splat(kept.log_normaliser), i, s.log_p, s.index, s.count);
     }
   } else {
     vi bad = {};
     for (int64_t i = 0; i < V; i += W) {
       const vf v = load_row(f.args->log_probs, row, i, V);
       bad |= ~(vi)(v < splat(kInf));
-      append(s, (vi)(v > splat(-kInf)), v, i);
+      s.count = append((vi)(v > splat(-kInf)), v, i, s.log_p, s.index, s.count);
     }
     if (any(bad)) return false;
   }

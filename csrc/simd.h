@@ -195,6 +195,50 @@ static inline vf load_row(const Rows& rows, int64_t row, int64_t i, int64_t V) {
   return i < V ? load_tail_as_float(data, rows.dtype, i, V - i) : splat(-kInf);
 }
 
+// Appends the masked lanes of (value, first + lane) to two lists; may write W elements behind the new end.
+static inline int64_t append(vi mask, vf value, int64_t first, float* values, int32_t* indices, int64_t count) {
+#if defined(__AVX512F__)
+  const __mmask16 m = _mm512_movepi32_mask((__m512i)mask);
+  const vi index = lane_ids() + splat((int32_t)first);
+  store(values + count, (vf)_mm512_maskz_compress_ps(m, (__m512)value));
+  *(vi_unaligned*)(indices + count) = (vi)_mm512_maskz_compress_epi32(m, (__m512i)index);
+  return count + __builtin_popcount(m);
+#else
+  for (uint32_t left = bits(mask); left; left &= left - 1) {
+    const int lane = __builtin_ctz(left);
+    values[count] = value[lane];
+    indices[count++] = (int32_t)first + lane;
+  }
+  return count;
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of a[i]: log2 W rounds, each halving the number of vectors. a is consumed.
+template <int N>
+static inline vf fold_lanes(vf a, vf b) {  // lanes with bit N come from b, each added to the lane that differs in bit N
+#if defined(__clang__)
+  vf own, other;
+  for (int l = 0; l < W; ++l) {
+    own[l] = l & N ? b[l] : a[l];
+    other[l] = l & N ? b[l ^ N] : a[l ^ N];
+  }
+  return own + other;
+#else
+  vi own, other;
+  for (int l = 0; l < W; ++l) {
+    own[l] = l & N ? W + l : l;
+    other[l] = l & N ? W + (l ^ N) : l ^ N;
+  }
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+#endif
+}
+template <int N = W / 2>
+static inline vf lane_sums(vf (&a)[W]) {
+  for (int i = 0; i < N; ++i) a[i] = fold_lanes<N>(a[i], a[i + N]);
+  if constexpr (N > 1) return lane_sums<N / 2>(a);
+  return a[0];
+}
+
 #if defined(__clang__)
 #define DDFAST_SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
