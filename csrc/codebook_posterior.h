@@ -198,104 +198,116 @@ static void posterior_rows(void* context, int64_t begin, int64_t end) {
   }
 }
 
-// sum[p..p+W) = sum_j weight_j code_j over the listed codes; the lists are padded to a multiple of 4 by zero weights.
+// Codes of a sparse row that are worked on together, so that they are read from the L1 cache after the first time.
+constexpr int64_t kSparseChunk = 128;
+
+// sum[p..p+W) += sum_j weight_j code_j over the listed codes; the lists are padded to a multiple of 4 by zero weights.
 static void sparse_sums(const float* codebook, int64_t d, const float* weight, const int32_t* index, int64_t count,
                         float* sum) {
   for (int64_t p = 0; p < d; p += W) {
     vf part[4] = {};
     for (int64_t j = 0; j < count; j += 4)
       for (int i = 0; i < 4; ++i) part[i] = fma(splat(weight[j + i]), load(codebook + index[j + i] * d + p), part[i]);
-    store(sum + p, (part[0] + part[1]) + (part[2] + part[3]));
+    store(sum + p, load(sum + p) + ((part[0] + part[1]) + (part[2] + part[3])));
   }
 }
 
-template <bool kGrad>
-static void posterior_sparse_row(Posterior& s, int64_t row, float* score, int32_t* index, int64_t count, float* weight,
-                                 int32_t* active) {
+// The row with log_p and index of its `count` codes, padded to a multiple of W. P = d / W if known at compile time, or 0.
+template <bool kGrad, int P>
+static void posterior_sparse_row(Posterior& s, int64_t row, const float* log_p, const int32_t* index, int64_t count,
+                                 float* sum) {
   const PosteriorArgs& a = *s.args;
-  const int64_t d = a.d;
-  const float *x = a.x + row * d, *grad = s.grad + row * d;
+  const int64_t d = P ? P * W : a.d;
+  const float *codebook = a.codebook, *x = a.x + row * d, *grad = s.grad + row * d, *x0 = s.saved_x0 + row * d;
   const vf keep = splat(1.f - a.t[row]);
   const float scale = -.5f / (a.t[row] * a.t[row]);
-  vf most = splat(-kInf);
-  for (int64_t j = 0; j < count; j += W) {
-    vf distance[W] = {};
-    for (int64_t p = 0; p < d; p += W) {
-      const vf xp = load(x + p);
-      for (int i = 0; i < W; ++i) {
-        const vf difference = fnma(keep, load(a.codebook + index[j + i] * d + p), xp);
-        distance[i] = fma(difference, difference, distance[i]);
-      }
-    }
-    const vf value = fma(splat(scale), lane_sums(distance), load(score + j));
-    store(score + j, value);
-    most = vmax(value, most);
-  }
-  const float largest = kGrad ? s.saved_lse[row] : reduce_max(most);
-  int64_t actives = 0;
+  float largest = kGrad ? s.saved_lse[row] : -kInf, shift = 0;
   vf mass = {};
-  for (int64_t j = 0; j < count; j += W) {
-    const vf relative = load(score + j) - splat(largest);
-    const vi matters = (vi)(relative > splat(-kNegligible));
-    if (!any(matters)) continue;
-    const vf w = select(matters, vexp(relative), (vf){});
-    mass += w;
-    const int64_t before = actives;
-    actives = append(matters, w, j, weight, active, actives);
-    for (int64_t i = before; i < actives; ++i) active[i] = index[active[i]];
-  }
-  const int64_t padded = round_up(actives, W);
-  for (int64_t i = actives; i < padded; ++i) {
-    weight[i] = 0.f;
-    active[i] = index[0];
-  }
-  if (!kGrad) {
-    const float total = reduce_sum(mass);
-    if (!(total > 0.f)) {
-      report(&s.status, row);
-      return;
+  for (int64_t k = 0; k < d; ++k) sum[k] = 0;
+  if (kGrad)
+    for (int64_t k = 0; k < d; ++k) shift += grad[k] * x0[k];
+
+  for (int64_t begin = 0; begin < count; begin += kSparseChunk) {
+    const int64_t end = min_of(begin + kSparseChunk, count);
+    float score[kSparseChunk], weight[kSparseChunk + W];
+    int32_t active[kSparseChunk + W];
+    vf most = splat(-kInf);
+    for (int64_t j = begin; j < end; j += W) {
+      const vf distance = lane_sums([&](int i) __attribute__((always_inline)) {
+        const float* code = codebook + index[j + i] * d;
+        vf sum = {};
+        for (int64_t p = 0; p < d; p += W) {
+          const vf difference = fnma(keep, load(code + p), load(x + p));
+          sum = fma(difference, difference, sum);
+        }
+        return sum;
+      });
+      const vf value = fma(splat(scale), distance, load(log_p + j));
+      store(score + j - begin, value);
+      most = vmax(value, most);
     }
-    float* x0 = s.x0 + row * d;
-    sparse_sums(a.codebook, d, weight, active, padded, x0);
-    for (int64_t k = 0; k < d; ++k) x0[k] /= total;
+    if (!kGrad && reduce_max(most) > largest) {
+      const vf factor = vexp(splat(largest - reduce_max(most)));
+      largest = reduce_max(most);
+      mass *= factor;
+      for (int64_t p = 0; p < d; p += W) store(sum + p, load(sum + p) * factor);
+    }
+    int64_t actives = 0;
+    for (int64_t j = begin; j < end; j += W) {
+      const vf relative = load(score + j - begin) - splat(largest);
+      const vi matters = (vi)(relative > splat(-kNegligible));
+      if (!any(matters)) continue;
+      const vf w = select(matters, vexp(relative), (vf){});
+      if (!kGrad) mass += w;
+      actives = append(matters, w, *(const vi_unaligned*)(index + j), weight, active, actives);
+    }
+    const int64_t padded = round_up(actives, W);
+    for (int64_t i = actives; i < padded; ++i) {
+      weight[i] = 0.f;
+      active[i] = index[0];
+    }
+    if (kGrad)
+      for (int64_t j = 0; j < padded; j += W) {
+        const vf dot = lane_sums([&](int i) __attribute__((always_inline)) {
+          const float* code = codebook + active[j + i] * d;
+          vf sum = {};
+          for (int64_t p = 0; p < d; p += W) sum = fma(load(grad + p), load(code + p), sum);
+          return sum;
+        });
+        const vf w = load(weight + j) * (dot - splat(shift));
+        mass += w;
+        store(weight + j, w);
+      }
+    sparse_sums(codebook, d, weight, active, padded, sum);
+  }
+
+  const float total = reduce_sum(mass);
+  if (kGrad) {
+    const float factor = keep[0] * (-2.f * scale);
+    for (int64_t k = 0; k < d; ++k) s.dx[row * d + k] = factor * (sum[k] - total * x0[k]);  // as in posterior_rows
+  } else if (total > 0.f) {
+    for (int64_t k = 0; k < d; ++k) s.x0[row * d + k] = sum[k] / total;
     s.lse[row] = largest + (float)log((double)total);
-    return;
+  } else {
+    report(&s.status, row);
   }
-  const float* x0 = s.saved_x0 + row * d;
-  float shift = 0;
-  for (int64_t k = 0; k < d; ++k) shift += grad[k] * x0[k];
-  mass = vf{};
-  for (int64_t j = 0; j < padded; j += W) {
-    vf dot[W] = {};
-    for (int64_t p = 0; p < d; p += W) {
-      const vf gp = load(grad + p);
-      for (int i = 0; i < W; ++i) dot[i] = fma(gp, load(a.codebook + active[j + i] * d + p), dot[i]);
-    }
-    const vf w = load(weight + j) * (lane_sums(dot) - splat(shift));
-    mass += w;
-    store(weight + j, w);
-  }
-  float* dx = s.dx + row * d;
-  sparse_sums(a.codebook, d, weight, active, padded, dx);
-  const float total = reduce_sum(mass), factor = keep[0] * (-2.f * scale);
-  for (int64_t k = 0; k < d; ++k) dx[k] = factor * (dx[k] - total * x0[k]);  // as in posterior_rows
 }
 
 // Does the sparse rows and lists the others.
 template <bool kGrad>
 static void posterior_sparse_rows(void* context, int64_t begin, int64_t end) {
   Posterior& s = *(Posterior*)context;
-  const int64_t V = s.args->V, limit = V / 2, room = limit + 2 * W;
-  float* score = (float*)scratch(kSupport, (size_t)(4 * room) * sizeof(float));
-  float* weight = score + room;
-  int32_t *index = (int32_t*)(weight + room), *active = index + room;
+  const int64_t V = s.args->V, d = s.args->d, limit = V / 2, room = limit + 2 * W;
+  float* log_p = (float*)scratch(kSupport, (size_t)(2 * room + d) * sizeof(float));
+  int32_t* index = (int32_t*)(log_p + room);
+  float* sum = (float*)(index + room);
   for (int64_t row = begin; row < end; ++row) {
     int64_t count = 0;
     vi bad = {};
     for (int64_t i = 0; i < V && count <= limit; i += W) {
-      const vf log_p = load_row(s.args->log_probs, row, i, V);
-      bad |= ~(vi)(log_p < splat(kInf));
-      count = append((vi)(log_p > splat(-kInf)), log_p, i, score, index, count);
+      const vf v = load_row(s.args->log_probs, row, i, V);
+      bad |= ~(vi)(v < splat(kInf));
+      count = append((vi)(v > splat(-kInf)), v, lane_ids() + splat((int32_t)i), log_p, index, count);
     }
     if (count > limit) {
       s.dense[__atomic_fetch_add(&s.dense_rows, 1, __ATOMIC_RELAXED)] = row;
@@ -306,10 +318,18 @@ static void posterior_sparse_rows(void* context, int64_t begin, int64_t end) {
       continue;
     }
     for (int64_t i = count; i < round_up(count, W); ++i) {
-      score[i] = -kInf;
+      log_p[i] = -kInf;
       index[i] = index[0];
     }
-    posterior_sparse_row<kGrad>(s, row, score, index, count, weight, active);
+    count = round_up(count, W);
+    if (d == W)
+      posterior_sparse_row<kGrad, 1>(s, row, log_p, index, count, sum);
+    else if (d == 2 * W)
+      posterior_sparse_row<kGrad, 2>(s, row, log_p, index, count, sum);
+    else if (d == 4 * W)
+      posterior_sparse_row<kGrad, 4>(s, row, log_p, index, count, sum);
+    else
+      posterior_sparse_row<kGrad, 0>(s, row, log_p, index, count, sum);
   }
 }
 

@@ -49,15 +49,15 @@ static bool find_support(const Flow& f, int64_t row, Support& s) {
     Kept kept;
     if (!filter_row(*f.filter, row, x, kept)) return false;
     for (int64_t i = 0; i < V; i += W) {
-      const vf v = loada(x + i);
-      s.count = append(kept_lanes(kept, v, i), v - splat(kept.log_normaliser), i, s.log_p, s.index, s.count);
+      const vf v = loada(x + i), log_p = v - splat(kept.log_normaliser);
+      s.count = append(kept_lanes(kept, v, i), log_p, lane_ids() + splat((int32_t)i), s.log_p, s.index, s.count);
     }
   } else {
     vi bad = {};
     for (int64_t i = 0; i < V; i += W) {
       const vf v = load_row(f.args->log_probs, row, i, V);
       bad |= ~(vi)(v < splat(kInf));
-      s.count = append((vi)(v > splat(-kInf)), v, i, s.log_p, s.index, s.count);
+      s.count = append((vi)(v > splat(-kInf)), v, lane_ids() + splat((int32_t)i), s.log_p, s.index, s.count);
     }
     if (any(bad)) return false;
   }

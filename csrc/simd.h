@@ -195,11 +195,10 @@ static inline vf load_row(const Rows& rows, int64_t row, int64_t i, int64_t V) {
   return i < V ? load_tail_as_float(data, rows.dtype, i, V - i) : splat(-kInf);
 }
 
-// Appends the masked lanes of (value, first + lane) to two lists; may write W elements behind the new end.
-static inline int64_t append(vi mask, vf value, int64_t first, float* values, int32_t* indices, int64_t count) {
+// Appends the masked lanes of value and index to two lists; may write W elements behind the new end.
+static inline int64_t append(vi mask, vf value, vi index, float* values, int32_t* indices, int64_t count) {
 #if defined(__AVX512F__)
   const __mmask16 m = _mm512_movepi32_mask((__m512i)mask);
-  const vi index = lane_ids() + splat((int32_t)first);
   store(values + count, (vf)_mm512_maskz_compress_ps(m, (__m512)value));
   *(vi_unaligned*)(indices + count) = (vi)_mm512_maskz_compress_epi32(m, (__m512i)index);
   return count + __builtin_popcount(m);
@@ -207,13 +206,12 @@ static inline int64_t append(vi mask, vf value, int64_t first, float* values, in
   for (uint32_t left = bits(mask); left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
     values[count] = value[lane];
-    indices[count++] = (int32_t)first + lane;
+    indices[count++] = index[lane];
   }
   return count;
 #endif
 }
 
-// Lane i of the result is the sum of the lanes of a[i]: log2 W rounds, each halving the number of vectors. a is consumed.
 template <int N>
 static inline vf fold_lanes(vf a, vf b) {  // lanes with bit N come from b, each added to the lane that differs in bit N
 #if defined(__clang__)
@@ -232,11 +230,14 @@ static inline vf fold_lanes(vf a, vf b) {  // lanes with bit N come from b, each
   return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
 #endif
 }
-template <int N = W / 2>
-static inline vf lane_sums(vf (&a)[W]) {
-  for (int i = 0; i < N; ++i) a[i] = fold_lanes<N>(a[i], a[i + N]);
-  if constexpr (N > 1) return lane_sums<N / 2>(a);
-  return a[0];
+
+// Lane i of the result is the sum of the lanes of vector(i), i < W; only about log2 W vectors are alive at a time.
+template <int N = 1, class Vector>
+static inline __attribute__((always_inline)) vf lane_sums(const Vector& vector, int i = 0) {
+  if constexpr (N == W)
+    return vector(i);
+  else
+    return fold_lanes<N>(lane_sums<2 * N>(vector, i), lane_sums<2 * N>(vector, i + N));
 }
 
 #if defined(__clang__)
