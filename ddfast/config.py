@@ -24,10 +24,11 @@ class TokenizerConfig:
 
     num_codes: int = 64
     code_dim: int = 4
-    width: int = 32
-    iterations: int = 1000
+    width: int = 48
+    iterations: int = 800
+    warmup: int = 100
     batch_size: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
         _require(self.num_codes >= 2, "num_codes", self.num_codes, "at least 2")
@@ -38,13 +39,15 @@ class TokenizerConfig:
 class TeacherConfig:
     """AR transformer teacher, with the sampling settings that distillation reproduces."""
 
-    width: int = 128
+    width: int = 96
     depth: int = 4
     heads: int = 4
     class_dropout: float = 0.1
+    training_images: int = 60_000
     iterations: int = 1500
     batch_size: int = 128
     learning_rate: float = 2e-3
+    weight_decay: float = 0.02
     cfg_scale: float = 1.5
     temperature: float = 1.0
     top_k: int = 0

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -8,8 +9,16 @@ from scipy.stats import chi2
 from truth import flow_codes, problem
 
 import ddfast
-from ddfast.ops import dispatch, flow_sample
+from ddfast.ops import dispatch, flow_sample, native
 from ddfast.ops.flow_sample import SOLVERS
+from ddfast.ops.geometry import codebook_geometry
+
+
+@functools.cache
+def exact(rows: int, num_codes: int, dim: int, peak: float, support: float, seed: int) -> torch.Tensor:
+    """Thousands of Heun steps in other coordinates, in float64; shared by the backends that are held against it."""
+    log_probs, noise, codebook = problem(rows, num_codes, dim, peak=peak, support=support, seed=seed)
+    return torch.from_numpy(flow_codes(log_probs.numpy(), noise.numpy(), codebook.numpy(), 2500))
 
 
 def agreement(codes: torch.Tensor, truth: torch.Tensor) -> float:
@@ -20,9 +29,9 @@ def agreement(codes: torch.Tensor, truth: torch.Tensor) -> float:
     ("num_codes", "dim", "peak", "support"), [(64, 4, 2.0, 1.0), (256, 8, 1.0, 0.4), (512, 32, 3.0, 0.3)]
 )
 def test_exact_map(backend, num_codes, dim, peak, support):
-    """The default solver against thousands of Heun steps in other coordinates, in float64."""
+    """The default solver against a float64 integration that shares nothing with it."""
     log_probs, noise, codebook = problem(500, num_codes, dim, peak=peak, support=support, seed=1)
-    truth = torch.from_numpy(flow_codes(log_probs.numpy(), noise.numpy(), codebook.numpy(), 2500))
+    truth = exact(500, num_codes, dim, peak, support, 1)
     codes, x = flow_sample(log_probs.float(), noise.float(), codebook.float(), backend=backend)
     assert agreement(codes, truth) >= 0.99
     assert torch.equal(x, codebook.float()[codes])
@@ -31,7 +40,7 @@ def test_exact_map(backend, num_codes, dim, peak, support):
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_every_solver_converges(backend, solver):
     log_probs, noise, codebook = problem(300, 64, 4, seed=2)
-    truth = torch.from_numpy(flow_codes(log_probs.numpy(), noise.numpy(), codebook.numpy(), 2500))
+    truth = exact(300, 64, 4, 2.0, 1.0, 2)
     log_probs, noise, codebook = log_probs.float(), noise.float(), codebook.float()
     coarse, fine = (
         agreement(flow_sample(log_probs, noise, codebook, steps=steps, solver=solver, backend=backend)[0], truth)
@@ -61,6 +70,32 @@ def test_frequencies(backend):
     statistic = ((torch.bincount(codes, minlength=64) - wanted).square() / wanted).sum()
     assert wanted.min() > 5
     assert chi2.sf(float(statistic), 63) > 1e-3
+
+
+@pytest.mark.skipif(native.cpu is None, reason="the native module is not built")
+@pytest.mark.parametrize(
+    ("num_codes", "dim", "peak", "support"),
+    [(8, 2, 1.5, 1.0), (64, 4, 2.0, 1.0), (1024, 8, 1.0, 0.5), (512, 32, 3.0, 0.3)],
+)
+def test_early_exit_is_never_wrong(num_codes, dim, peak, support):
+    """A token that stops early has the code of the same token integrated to the end in fine steps: no false exit in 20,000."""
+    rows = 20_000 if num_codes < 1000 else 4_000
+    log_probs, noise, codebook = (
+        tensor.float().contiguous() for tensor in problem(rows, num_codes, dim, peak=peak, support=support, seed=7)
+    )
+    geometry = codebook_geometry(codebook)
+    results = []
+    for early_exit in (True, False):
+        codes, evaluations = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int32)
+        native.cpu.flow_sample(
+            log_probs.data_ptr(), 0, num_codes, noise.data_ptr(), codebook.data_ptr(), geometry.packed.data_ptr(),
+            codes.data_ptr(), evaluations.data_ptr(), rows, num_codes, dim,
+            200, SOLVERS["dpm3m"], geometry.sigma_min, early_exit, torch.get_num_threads(),
+        )  # fmt: skip
+        results.append((codes, evaluations.double().mean()))
+    (early, used), (full, all_steps) = results
+    assert torch.equal(early, full)
+    assert used < 0.95 * all_steps
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,216 @@
+"""The embedded task: scikit-learn's handwritten digits on a larger canvas, a VQ tokenizer and an AR teacher for them.
+
+The 1,797 real 8x8 images are enlarged and placed at random positions and sizes on a 16x16 canvas, light on dark or
+dark on light. Size, place and polarity are properties of the whole image, so its tokens depend strongly on each other
+even when the class is known: a model that draws every token independently mixes polarities and tears strokes apart.
+That is what makes this small task tell one-step generators apart.
+
+Dimensions: B batch, N tokens, V codes, D code dimension, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.config import TeacherConfig, TokenizerConfig, config_hash
+from ddfast.env import cache_dir
+from ddfast.models.checkpoint import load_tensors, save_tensors
+from ddfast.models.protocol import SamplingDefaults
+from ddfast.models.transformer import TransformerTeacher
+from ddfast.ops import nearest_code
+
+CANVAS = 16
+PATCH = 4
+NUM_CLASSES = 10
+HELD_OUT = 300
+
+Progress = Callable[[int, int, str], None]
+"""Called as `progress(done, total, text)` after every step."""
+
+
+@lru_cache(maxsize=2)
+def digit_images(split: str) -> tuple[Tensor, Tensor]:
+    """The original digits of one split: images float32 [B, 1, 8, 8] in [0, 1] and labels int64 [B].
+
+    The split is fixed: 300 held-out images ("test"), the other 1,497 for training ("train").
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split: got {split!r}, expected 'train' or 'test'")
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    rows = order[:HELD_OUT] if split == "test" else order[HELD_OUT:]
+    images = torch.from_numpy(data.images).float()[rows, None] / 16
+    return images, torch.from_numpy(data.target).long()[rows]
+
+
+def render(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Place 8x8 digits [B, 1, 8, 8] on the canvas: [B, 1, 16, 16] in [0, 1], random place, size and polarity."""
+    batch = len(images)
+    size = torch.empty(batch).uniform_(0.65, 0.9, generator=generator)
+    room = (1 - size)[:, None]
+    shift = torch.empty(batch, 2).uniform_(-1, 1, generator=generator) * room
+    dark_on_light = torch.rand(batch, generator=generator) < 0.5
+    # grid_sample reads: canvas coordinate y in [-1, 1] comes from (y - shift) / size of the digit's own coordinates.
+    transform = torch.zeros(batch, 2, 3)
+    transform[:, 0, 0] = transform[:, 1, 1] = 1 / size
+    transform[:, :, 2] = -shift / size[:, None]
+    grid = F.affine_grid(transform, [batch, 1, CANVAS, CANVAS], align_corners=False)
+    canvas = F.grid_sample(images, grid, mode="bicubic", align_corners=False).clamp(0, 1)
+    return torch.where(dark_on_light[:, None, None, None], 1 - canvas, canvas)
+
+
+def digit_batch(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` rendered digits of a split, drawn with replacement: images [count, 1, 16, 16] and labels [count]."""
+    images, labels = digit_images(split)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(images), (count,), generator=generator)
+    return render(images[rows], generator), labels[rows]
+
+
+class Tokenizer(nn.Module):
+    """VQ autoencoder: 16x16 images to a 4x4 grid of codes (raster order) and back."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, dim = config.width, config.code_dim
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, width, PATCH, stride=PATCH),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, dim, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(dim, 2 * width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * width, PATCH * PATCH * 4, 1),
+            nn.PixelShuffle(PATCH),
+            nn.GELU(),
+            nn.Conv2d(4, 1, 3, padding=1),
+        )
+        self.register_buffer("codebook", torch.randn(config.num_codes, dim))
+        self.codebook: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return (CANVAS // PATCH) ** 2
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Unquantised latents [B, N, D] of images [B, 1, 16, 16] in [0, 1]."""
+        return self.encoder(2 * images - 1).flatten(2).transpose(1, 2)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes int64 [B, N]."""
+        return nearest_code(self.latents(images), self.codebook)
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        """Raw images [B, 1, 16, 16] in [-1, 1] scale from embeddings [B, N, D]."""
+        side = CANVAS // PATCH
+        return self.decoder(embeddings.transpose(1, 2).unflatten(2, (side, side)))
+
+
+def train_tokenizer(config: TokenizerConfig, *, seed: int = 0, progress: Progress | None = None) -> Tokenizer:
+    """Train the tokenizer on rendered training digits: L1 + L2 reconstruction, EMA codebook, dead codes redrawn."""
+    torch.manual_seed(seed)
+    model = Tokenizer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.iterations, pct_start=0.05)
+    generator = torch.Generator().manual_seed(seed + 1)
+    originals, _ = digit_images("train")
+    counts, sums = torch.ones(config.num_codes), model.codebook.clone()
+    for step in range(config.iterations):
+        images = render(originals[torch.randint(len(originals), (config.batch_size,), generator=generator)], generator)
+        latents = model.latents(images)
+        flat = latents.detach().flatten(0, 1)
+        if step < config.warmup:  # a plain autoencoder first: its latents then seed the codebook
+            embeddings, commitment = latents, latents.square().mean() * 1e-3
+        else:
+            if step == config.warmup:
+                sums = flat[torch.randperm(len(flat), generator=generator)[: config.num_codes]].clone()
+                model.codebook.copy_(sums)
+            codes = nearest_code(latents.detach(), model.codebook)
+            chosen = model.codebook[codes]
+            embeddings = latents + (chosen - latents).detach()
+            commitment = 0.25 * F.mse_loss(latents, chosen)
+            one_hot = F.one_hot(codes.flatten(), config.num_codes).float()
+            counts.mul_(0.98).add_(one_hot.sum(0), alpha=0.02)
+            sums.mul_(0.98).add_(one_hot.T @ flat, alpha=0.02)
+            dead = counts < 0.5
+            if step % 20 == 0 and step < 0.7 * config.iterations and dead.any():
+                fresh = flat[torch.randint(len(flat), (int(dead.sum()),), generator=generator)]
+                counts[dead], sums[dead] = 1.0, fresh
+            model.codebook.copy_(sums / counts[:, None].clamp_min(1e-3))
+        error = model.decode(embeddings) - (2 * images - 1)
+        loss = error.abs().mean() + error.square().mean() + commitment
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress:
+            progress(step + 1, config.iterations, f"loss {loss.item():.4f}")
+    return model.eval()
+
+
+class DigitsTeacher(TransformerTeacher):
+    """Class-conditional AR transformer over the tokenizer's codes."""
+
+    def __init__(self, tokenizer: Tokenizer, config: TeacherConfig) -> None:
+        super().__init__(
+            codebook=tokenizer.codebook,
+            groups=(1,) * tokenizer.num_tokens,
+            num_classes=NUM_CLASSES,
+            width=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            defaults=SamplingDefaults(
+                cfg_scale=config.cfg_scale, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+            ),
+        )
+        self.config = config
+        self.tokenizer = tokenizer.requires_grad_(False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)
+
+    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
+        images = self.tokenizer.decode(self.embed(codes))
+        return ((images + 1) / 2).clamp(0, 1) if clamp else images
+
+
+def train_teacher(
+    tokenizer: Tokenizer, config: TeacherConfig, *, seed: int = 0, progress: Progress | None = None
+) -> DigitsTeacher:
+    """Train the AR teacher by next-token cross-entropy with class dropout (for guidance)."""
+    torch.manual_seed(seed)
+    teacher = DigitsTeacher(tokenizer, config)
+    parameters = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.iterations, pct_start=0.05)
+    images, labels = digit_batch("train", config.training_images, seed + 1)
+    with torch.no_grad():
+        codes = torch.cat([teacher.encode(chunk) for chunk in images.split(4096)])
+    generator = torch.Generator().manual_seed(seed + 2)
+    for step in range(config.iterations):
+        rows = torch.randint(len(codes), (config.batch_size,), generator=generator)
+        dropped = torch.rand(config.batch_size, generator=generator) < config.class_dropout
+        condition = torch.where(dropped, NUM_CLASSES, labels[rows])
+        loss = F.cross_entropy(teacher.logits(condition, codes[rows]).flatten(0, 1), codes[rows].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress:
+            progress(step + 1, config.iterations, f"loss {loss.item():.4f}")
+    return teacher.eval().requires_grad_(False)

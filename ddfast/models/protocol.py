@@ -1,0 +1,248 @@
+"""What ddfast asks of a teacher, and the one generation loop that every teacher shares.
+
+Dimensions: B batch, R rows (B, or 2B with guidance), N tokens, G tokens of one group, V codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.ops import filter_logits, sample_codes
+
+Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""Class labels int64 [B], or text as (features [B, L, dim], mask [B, L])."""
+
+Sampler: TypeAlias = Literal["multinomial", "greedy", "flow"]
+
+
+@dataclass(kw_only=True, frozen=True)
+class SamplingDefaults:
+    """The sampling settings that a teacher is meant to be used with, and that its students learn to reproduce."""
+
+    cfg_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+class Teacher(nn.Module, ABC):
+    """An auto-regressive model over the codes of a VQ codebook.
+
+    A subclass sets the five attributes below and implements `begin`, `advance` and `logits` (and `encode` and `decode`
+    if it has a tokenizer); sampling, guidance and filtering are inherited.
+
+    Attributes:
+        codebook: float32 [V, D], the embeddings that the flow and the students work with.
+        groups: sizes of the positions decoded together (LlamaGen: 1 each; VAR: pn^2 per scale); they sum to n.
+        num_classes: number of labels; the label `num_classes` stands for "no condition".
+        defaults: sampling settings that `generate` uses where the caller gives none.
+    """
+
+    codebook: Tensor
+    groups: tuple[int, ...]
+    num_classes: int
+    defaults: SamplingDefaults
+
+    @property
+    def num_tokens(self) -> int:
+        """n, the number of tokens of one image."""
+        return sum(self.groups)
+
+    @property
+    def num_codes(self) -> int:
+        """V, the size of the codebook."""
+        return self.codebook.shape[0]
+
+    @property
+    def code_dim(self) -> int:
+        """D, the dimension of a code's embedding."""
+        return self.codebook.shape[1]
+
+    def group_starts(self) -> list[int]:
+        """First token of every group, and n at the end: group k is `starts[k]:starts[k + 1]`."""
+        return [0, *accumulate(self.groups)]
+
+    # What a teacher implements -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, condition: Condition, *, guided: bool) -> Any:
+        """Decoding state for `condition`; with `guided`, rows B..2B stand for the same samples without condition."""
+
+    @abstractmethod
+    def advance(self, state: Any, embeddings: Tensor) -> Tensor:
+        """Take in the tokens decided since the last call and return the next group's logits.
+
+        Args:
+            state: what `begin` returned; updated in place.
+            embeddings: float32 [R, m, D], whole groups; m = 0 in the first call unless there is a prefix.
+
+        Returns:
+            float32 [R, G, V], unguided.
+        """
+
+    @abstractmethod
+    def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
+        """Teacher-forced logits of every position, unguided; position i sees earlier groups only.
+
+        Args:
+            condition: int64 [B], or text.
+            codes: int64 [B, N], or their embeddings [B, N, D].
+            unconditional: leave the condition out.
+
+        Returns:
+            float32 [B, N, V].
+        """
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] to codes int64 [B, N]."""
+        raise TypeError(f"{type(self).__name__} has no image tokenizer")
+
+    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
+        """Codes int64 [B, N] or embeddings [B, N, D] to images [B, C, H, W] in [0, 1].
+
+        With `clamp=False`, the decoder's raw output in [-1, 1] scale.
+        """
+        raise TypeError(f"{type(self).__name__} has no image tokenizer")
+
+    def group_cfg_scale(self, cfg_scale: float, group: int, cfg_interval: int) -> float:
+        """Guidance scale of one group: the same for all, and 1 after `cfg_interval` (negative: never ends)."""
+        return cfg_scale if group == 0 or cfg_interval < 0 or group - 1 <= cfg_interval else 1.0
+
+    # What every teacher inherits ---------------------------------------------------------------------------------
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Embeddings [..., D] of integer codes [...]; embeddings pass through unchanged."""
+        return codes if codes.is_floating_point() else self.codebook[codes.long()]
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raise `TypeError`/`ValueError` unless `condition` holds labels this teacher knows."""
+        if not isinstance(condition, Tensor):
+            return
+        if condition.dtype != torch.int64 or condition.ndim != 1:
+            raise TypeError(f"condition: got {condition.dtype} {list(condition.shape)}, expected int64 labels [B]")
+        if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) < self.num_classes:
+            labels = f"{int(condition.min())}..{int(condition.max())}"
+            raise ValueError(f"condition: got labels {labels}, expected 0..{self.num_classes - 1}")
+
+    def log_probs(self, condition: Condition, codes: Tensor, *, filtered: bool = True) -> Tensor:
+        """Teacher-forced log-probabilities [B, N, V] of the distribution that the teacher samples from.
+
+        Guidance and temperature are those of `defaults`; with `filtered=False` top-k and top-p are left out, so every
+        code keeps a finite log-probability (a likelihood of foreign samples needs that).
+        """
+        defaults = self.defaults
+        top_k, top_p = (defaults.top_k, defaults.top_p) if filtered else (0, 1.0)
+        logits = self.logits(condition, codes)
+        if defaults.cfg_scale == 1.0:
+            return filter_logits(logits, temperature=defaults.temperature, top_k=top_k, top_p=top_p)
+        scales = [self.group_cfg_scale(defaults.cfg_scale, group, -1) for group in range(len(self.groups))]
+        sizes = torch.tensor(self.groups, device=logits.device)
+        scale = torch.tensor(scales, device=logits.device).repeat_interleave(sizes)[None, :, None]
+        unconditional = self.logits(condition, codes, unconditional=True)
+        # filter_logits guides with one scale per call when it is a plain number, the common case and the fast one.
+        cfg_scale = defaults.cfg_scale if len(set(scales)) == 1 else scale
+        return filter_logits(
+            logits,
+            uncond=unconditional,
+            cfg_scale=cfg_scale,
+            temperature=defaults.temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+
+    def generate(
+        self,
+        condition: Condition,
+        *,
+        sampler: Sampler = "multinomial",
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        cfg_scale: float | None = None,
+        cfg_interval: int = -1,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        prefix: Tensor | None = None,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Decode images token group by token group, with guidance rows in the same forward passes.
+
+        Args:
+            condition: int64 [B], or text.
+            sampler: "multinomial" draws with `generator`; "greedy" takes the most likely code; "flow" integrates
+                every token's closed-form flow from `noise` (METHOD.md section 1): the deterministic map that DD1
+                distils, with the same distribution as "multinomial".
+            noise: float32 [B, N, D], for the sampler "flow".
+            generator: randomness of "multinomial".
+            cfg_scale, top_k, top_p, temperature: None takes the value of `defaults`. A scale of 1 skips guidance.
+            cfg_interval: guide only the first group and this many + 1 after it; negative guides all.
+            prefix: int64 [B, m], codes that are already decided; m ends a group.
+            stop: decode up to this token (it ends a group) instead of all n.
+
+        Returns:
+            int64 [B, stop], the prefix included.
+
+        Raises:
+            ValueError: an argument is out of range or has a wrong shape; noise is missing or not wanted.
+        """
+        batch = condition.shape[0] if isinstance(condition, Tensor) else condition[0].shape[0]
+        defaults = self.defaults
+        cfg_scale = defaults.cfg_scale if cfg_scale is None else float(cfg_scale)
+        settings: dict[str, Any] = {
+            "temperature": defaults.temperature if temperature is None else temperature,
+            "top_k": defaults.top_k if top_k is None else top_k,
+            "top_p": defaults.top_p if top_p is None else top_p,
+        }
+        starts = self.group_starts()
+        length = 0 if prefix is None else prefix.shape[1]
+        stop = self.num_tokens if stop is None else stop
+        self.check_condition(condition)
+        if sampler not in ("multinomial", "greedy", "flow"):
+            raise ValueError(f"sampler: got {sampler!r}, expected 'multinomial', 'greedy' or 'flow'")
+        if (sampler == "flow") != (noise is not None):
+            raise ValueError(f"noise: got {'a tensor' if noise is not None else None} with sampler {sampler!r}")
+        if noise is not None and noise.shape != (batch, self.num_tokens, self.code_dim):
+            expected = [batch, self.num_tokens, self.code_dim]
+            raise ValueError(f"noise: got shape {list(noise.shape)}, expected {expected}")
+        if prefix is not None and (prefix.ndim != 2 or prefix.shape[0] != batch):
+            raise ValueError(f"prefix: got shape {list(prefix.shape)}, expected [{batch}, m]")
+        for name, value in (("prefix", length), ("stop", stop)):
+            if value not in starts:
+                raise ValueError(f"{name}: got {value} tokens, expected the end of a group: one of {starts}")
+        if stop < length:
+            raise ValueError(f"stop: got {stop}, expected at least the prefix's {length} tokens")
+
+        device = self.codebook.device
+        with torch.inference_mode():
+            codes = torch.empty(batch, stop, dtype=torch.int64, device=device)
+            if prefix is not None:
+                codes[:, :length] = prefix
+            if stop > length:
+                guided = cfg_scale != 1.0
+                state = self.begin(condition, guided=guided)
+                new = self.embed(codes[:, :length])
+                for group in range(starts.index(length), starts.index(stop)):
+                    logits = self.advance(state, torch.cat((new, new)) if guided else new)
+                    scale = self.group_cfg_scale(cfg_scale, group, cfg_interval)
+                    guidance = {"uncond": logits[batch:], "cfg_scale": scale} if guided and scale != 1.0 else {}
+                    here = slice(starts[group], starts[group + 1])
+                    logits = logits[:batch]
+                    if sampler == "flow":
+                        assert noise is not None
+                        codes[:, here] = sample_codes(logits, noise[:, here], self.codebook, **guidance, **settings)[0]
+                    else:
+                        log_probs = filter_logits(logits, **guidance, **settings)
+                        if sampler == "greedy":
+                            codes[:, here] = log_probs.argmax(-1)
+                        else:
+                            flat = log_probs.exp().flatten(0, -2)
+                            drawn = torch.multinomial(flat, 1, generator=generator)
+                            codes[:, here] = drawn.view(log_probs.shape[:-1])
+                    new = self.embed(codes[:, here])
+        return codes.clone()  # outside inference mode, so that the codes can enter a training graph

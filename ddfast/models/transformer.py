@@ -1,0 +1,199 @@
+"""A small class-conditional transformer over code embeddings: the digits teacher, and the body of every student.
+
+Dimensions: R rows, S sequence, N tokens, G tokens of one group, W width, H heads, V codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+
+
+def block_mask(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor | None:
+    """Boolean [S, S] mask of a sequence of groups, True = may look: at all earlier groups and at one's own.
+
+    None where every group has one token: plain causal attention, for which there is a faster path.
+    """
+    if all(size == 1 for size in groups):
+        return None
+    level = torch.arange(len(groups), device=device).repeat_interleave(torch.tensor(groups, device=device))
+    return level[:, None] >= level[None, :]
+
+
+def level_mask(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor | None:
+    """Boolean [S, S] mask of a student: strictly earlier groups and oneself; None where that is plain causal."""
+    mask = block_mask(groups, device)
+    if mask is None:
+        return None
+    return (mask & ~mask.T) | torch.eye(len(mask), dtype=torch.bool, device=device)
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once for the whole sequence."""
+
+    def __init__(self, depth: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
+        shape = (depth, rows, heads, length, head_dim)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new [R, H, S, head_dim] and return all of its keys and values so far."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        rows, length, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(rows, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        x = x + self.project(mixed.transpose(1, 2).reshape(rows, length, width))
+        return x + self.contract(F.gelu(self.expand(self.mlp_norm(x)), approximate="tanh"))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and the final norm."""
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.width, self.depth, self.heads = width, depth, heads
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:  # residual branches start small, so that depth does not change the scale
+                scale = 0.02 / (2 * depth) ** 0.5 if name.endswith(("project.weight", "contract.weight")) else 0.02
+                nn.init.normal_(parameter, std=scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None = None) -> Tensor:
+        """x [R, S, W] to [R, S, W]; with a cache, x continues the cached sequence."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, causal, cache, layer)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+
+@dataclass
+class DecodeState:
+    """Progress of one `TransformerTeacher.generate`."""
+
+    labels: Tensor
+    cache: KVCache
+    groups_fed: int = 0
+
+
+class TransformerTeacher(Teacher):
+    """Class-conditional AR transformer that reads code embeddings.
+
+    The input of the first group is the class token; the input of group k is group k-1, resized to its own number of
+    tokens. With groups of one token that is the usual shifted sequence.
+
+    Args:
+        codebook: float32 [V, D].
+        groups: sizes of the positions decoded together.
+        num_classes: number of labels.
+        width, depth, heads: size of the transformer.
+        defaults: sampling settings.
+    """
+
+    def __init__(
+        self,
+        *,
+        codebook: Tensor,
+        groups: tuple[int, ...],
+        num_classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        defaults: SamplingDefaults | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("codebook", codebook.detach().clone().float())
+        self.groups, self.num_classes = tuple(groups), num_classes
+        self.defaults = defaults or SamplingDefaults()
+        self.class_embedding = nn.Embedding(num_classes + 1, width)
+        self.position_embedding = nn.Parameter(torch.empty(self.num_tokens, width).normal_(std=0.02))
+        self.input = nn.Linear(self.code_dim, width)
+        self.body = Transformer(width, depth, heads)
+        self.head = nn.Linear(width, self.num_codes)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def labels(self, condition: Condition, *, unconditional: bool = False) -> Tensor:
+        """Labels as the class embedding wants them: `num_classes` where there is no condition."""
+        if not isinstance(condition, Tensor):
+            raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
+        return torch.full_like(condition, self.num_classes) if unconditional else condition
+
+    def group_inputs(self, labels: Tensor, embeddings: Tensor, first: int, last: int) -> Tensor:
+        """Input tokens [R, S, W] of groups first..last; `embeddings` starts at group `first - 1` (0 at the start)."""
+        starts = self.group_starts()
+        parts, offset = [], 0
+        for group in range(first, last + 1):
+            size = self.groups[group]
+            if group == 0:
+                parts.append(self.class_embedding(labels)[:, None].expand(-1, size, -1))
+                continue
+            previous = self.groups[group - 1]
+            token = self.input(embeddings[:, offset : offset + previous])
+            if previous != size:
+                token = F.interpolate(token.transpose(1, 2), size=size, mode="linear").transpose(1, 2)
+            parts.append(token)
+            offset += previous
+        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return tokens + self.position_embedding[starts[first] : starts[last + 1]]
+
+    def begin(self, condition: Condition, *, guided: bool) -> DecodeState:
+        labels = self.labels(condition)
+        if guided:
+            labels = torch.cat((labels, self.labels(condition, unconditional=True)))
+        body = self.body
+        head_dim = body.width // body.heads
+        cache = KVCache(body.depth, len(labels), body.heads, self.num_tokens, head_dim, self.position_embedding)
+        return DecodeState(labels, cache)
+
+    def advance(self, state: DecodeState, embeddings: Tensor) -> Tensor:
+        first, last = state.groups_fed, self.group_starts().index(self._tokens_known(state) + embeddings.shape[1])
+        tokens = self.group_inputs(state.labels, embeddings, first, last)
+        state.groups_fed = last + 1
+        mask = None  # one group sees everything before it and itself
+        if first != last:
+            level = torch.arange(first, last + 1).repeat_interleave(torch.tensor(self.groups[first : last + 1]))
+            mask = F.pad(level[:, None] >= level[None, :], (state.cache.length, 0), value=True).to(tokens.device)
+        hidden = self.body(tokens, mask, False, state.cache)
+        return self.head(hidden[:, -self.groups[last] :])
+
+    def _tokens_known(self, state: DecodeState) -> int:
+        return self.group_starts()[max(state.groups_fed - 1, 0)]
+
+    def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
+        labels = self.labels(condition, unconditional=unconditional)
+        tokens = self.group_inputs(labels, self.embed(codes), 0, len(self.groups) - 1)
+        mask = block_mask(self.groups, tokens.device)
+        return self.head(self.body(tokens, mask, mask is None))
