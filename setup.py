@@ -37,6 +37,8 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
+        # The cache names tools of the last build environment, which may be gone; objects are still reused without it.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         cmake = tool("cmake")
         configure = [
             cmake,
@@ -53,10 +55,31 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DDDFAST_VERSION={self.distribution.get_version()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DDDFAST_CUDA={'ON' if ext.name == 'ddfast_cuda' else 'OFF'}",
         ]
+        if ext.name == "ddfast_cuda":
+            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc()}")
         for command in (configure, [cmake, "--build", str(build), "--target", ext.name]):
             if subprocess.run(command).returncode != 0:
-                sys.exit(f"ddfast: building {ext.name} failed (messages above): {' '.join(command)}")
+                without = "DDFAST_NO_CUDA=1" if ext.name == "ddfast_cuda" else "DDFAST_NO_NATIVE=1"
+                sys.exit(f"ddfast: building {ext.name} failed (messages above); {without} installs without it")
+        # A copy that an editable install left in the source folder would shadow this module there: keep it the same.
+        in_place = ROOT / Path(self.get_ext_filename(ext.name)).name
+        if in_place.exists():
+            shutil.copyfile(output / in_place.name, in_place)
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler: CUDACXX, on the path, or under CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def modules() -> list[Extension]:
+    if flag("DDFAST_NO_NATIVE"):
+        return []
+    cuda = nvcc() is not None and not flag("DDFAST_NO_CUDA")
+    return [CMakeExtension("ddfast_native")] + ([CMakeExtension("ddfast_cuda")] if cuda else [])
 
 
 def tool(name: str) -> str:
@@ -69,6 +92,6 @@ def tool(name: str) -> str:
 
 
 setup(
-    ext_modules=[] if flag("DDFAST_NO_NATIVE") else [CMakeExtension("ddfast_native")],
+    ext_modules=modules(),
     cmdclass={"build_ext": CMakeBuild},
 )

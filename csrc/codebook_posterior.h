@@ -345,7 +345,7 @@ static void run_posterior(Posterior& s, int threads) {
     if (rows == 0) return;
   }
   s.padded = round_up(a.V, kGroup);
-  s.chunk = max_of(kGroup, 8192 / a.d / kGroup * kGroup);
+  s.chunk = max_of(kGroup, 4096 / a.d / kGroup * kGroup);
   float* packed = (float*)scratch(kShared, (size_t)(s.padded * (a.d + 1)) * sizeof(float));
   int32_t* index = (int32_t*)(packed + s.padded * a.d);
   for (int64_t j = 0; j < s.padded; ++j) index[j] = (int32_t)min_of(j, a.V - 1);
