@@ -26,6 +26,11 @@ class CMakeExtension(Extension):
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        for stale in Path(self.build_lib).glob("ddfast_*"):  # of an earlier build with other modules
+            stale.unlink()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
             sys.exit(

@@ -76,15 +76,11 @@ def test_any_split_gives_the_same(kernels, isa) -> None:
         again = kernels.posterior_forward(x, t, log_probs, codebook, threads=threads)
         assert np.array_equal(again[0], x0)
         assert np.array_equal(again[1], lse)
-        assert np.array_equal(
-            kernels.posterior_backward(grad, x, t, log_probs, codebook, x0, lse, threads=threads), dx
-        )
+        assert np.array_equal(kernels.posterior_backward(grad, x, t, log_probs, codebook, x0, lse, threads=threads), dx)
     for i in (0, 1, 7, 40):
         row = slice(i, i + 1)
         assert np.array_equal(kernels.posterior_forward(x[row], t[row], log_probs[row], codebook)[0], x0[row])
-        alone = kernels.posterior_backward(
-            grad[row], x[row], t[row], log_probs[row], codebook, x0[row], lse[row]
-        )
+        alone = kernels.posterior_backward(grad[row], x[row], t[row], log_probs[row], codebook, x0[row], lse[row])
         assert np.array_equal(alone, dx[row])
 
 
