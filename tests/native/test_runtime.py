@@ -1,0 +1,71 @@
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+native = pytest.importorskip("ddfast_native")
+
+
+def problem() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(4000, 8)).astype(np.float32), rng.normal(size=(2000, 8)).astype(np.float32)
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match=r"name: got 'sse9', expected one of .*baseline"):
+        native.set_isa("sse9")
+    assert native.isa() in native.isa_available()
+
+
+def test_module_states_its_convention() -> None:
+    assert native.abi == 1
+    assert native.version[0].isdigit()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_threads_after_fork(kernels) -> None:
+    x, codebook = problem()
+    expected = kernels.nearest_code(x, codebook, threads=4)  # starts the workers, which the child will not have
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(kernels.nearest_code(x, codebook, threads=4), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_concurrent_calls(kernels) -> None:
+    x, codebook = problem()
+    expected = kernels.nearest_code(x, codebook)
+    wrong = []
+
+    def work() -> None:
+        for _ in range(10):
+            if not np.array_equal(kernels.nearest_code(x, codebook, threads=3), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+def test_interpreter_exits_while_workers_wait() -> None:
+    code = (
+        "import ddfast_native as n, array\n"
+        "i, o = array.array('q', range(100)), array.array('f', bytes(4 * 100 * 1000))\n"
+        "n.noise(0, i.buffer_info()[0], 100, 1000, o.buffer_info()[0], 4)\n"
+        "print(o[0] != 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+
+
+def test_out_of_memory_is_an_exception() -> None:
+    with pytest.raises(MemoryError):
+        native.nearest_code(0, 0, 0, 1, 2**50, 8, False, 2)
