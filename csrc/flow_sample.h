@@ -69,7 +69,7 @@ static bool find_support(const Flow& f, int64_t row, Support& s) {
   return s.count > 0;
 }
 
-// out[k] = sum over the active vectors of score * code[k].
+// out[k..k+K) = sum over the active vectors of score * code[k..k+K).
 template <int K>
 static void weighted_sums_at(const Support& s, int64_t d, int64_t active, int64_t k, float* out) {
   vf sum[K] = {};
@@ -79,12 +79,14 @@ static void weighted_sums_at(const Support& s, int64_t d, int64_t active, int64_
     const float* c = s.packed + (v * d + k) * W;
     for (int i = 0; i < K; ++i) sum[i] = fma(weight, loada(c + i * W), sum[i]);
   }
-  for (int i = 0; i < K; ++i) out[k + i] = reduce_sum(sum[i]);
+  const vf all = lane_sums([&](int i) __attribute__((always_inline)) { return i < K ? sum[i] : vf{}; });
+  __builtin_memcpy(out + k, &all, K * sizeof(float));
 }
 
 static void weighted_sums(const Support& s, int64_t d, int64_t active, float* out) {
   int64_t k = 0;
-  for (; k + 8 <= d; k += 8) weighted_sums_at<8>(s, d, active, k, out);
+  for (; k + W <= d; k += W) weighted_sums_at<W>(s, d, active, k, out);
+  for (; k + W / 2 <= d; k += W / 2) weighted_sums_at<W / 2>(s, d, active, k, out);
   for (; k < d; ++k) weighted_sums_at<1>(s, d, active, k, out);
 }
 
