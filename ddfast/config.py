@@ -63,7 +63,7 @@ class TrajectoryConfig:
 
     count: int = 20_000
     shard_size: int = 1000
-    steps: int = 24
+    steps: int = 20
     solver: str = "dpm3m"
     store_noise: bool = False
 

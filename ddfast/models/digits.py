@@ -10,6 +10,7 @@ Dimensions: B batch, N tokens, V codes, D code dimension, C channels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.config import TeacherConfig, TokenizerConfig, config_hash
+from ddfast.config import TeacherConfig, TokenizerConfig, TrainConfig, config_hash
 from ddfast.env import cache_dir
-from ddfast.models.checkpoint import load_tensors, save_tensors
+from ddfast.errors import DDFastError
+from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.protocol import SamplingDefaults
 from ddfast.models.transformer import TransformerTeacher
 from ddfast.ops import nearest_code
@@ -214,3 +216,42 @@ def train_teacher(
         if progress:
             progress(step + 1, config.iterations, f"loss {loss.item():.4f}")
     return teacher.eval().requires_grad_(False)
+
+
+def load_or_train(config: TrainConfig, progress: Progress | None = None) -> DigitsTeacher:
+    """The digits teacher of these settings: from the cache, or trained now (about two minutes) and cached.
+
+    Args:
+        config: its `tokenizer`, `teacher` and `seed` decide which teacher it is.
+        progress: called as progress(done, total, text) while training.
+    """
+    path = cache_dir() / f"digits-teacher-{config_hash(config.tokenizer, config.teacher, config.seed)}.safetensors"
+    if not path.exists():
+        tokenizer = train_tokenizer(config.tokenizer, seed=config.seed, progress=progress)
+        teacher = train_teacher(tokenizer, config.teacher, seed=config.seed, progress=progress)
+        save_teacher(teacher, path)
+    return load_digits_teacher(path).to(config.device)
+
+
+def save_teacher(teacher: DigitsTeacher, path: Path) -> None:
+    """Write a teacher with its tokenizer and settings to one safetensors file."""
+    settings = {
+        "tokenizer": dataclasses.asdict(teacher.tokenizer.config),
+        "teacher": dataclasses.asdict(teacher.config),
+    }
+    save_tensors(path, teacher.state_dict(), {"family": "digits", **settings})
+
+
+def load_digits_teacher(path: Path) -> DigitsTeacher:
+    """Read what `save_teacher` wrote."""
+    tensors, header = load_tensors(path)
+    if header.get("family") != "digits":
+        raise DDFastError(f"{path} is not a digits teacher (family {header.get('family')!r})")
+    teacher = untrained_teacher(TokenizerConfig(**header["tokenizer"]), TeacherConfig(**header["teacher"]))
+    load_state(teacher, tensors, path)
+    return teacher
+
+
+def untrained_teacher(tokenizer: TokenizerConfig, teacher: TeacherConfig) -> DigitsTeacher:
+    """A teacher with random weights: for profiling, and to load weights into."""
+    return DigitsTeacher(Tokenizer(tokenizer), teacher).eval().requires_grad_(False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.ops import filter_logits, sample_codes
+from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS
 
 Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Class labels int64 [B], or text as (features [B, L, dim], mask [B, L])."""
@@ -170,6 +171,8 @@ class Teacher(nn.Module, ABC):
         temperature: float | None = None,
         prefix: Tensor | None = None,
         stop: int | None = None,
+        steps: int = DEFAULT_STEPS,
+        solver: str = DEFAULT_SOLVER,
     ) -> Tensor:
         """Decode images token group by token group, with guidance rows in the same forward passes.
 
@@ -184,6 +187,7 @@ class Teacher(nn.Module, ABC):
             cfg_interval: guide only the first group and this many + 1 after it; negative guides all.
             prefix: int64 [B, m], codes that are already decided; m ends a group.
             stop: decode up to this token (it ends a group) instead of all n.
+            steps, solver: of the sampler "flow", as in `ddfast.ops.flow_sample`.
 
         Returns:
             int64 [B, stop], the prefix included.
@@ -235,7 +239,9 @@ class Teacher(nn.Module, ABC):
                     logits = logits[:batch]
                     if sampler == "flow":
                         assert noise is not None
-                        codes[:, here] = sample_codes(logits, noise[:, here], self.codebook, **guidance, **settings)[0]
+                        codes[:, here] = sample_codes(
+                            logits, noise[:, here], self.codebook, steps=steps, solver=solver, **guidance, **settings
+                        )[0]
                     else:
                         log_probs = filter_logits(logits, **guidance, **settings)
                         if sampler == "greedy":

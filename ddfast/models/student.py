@@ -57,12 +57,14 @@ class Student(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     @classmethod
-    def from_teacher(cls, teacher: TransformerTeacher) -> Student:
+    def from_teacher(cls, teacher: Teacher) -> Student:
         """A student of the teacher's size that starts from its weights.
 
         Position row 0 (the condition) is the teacher's row 0, rows 2.. are the teacher's rows 1.. (the positions that
         predict the same tokens); row 1, the data/noise embedding and the continuous head have no counterpart.
         """
+        if not isinstance(teacher, TransformerTeacher):
+            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a TransformerTeacher to start from")
         student = cls(teacher)
         source = teacher.state_dict()
         own = student.state_dict()

@@ -1,0 +1,1 @@
+"""Distillation: losses, methods and the one training loop they share."""

@@ -1,0 +1,45 @@
+"""DD1: regress the end of the teacher's trajectories from a few of their points."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddfast.config import DD1Config
+from ddfast.distill.losses import embedding_distance, token_cross_entropy
+from ddfast.distill.method import Batch, Method, Roles
+
+
+class DD1(Method):
+    """From X_t with t in {0, t1}, predict the final sequence: cross-entropy + embedding distance (METHOD.md section 2).
+
+    Args:
+        roles: student and teacher; the teacher's part is done once its trajectories are stored.
+        config: points, their probabilities and the losses' weights.
+    """
+
+    def __init__(self, roles: Roles, config: DD1Config) -> None:
+        super().__init__(roles)
+        groups = len(roles.student.groups)
+        if not 0 < config.point < groups:
+            raise ValueError(f"point: got {config.point}, expected a trajectory point in 1..{groups - 1}")
+        self.config = config
+
+    def phase(self, step: int) -> str:
+        """DD1 has one network to train."""
+        return "student"
+
+    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Loss on the tokens that each sequence's point leaves open."""
+        student, config = self.roles.student, self.config
+        later = torch.rand(len(batch.codes), generator=generator) < config.point_probability
+        points = (later.long() * config.point).to(batch.codes.device)
+        target = student.codebook[batch.codes]
+        is_data = student.data_mask(points, len(batch.codes))
+        logits, embeddings = student.predict(
+            batch.condition, torch.where(is_data[..., None], target, batch.noise), points
+        )
+        cross_entropy = token_cross_entropy(logits, batch.codes, ~is_data)
+        distance = embedding_distance(embeddings, target, ~is_data)
+        loss = cross_entropy + config.embedding_weight * distance
+        return loss, {"cross_entropy": float(cross_entropy.detach()), "embedding_distance": float(distance.detach())}

@@ -1,0 +1,75 @@
+"""A small classifier of rendered digits: its features are the space in which the Fréchet distance is taken."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.env import cache_dir
+from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
+from ddfast.models.digits import NUM_CLASSES, Progress, digit_images, render
+
+_ITERATIONS = 1200
+_FEATURES = 48
+_VERSION = 1
+"""Raised whenever the training below changes, so that a cached classifier of before is not used."""
+
+
+class DigitsClassifier(nn.Module):
+    """Convolutional classifier of 16x16 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 32, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(64 * 16, _FEATURES),
+        )
+        self.head = nn.Linear(_FEATURES, NUM_CLASSES)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, 48] of images [B, 1, 16, 16] in [0, 1]."""
+        return torch.cat([self.trunk(2 * chunk - 1) for chunk in images.split(2000)])
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits [B, 10] of features."""
+        return self.head(F.gelu(features))
+
+
+def train_classifier(progress: Progress | None = None) -> DigitsClassifier:
+    """Cross-entropy on rendered training digits."""
+    torch.manual_seed(0)
+    model = DigitsClassifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, _ITERATIONS)
+    generator = torch.Generator().manual_seed(1)
+    originals, labels = digit_images("train")
+    for step in range(_ITERATIONS):
+        rows = torch.randint(len(originals), (256,), generator=generator)
+        images = render(originals[rows], generator)
+        loss = F.cross_entropy(model.logits(model.trunk(2 * images - 1)), labels[rows], label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress:
+            progress(step + 1, _ITERATIONS, f"loss {loss.item():.3f}")
+    return model.eval().requires_grad_(False)
+
+
+def load_or_train_classifier(progress: Progress | None = None) -> DigitsClassifier:
+    """The cached classifier, trained on first use."""
+    path = cache_dir() / f"digits-classifier-{_VERSION}.safetensors"
+    if path.exists():
+        tensors, _ = load_tensors(path)
+        model = DigitsClassifier()
+        load_state(model, tensors, path)
+        return model.eval().requires_grad_(False)
+    model = train_classifier(progress)
+    save_tensors(path, model.state_dict(), {})
+    return model

@@ -1,0 +1,1 @@
+"""Teachers, tokenizers and students."""

@@ -1,0 +1,160 @@
+"""Samples from every source that a report compares: teacher, its ODE pairs, the student, and the baselines.
+
+Dimensions: B batch, N tokens, V codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddfast.models.protocol import Teacher
+from ddfast.models.student import Student
+from ddfast.ops import nearest_code, noise
+
+_MARGINAL_SAMPLES = 2000
+"""Teacher samples per class from which a position's marginal is estimated."""
+
+
+@dataclass(kw_only=True)
+class Samples:
+    """Generated images as codes int64 [B, N] and embeddings [B, N, D], with their condition int64 [B]."""
+
+    codes: Tensor
+    embeddings: Tensor
+    condition: Tensor
+
+
+@dataclass(kw_only=True)
+class _Request:
+    """One batch to make: the sample index decides its noise, so a source's samples do not depend on the batch size."""
+
+    teacher: Teacher
+    student: Student | None
+    condition: Tensor
+    noise: Tensor
+    generator: torch.Generator
+    point: int
+
+    def by_student(self, **settings: object) -> Tensor:
+        if self.student is None:
+            raise ValueError("student: got None, expected a student for this source")
+        return self.student.sample(self.condition, self.noise, **settings)  # type: ignore[arg-type]
+
+
+def _teacher(request: _Request) -> Tensor:
+    return request.teacher.embed(request.teacher.generate(request.condition, generator=request.generator))
+
+
+def _ode_pairs(request: _Request) -> Tensor:
+    codes = request.teacher.generate(request.condition, sampler="flow", noise=request.noise)
+    return request.teacher.embed(codes)
+
+
+def _one_step(request: _Request) -> Tensor:
+    return request.by_student()
+
+
+def _two_steps(request: _Request) -> Tensor:
+    return request.by_student(steps=(0, request.point))
+
+
+def _teacher_involved(request: _Request) -> Tensor:
+    """The teacher regenerates the second quarter of the groups, the student finishes."""
+    groups = len(request.teacher.groups)
+    return request.by_student(teacher_range=(max(groups // 4, 1), max(groups // 2, 2)))
+
+
+def _skip_last(request: _Request) -> Tensor:
+    """Skip-last-k: the teacher decodes all groups but the last quarter, which all get the code nearest to their noise.
+
+    It costs three quarters of the teacher's steps and shows what leaving out steps without distilling them does.
+    """
+    teacher = request.teacher
+    starts = teacher.group_starts()
+    stop = starts[-1 - max(len(teacher.groups) // 4, 1)]
+    codes = teacher.generate(request.condition, generator=request.generator, stop=stop)
+    rest = nearest_code(request.noise[:, stop:], teacher.codebook)
+    return teacher.embed(torch.cat((codes, rest), dim=1))
+
+
+def _independent_marginals(request: _Request) -> Tensor:
+    """onestep*: every token drawn from its own marginal given the condition, the best a one-step sampler can do alone.
+
+    A marginal's sample is the same token of an independent sequence of the teacher: no estimation error.
+    """
+    teacher, device = request.teacher, request.condition.device
+    labels, rows = request.condition.unique(return_inverse=True)
+    pools = teacher.generate(labels.repeat_interleave(_MARGINAL_SAMPLES), generator=request.generator)
+    shape = (len(rows), teacher.num_tokens)
+    chosen = torch.randint(_MARGINAL_SAMPLES, shape, generator=request.generator, device=device)
+    tokens = torch.arange(teacher.num_tokens, device=device)
+    return teacher.embed(pools[rows[:, None] * _MARGINAL_SAMPLES + chosen, tokens])
+
+
+_MAKERS: dict[str, Callable[[_Request], Tensor]] = {
+    "teacher": _teacher,
+    "ode_pairs": _ode_pairs,
+    "student_1step": _one_step,
+    "student_2step": _two_steps,
+    "teacher_involved": _teacher_involved,
+    "skip_last": _skip_last,
+    "independent_marginals": _independent_marginals,
+}
+
+SOURCES = tuple(_MAKERS)
+
+
+@torch.no_grad()
+def sample(
+    source: str,
+    teacher: Teacher,
+    student: Student | None = None,
+    *,
+    count: int,
+    seed: int,
+    point: int,
+    classes: tuple[int, ...] | None = None,
+    batch_size: int = 1000,
+) -> Samples:
+    """`count` samples of one source; sample i has the class i modulo the number of classes and noise (seed, i).
+
+    Args:
+        source: one of `SOURCES`.
+        teacher: makes its own samples, the baselines' and the teacher-involved ones.
+        student: needed for the student's sources.
+        count: how many.
+        seed: of the noise, and of the teacher's draws.
+        point: t1, the trajectory point of the second step.
+        classes: labels to cycle through; None: all.
+        batch_size: samples made at a time.
+
+    Raises:
+        ValueError: the source is unknown, or needs a student.
+    """
+    if source not in _MAKERS:
+        raise ValueError(f"source: got {source!r}, expected one of {', '.join(SOURCES)}")
+    labels = torch.tensor(classes if classes is not None else range(teacher.num_classes))
+    device = teacher.codebook.device
+    generator = torch.Generator(device).manual_seed(seed)
+    embeddings, conditions = [], []
+    # The marginals' pools are drawn per call: one call for all of their samples.
+    size = count if source == "independent_marginals" else batch_size
+    for start in range(0, count, max(size, 1)):
+        index = torch.arange(start, min(start + size, count))
+        condition = labels[index % len(labels)].to(device)
+        request = _Request(
+            teacher=teacher,
+            student=student,
+            condition=condition,
+            noise=noise(seed, index, (teacher.num_tokens, teacher.code_dim), device),
+            generator=generator,
+            point=point,
+        )
+        embeddings.append(_MAKERS[source](request))
+        conditions.append(condition)
+    made = torch.cat(embeddings)
+    return Samples(codes=nearest_code(made, teacher.codebook), embeddings=made, condition=torch.cat(conditions))
