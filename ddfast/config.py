@@ -120,5 +120,5 @@ class TrainConfig:
 
 def config_hash(*parts: Any) -> str:
     """Twelve hex digits that identify a stage's settings: the name of its artefact and the test that it still matches."""
-    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[arg-type]
+    plain = [dataclasses.asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -118,7 +118,7 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write the state; the old file stays until the new one is complete."""
-        tensors = {f"student.{name}": value for name, value in self.student.named_parameters()}
+        tensors: dict[str, Tensor] = {f"student.{name}": value for name, value in self.student.named_parameters()}
         tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
         for name, parameter in self.student.named_parameters():
             for moment, value in self.optimizer.state.get(parameter, {}).items():

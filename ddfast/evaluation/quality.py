@@ -67,8 +67,8 @@ class Evaluator:
         count = config.evaluation.samples
         images, _ = digit_batch("train", max(count, 5000), config.seed + 10)
         self.reference_features = self.classifier.features(images)
-        # Seeds far from the runs': noise and draws of the reference are never those of the samples measured.
-        fresh = sample("teacher", teacher, count=count, seed=2**40 + config.seed, point=1)
+        # A seed of its own: the reference's draws are never those of the samples measured.
+        fresh = sample("teacher", teacher, count=count, seed=config.seed + 1_000_003, point=1)
         self.reference_codes = fresh.codes
 
     @torch.no_grad()

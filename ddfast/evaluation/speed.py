@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def generate_plainly(teacher: Teacher, condition: Tensor, generator: torch.Gener
     defaults = teacher.defaults
     codes = torch.zeros(len(condition), teacher.num_tokens, dtype=torch.int64, device=condition.device)
     starts = teacher.group_starts()
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in pairwise(starts):
         logits = teacher.logits(condition, codes)[:, first:last]
         uncond = None
         if defaults.cfg_scale != 1.0:
@@ -70,10 +72,10 @@ def measure_speed(
         condition = torch.arange(batch, device=device) % teacher.num_classes
         eps = noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim), device)
         sources: dict[str, Callable[[], Tensor]] = {
-            "ar": lambda condition=condition: teacher.generate(condition),
-            "ar_plain": lambda condition=condition: generate_plainly(teacher, condition),
-            "student_1step": lambda condition=condition, eps=eps: student.sample(condition, eps),
-            "student_2step": lambda condition=condition, eps=eps: student.sample(condition, eps, steps=(0, point)),
+            "ar": partial(teacher.generate, condition),
+            "ar_plain": partial(generate_plainly, teacher, condition),
+            "student_1step": partial(student.sample, condition, eps),
+            "student_2step": partial(student.sample, condition, eps, steps=(0, point)),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sources}
         for turn in range(rounds + 2):

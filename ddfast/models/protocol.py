@@ -234,7 +234,9 @@ class Teacher(nn.Module, ABC):
                 for group in range(starts.index(length), starts.index(stop)):
                     logits = self.advance(state, torch.cat((new, new)) if guided else new)
                     scale = self.group_cfg_scale(cfg_scale, group, cfg_interval)
-                    guidance = {"uncond": logits[batch:], "cfg_scale": scale} if guided and scale != 1.0 else {}
+                    guidance: dict[str, Any] = (
+                        {"uncond": logits[batch:], "cfg_scale": scale} if guided and scale != 1.0 else {}
+                    )
                     here = slice(starts[group], starts[group + 1])
                     logits = logits[:batch]
                     if sampler == "flow":
