@@ -12,6 +12,7 @@ constexpr int W = 4;
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));  // for arithmetic that may wrap
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(2 * W), aligned(2), may_alias));
@@ -35,8 +36,6 @@ static inline vf load(const float* p) { return *(const vf_unaligned*)p; }
 static inline void store(float* p, vf x) { *(vf_unaligned*)p = x; }
 static inline vf loada(const float* p) { return *(const vf_may_alias*)p; }   // p aligned to the vector
 static inline void storea(float* p, vf x) { *(vf_may_alias*)p = x; }
-static inline vi as_int(vf x) { return (vi)x; }
-static inline vf as_float(vi x) { return (vf)x; }
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 
 static inline vi lane_ids() {
@@ -143,7 +142,7 @@ static inline vf vexp(vf x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.f;
-  const vf y = as_float(as_int(p) + (as_int(shifted) << 23));
+  const vf y = (vf)((vu)p + ((vu)shifted << 23));
   return select(x < splat(-87.f), (vf){}, y);
 }
 
@@ -168,7 +167,7 @@ static inline float half_to_float(uint16_t h) {
 static inline vf load_as_float(const void* data, int dtype, int64_t i) {
   if (dtype == kFloat32) return load((const float*)data + i);
   const uint16_t* p = (const uint16_t*)data + i;
-  if (dtype == kBFloat16) return as_float(__builtin_convertvector(*(const vh_unaligned*)p, vi) << 16);
+  if (dtype == kBFloat16) return (vf)(__builtin_convertvector(*(const vh_unaligned*)p, vu) << 16);
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
