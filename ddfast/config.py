@@ -8,9 +8,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ddfast.errors import DDFastError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -118,7 +126,17 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; a `DDFastError` where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise DDFastError(f"cannot read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise DDFastError(f"{path} is not TOML: {error}") from error
+
+
 def config_hash(*parts: Any) -> str:
-    """Twelve hex digits that identify a stage's settings: the name of its artefact and the test that it still matches."""
+    """Twelve hex digits that identify a stage's settings, and so whether its artefact still matches."""
     plain = [dataclasses.asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -15,9 +15,6 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import nearest_code, noise
 
-_MARGINAL_SAMPLES = 2000
-"""Teacher samples per class from which a position's marginal is estimated."""
-
 
 @dataclass(kw_only=True)
 class Samples:
@@ -81,18 +78,26 @@ def _skip_last(request: _Request) -> Tensor:
     return teacher.embed(torch.cat((codes, rest), dim=1))
 
 
-def _independent_marginals(request: _Request) -> Tensor:
-    """onestep*: every token drawn from its own marginal given the condition, the best a one-step sampler can do alone.
+def marginal_tables(teacher: Teacher, generator: torch.Generator, *, samples_per_class: int = 4000) -> Tensor:
+    """Every token's marginal distribution given the class, estimated from the teacher's samples: [classes, N, V]."""
+    tables = torch.zeros(teacher.num_classes, teacher.num_tokens, teacher.num_codes, device=teacher.codebook.device)
+    for label, table in enumerate(tables):
+        condition = torch.full((samples_per_class,), label, device=tables.device)
+        codes = teacher.generate(condition, generator=generator)
+        table.scatter_add_(1, codes.T, torch.full(codes.T.shape, 1 / samples_per_class, device=tables.device))
+    return tables
 
-    A marginal's sample is the same token of an independent sequence of the teacher: no estimation error.
-    """
-    teacher, device = request.teacher, request.condition.device
-    labels, rows = request.condition.unique(return_inverse=True)
-    pools = teacher.generate(labels.repeat_interleave(_MARGINAL_SAMPLES), generator=request.generator)
-    shape = (len(rows), teacher.num_tokens)
-    chosen = torch.randint(_MARGINAL_SAMPLES, shape, generator=request.generator, device=device)
-    tokens = torch.arange(teacher.num_tokens, device=device)
-    return teacher.embed(pools[rows[:, None] * _MARGINAL_SAMPLES + chosen, tokens])
+
+def draw_marginals(tables: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Codes int64 [B, N], every token drawn on its own from `marginal_tables` [classes, N, V] for labels [B]."""
+    probs = tables[condition]
+    return torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(probs.shape[:2])
+
+
+def _independent_marginals(request: _Request) -> Tensor:
+    """onestep*: the best that a sampler of all tokens at once can do without looking at what the others became."""
+    tables = marginal_tables(request.teacher, request.generator)
+    return request.teacher.embed(draw_marginals(tables, request.condition, request.generator))
 
 
 _MAKERS: dict[str, Callable[[_Request], Tensor]] = {
@@ -141,7 +146,7 @@ def sample(
     device = teacher.codebook.device
     generator = torch.Generator(device).manual_seed(seed)
     embeddings, conditions = [], []
-    # The marginals' pools are drawn per call: one call for all of their samples.
+    # The marginals are estimated once per batch: one batch for all of their samples.
     size = count if source == "independent_marginals" else batch_size
     for start in range(0, count, max(size, 1)):
         index = torch.arange(start, min(start + size, count))

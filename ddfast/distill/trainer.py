@@ -34,8 +34,8 @@ def distill(
     *,
     student: Student | None = None,
     progress: Progress | None = None,
-) -> Student:
-    """Train a DD1 student (None: one that starts as the teacher) and return it with its averaged weights.
+) -> tuple[Student, dict[str, Tensor]]:
+    """Train a DD1 student (None: one that starts as the teacher); returns it averaged, and the live weights.
 
     Every `checkpoint_every` steps, and when interrupted, the whole state goes to `out/checkpoint.safetensors`; a later
     call with the same settings continues from there and ends with the same weights, bit for bit on a CPU. Step k's
@@ -78,8 +78,9 @@ def distill(
     except KeyboardInterrupt:
         run.save(out / CHECKPOINT)
         raise
+    live = {name: value.detach().clone() for name, value in student.state_dict().items()}
     run.average.copy_to(student)
-    return student.eval().requires_grad_(False)
+    return student.eval().requires_grad_(False), live
 
 
 def learning_rate(config: DD1Config, step: int) -> float:

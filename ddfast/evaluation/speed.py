@@ -14,6 +14,7 @@ from torch import Tensor
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import filter_logits, noise
+from ddfast.sampling import draw_marginals, marginal_tables
 
 
 def generate_plainly(teacher: Teacher, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -64,9 +65,10 @@ def measure_speed(
 
     Returns:
         {source: {batch size: seconds per image}} for "ar" (`Teacher.generate`), "ar_plain" (`generate_plainly`),
-        "student_1step" and "student_2step".
+        "student_1step", "student_2step" and "marginals" (one draw from tables made before).
     """
     device = teacher.codebook.device
+    tables = marginal_tables(teacher, torch.Generator(device).manual_seed(0), samples_per_class=500)
     result: dict[str, dict[int, float]] = {}
     for batch in batch_sizes:
         condition = torch.arange(batch, device=device) % teacher.num_classes
@@ -76,6 +78,7 @@ def measure_speed(
             "ar_plain": partial(generate_plainly, teacher, condition),
             "student_1step": partial(student.sample, condition, eps),
             "student_2step": partial(student.sample, condition, eps, steps=(0, point)),
+            "marginals": partial(draw_marginals, tables, condition),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sources}
         for turn in range(rounds + 2):

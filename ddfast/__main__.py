@@ -1,0 +1,7 @@
+"""`python -m ddfast COMMAND`."""
+
+import sys
+
+from ddfast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,194 @@
+"""The stages of a run: teacher, trajectories, distillation, evaluation, report; each is skipped when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nvtx
+import tomli_w
+import torch
+
+from ddfast.config import TrainConfig, read_toml
+from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
+from ddfast.errors import DDFastError
+from ddfast.evaluation import Evaluator, measure_speed
+from ddfast.models.loading import STUDENT_FILE, load_student, save_student
+from ddfast.models.protocol import Teacher
+from ddfast.models.student import Student
+from ddfast.recipes import build_teacher
+from ddfast.report import write_pictures, write_report
+from ddfast.sampling import SOURCES, sample
+from ddfast.trajectories.generate import generate_trajectories, store_settings
+from ddfast.trajectories.store import TrajectoryStore
+
+Progress = Callable[[int, int, str], None]
+
+CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
+
+_LOCATION = ("out", "device", "resume")
+"""Fields that decide where and how a run goes on, not what it makes."""
+
+
+def train(config: TrainConfig, *, progress_bar: Callable[[str], Progress]) -> dict[str, Any]:
+    """Run what is missing in `config.out`, and return the content of metrics.json.
+
+    A folder whose config.toml has other settings is refused before anything is written; a run of the same settings
+    continues by itself, and with `resume` there must be one.
+
+    Args:
+        config: everything about the run.
+        progress_bar: makes the progress callback of a stage from its title.
+
+    Raises:
+        DDFastError: the folder cannot be used, the method is unknown, or a stage fails; what was done is kept.
+    """
+    if config.method != "dd1":
+        raise DDFastError(f"unknown method {config.method!r}; known: dd1")
+    check_device(config.device)
+    out = config.out
+    claim_folder(config)
+    stages = _Stages(out / STAGES)
+
+    with stages.timed("teacher"):
+        teacher = build_teacher(config, progress_bar("teacher"))
+    with stages.timed("trajectories"):
+        store = make_trajectories(config, teacher, progress_bar("trajectories"))
+    if (out / STUDENT_FILE).exists():
+        print(f"student: {out / STUDENT_FILE} exists, skipped")
+        student = load_student(out, teacher)
+    else:
+        with stages.timed("distillation"):
+            trajectories = store.load(config.trajectories.count)
+            student, live = distill(config, teacher, trajectories, out, progress=progress_bar("distillation"))
+        save_student(out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    if (out / METRICS_JSON).exists():
+        print(f"evaluation: {out / METRICS_JSON} exists, skipped")
+        return json.loads((out / METRICS_JSON).read_text())
+    with stages.timed("evaluation"):
+        metrics = evaluate(config, teacher, student, progress_bar("evaluation"))
+    write_pictures(config, teacher, student, out / "samples.png")
+    write_report(config, metrics, stages.seconds, out / "report.md")
+    _write(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n")
+    print(f"report: {out / 'report.md'}, pictures: {out / 'samples.png'}, log: {out / METRICS}")
+    return metrics
+
+
+def make_trajectories(config: TrainConfig, teacher: Teacher, progress: Progress) -> TrajectoryStore:
+    """The store in `config.out/trajectories` with at least the pairs that the configuration asks for."""
+    wanted = store_settings(teacher, config.trajectories, config.seed)
+    store = TrajectoryStore.open_or_create(config.out / "trajectories", wanted)
+    rate = generate_trajectories(teacher, store, config.trajectories.count, progress=progress)
+    print(f"trajectories: {rate:.0f} pairs/s" if rate else "trajectories: all there, skipped")
+    return store
+
+
+def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: Progress) -> dict[str, Any]:
+    """Quality of every source and the speeds, as metrics.json holds them."""
+    evaluator = Evaluator(config, teacher)
+    rows: dict[str, dict[str, Any]] = {}
+    point, count = config.dd1.point, config.evaluation.samples
+    for done, source in enumerate(SOURCES):
+        progress(done, len(SOURCES) + 1, source)
+        with nvtx.annotate(f"evaluate {source}"):
+            samples = sample(source, teacher, student, count=count, seed=config.seed + 2_000_003, point=point)
+            rows[source] = dict(evaluator.measure(samples))
+    progress(len(SOURCES), len(SOURCES) + 1, "speed")
+    add_speed(rows, config, teacher, student)
+    progress(len(SOURCES) + 1, len(SOURCES) + 1, "done")
+    return {"method": config.method, "recipe": config.recipe, "num_groups": len(teacher.groups), **rows}
+
+
+def add_speed(rows: dict[str, dict[str, Any]], config: TrainConfig, teacher: Teacher, student: Student) -> None:
+    """Seconds per image, with and without image decoding, and the speed-ups over this package's AR decoding."""
+    names = {"teacher": "ar", "teacher_plain": "ar_plain", "student_1step": "student_1step"}
+    names |= {"student_2step": "student_2step", "independent_marginals": "marginals"}
+    for decode, key in ((False, "seconds_per_image"), (True, "seconds_per_image_decoded")):
+        seconds = measure_speed(
+            teacher, student, batch_sizes=config.evaluation.batch_sizes, point=config.dd1.point, decode=decode
+        )
+        for row, source in names.items():
+            rows.setdefault(row, {})[key] = {str(batch): value for batch, value in seconds[source].items()}
+        if not decode:
+            for row in ("student_1step", "student_2step"):
+                own = seconds[row]
+                rows[row]["speedup_vs_ar"] = {str(batch): seconds["ar"][batch] / own[batch] for batch in own}
+                rows[row]["speedup_vs_plain_ar"] = {
+                    str(batch): seconds["ar_plain"][batch] / own[batch] for batch in own
+                }
+
+
+def check_device(device: str) -> None:
+    """Raise unless PyTorch can use `device`."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DDFastError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
+
+
+def claim_folder(config: TrainConfig) -> None:
+    """Make `config.out`, or accept it if its config.toml has the same settings; then write the resolved config.toml."""
+    out, path = config.out, config.out / CONFIG
+    mine = plain(config)
+    if path.exists():
+        theirs = _flat(read_toml(path))
+        different = [
+            f"{name} is {theirs.get(name)!r}, not {value!r}"
+            for name, value in _flat(mine).items()
+            if name not in _LOCATION and theirs.get(name) != value
+        ]
+        if different:
+            raise DDFastError(f"{out} holds a run with other settings ({'; '.join(different)}); choose another --out")
+    elif config.resume:
+        raise DDFastError(f"--resume: no run in {out}; leave --resume out to start one")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(path, tomli_w.dumps(mine))
+    except OSError as error:
+        raise DDFastError(f"cannot write to --out {out}: {error.strerror}") from error
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as TOML and JSON can hold it."""
+    values = dataclasses.asdict(config)
+    values["out"] = str(values["out"])
+    values["evaluation"]["batch_sizes"] = list(values["evaluation"]["batch_sizes"])
+    return values
+
+
+class _Stages:
+    """Seconds that every stage took, kept over interruptions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of the body to the stage's, whether it ends or is interrupted."""
+        started = time.perf_counter()
+        try:
+            with nvtx.annotate(name):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            _write(self.path, json.dumps(self.seconds, indent=2) + "\n")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as {"a.b": value}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,164 @@
+"""What a run leaves for people: report.md and samples.png."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ddfast
+from ddfast.config import TrainConfig
+from ddfast.models.protocol import Teacher
+from ddfast.models.student import Student
+from ddfast.ops import native
+from ddfast.sampling import sample
+
+_ROWS = {
+    "teacher": ("teacher, AR decoding", "{n}"),
+    "ode_pairs": ("teacher, flow from noise (the training pairs)", "{n}"),
+    "student_1step": ("DD1 student", "1"),
+    "student_2step": ("DD1 student", "2"),
+    "teacher_involved": ("DD1 student, teacher-involved", "2 + {quarter} AR"),
+    "skip_last": ("baseline skip-last", "{kept} AR"),
+    "independent_marginals": ("baseline onestep* (independent marginals)", "1"),
+}
+
+_PICTURES = {
+    "teacher": "teacher",
+    "student_1step": "DD1, 1 step",
+    "student_2step": "DD1, 2 steps",
+    "independent_marginals": "independent marginals",
+}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    return {
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ddfast": ddfast.__version__ + (f", commit {commit()}" if commit() else ""),
+        "cpu kernels": native.cpu_reason,
+    }
+
+
+def commit() -> str:
+    """The commit of the source folder, if there is one."""
+    folder = Path(ddfast.__file__).resolve().parent
+    call = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_report(config: TrainConfig, metrics: dict[str, Any], seconds: dict[str, float], path: Path) -> None:
+    """The table of METHOD.md section 4 for this run, with what produced it.
+
+    Args:
+        config: the run's settings.
+        metrics: content of metrics.json.
+        seconds: duration of every stage.
+        path: the Markdown file.
+    """
+    batches = [str(batch) for batch in config.evaluation.batch_sizes]
+    head = ["model", "steps", "Fréchet", "accuracy", "NLL/token", "pair TV"]
+    head += [f"ms/image, batch {batch}" for batch in batches]
+    head += [f"with image decoding, batch {batch}" for batch in batches]
+    head += [f"speed-up over AR, batch {batch}" for batch in batches]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for key, (label, steps) in _ROWS.items():
+        row = metrics[key]
+        cells = [label, steps.format(**_steps(metrics["num_groups"]))]
+        cells += [f"{row['frechet']:.2f}", f"{row['class_accuracy']:.3f}", f"{row['teacher_nll']:.3f}"]
+        cells += [f"{row['pair_tv']:.3f}"]
+        for timing, scale, form in (
+            ("seconds_per_image", 1e3, "{:.3f}"),
+            ("seconds_per_image_decoded", 1e3, "{:.3f}"),
+            ("speedup_vs_ar", 1, "{:.1f}x"),
+        ):
+            cells += [form.format(row[timing][batch] * scale) if timing in row else "" for batch in batches]
+        lines.append("| " + " | ".join(cells) + " |")
+    plain = metrics["teacher_plain"]["seconds_per_image"]
+    text = [
+        f"# {config.method.upper()} on the recipe `{config.recipe}`",
+        "",
+        "![samples](samples.png)",
+        "",
+        *lines,
+        "",
+        f"Quality from {config.evaluation.samples} samples each. Fréchet: in the features of a small classifier, to real "
+        "images of the training split. NLL: nats under the teacher with its guidance, unfiltered. Pair TV: to fresh "
+        "samples of the teacher, whose own row is the floor. Times: medians, all sources in turn in one run; AR "
+        "decoding is this package's KV-cached decoder with guidance. A plain PyTorch loop without a cache takes "
+        + ", ".join(f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches)
+        + ".",
+        "",
+        "## What produced it",
+        "",
+        f"    {shlex.join(['python', '-m', 'ddfast.train', *sys.argv[1:]])}",
+        "",
+        *[f"- {name}: {value}" for name, value in machine().items()],
+        f"- seed {config.seed}; all settings: config.toml",
+        "- seconds per stage: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+        "",
+    ]
+    path.write_text("\n".join(text))
+
+
+def _steps(groups: int) -> dict[str, int]:
+    return {"n": groups, "quarter": max(groups // 4, 1), "kept": groups - max(groups // 4, 1)}
+
+
+def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path: Path, *, columns: int = 6) -> None:
+    """A grid per source, a row per class: teacher, one step, two steps and independent marginals side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    classes = min(teacher.num_classes, 10)
+    figure, axes = pyplot.subplots(1, len(_PICTURES), figsize=(4.2 * len(_PICTURES), 0.68 * classes + 0.5))
+    for axis, (source, title) in zip(axes, _PICTURES.items(), strict=True):
+        made = sample(
+            source,
+            teacher,
+            student,
+            count=classes * columns,
+            seed=config.seed + 3_000_003,
+            point=config.dd1.point,
+            classes=tuple(range(classes)),
+        )
+        images = teacher.decode(made.embeddings).cpu()
+        channels, height, width = images.shape[1:]
+        # Sample i has class i mod classes: [columns, classes] of images, to a row per class.
+        grid = torch.ones(channels, classes * (height + 1), columns * (width + 1))
+        for index, image in enumerate(images):
+            top, left = index % classes * (height + 1), index // classes * (width + 1)
+            grid[:, top : top + height, left : left + width] = image
+        axis.imshow(grid.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(title)
+        axis.set_xticks([])
+        axis.set_yticks([label * (height + 1) + height / 2 for label in range(classes)], range(classes))
+        axis.tick_params(length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,27 @@
+"""`ddfast train`: everything from a teacher to a distilled student and its report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ddfast import cli
+from ddfast.config import TrainConfig
+from ddfast.pipeline import train
+
+EXAMPLES = """  python -m ddfast.train --recipe digits --method dd1
+  python -m ddfast.train --out runs/long --dd1.iterations 5000 --seed 1
+  python -m ddfast.train --out runs/digits --resume"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+
+    def body(rest: list[str]) -> None:
+        train(cli.parse("train", TrainConfig, rest, EXAMPLES), progress_bar=cli.progress_bar)
+
+    return cli.run("train", body, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

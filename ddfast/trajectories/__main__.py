@@ -1,0 +1,46 @@
+"""`ddfast trajectories`: DD1's training pairs into a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from ddfast import cli
+from ddfast.config import TrainConfig
+from ddfast.pipeline import check_device, make_trajectories
+from ddfast.recipes import build_teacher
+
+EXAMPLES = """  python -m ddfast.trajectories --recipe digits --count 20000 --out runs/digits
+  torchrun --nproc-per-node 8 -m ddfast.trajectories --count 1200000 --out runs/many"""
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrajectoriesOptions(TrainConfig):
+    """Settings of the pairs; the store is OUT/trajectories.
+
+    Attributes:
+        count: pairs that the store shall hold at least; None: the recipe's.
+    """
+
+    count: int | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+
+    def body(rest: list[str]) -> None:
+        options = cli.parse("trajectories", TrajectoriesOptions, rest, EXAMPLES)
+        if options.count is not None:
+            options.trajectories.count = options.count
+            options.trajectories.__post_init__()
+        check_device(options.device)
+        teacher = build_teacher(options, cli.progress_bar("teacher"))
+        store = make_trajectories(options, teacher, cli.progress_bar("trajectories"))
+        print(f"{store.num_shards() * store.settings.shard_size} pairs in {store.path}")
+
+    return cli.run("trajectories", body, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
