@@ -118,7 +118,8 @@ def progress_bar(title: str) -> Callable[[int, int, str], None]:
             return
         last = now
         rate = done / max(now - started, 1e-9)
-        print(f"{title}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left, {text}", flush=True)
+        left = f"{(total - done) / rate:.0f} s left" if done else "started"
+        print(f"{title}: {done}/{total}, {rate:.1f}/s, {left}, {text}", flush=True)
 
     return on_terminal if sys.stderr.isatty() else plain
 

@@ -103,8 +103,8 @@ def write_report(config: TrainConfig, metrics: dict[str, Any], seconds: dict[str
         "",
         *lines,
         "",
-        f"Quality from {config.evaluation.samples} samples each. Fréchet: in the features of a small classifier, to real "
-        "images of the training split. NLL: nats under the teacher with its guidance, unfiltered. Pair TV: to fresh "
+        f"Quality from {config.evaluation.samples} samples each. Fréchet: in the features of a small classifier, to "
+        "real images of the training split. NLL: nats under the teacher with its guidance, unfiltered. Pair TV: to fresh "
         "samples of the teacher, whose own row is the floor. Times: medians, all sources in turn in one run; AR "
         "decoding is this package's KV-cached decoder with guidance. A plain PyTorch loop without a cache takes "
         + ", ".join(f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches)
