@@ -13,12 +13,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 from tqdm import tqdm
 
-from ddfast.config import TrainConfig, read_toml
+from ddfast.config import TrainConfig, read_toml, update
 from ddfast.errors import DDFastError
 from ddfast.recipes import get_recipe
 
@@ -32,6 +32,7 @@ COMMANDS = {
 }
 
 Options = TypeVar("Options", bound=TrainConfig)
+Plain = TypeVar("Plain")
 _PLAIN_SECONDS = 5.0
 
 
@@ -92,9 +93,23 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
     recipe = get_recipe(known.recipe or file.get("recipe", "digits"))
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     default = kind(**values)
-    _apply(default, file, "")
+    update(default, file)
     description = f"{COMMANDS[command]}. --config FILE reads TOML; --debug shows tracebacks.\n\nExamples:\n{examples}"
     return tyro.cli(kind, default=default, args=rest, prog=f"ddfast {command}", description=description)
+
+
+def parse_plain(command: str, kind: type[Plain], arguments: list[str], examples: str) -> Plain:
+    """Options of a command that works on a finished run and so takes no recipe."""
+    description = f"{COMMANDS[command]}. --debug shows tracebacks.\n\nExamples:\n{examples}"
+    return tyro.cli(kind, args=arguments, prog=f"ddfast {command}", description=description)
+
+
+def labels(text: str) -> tuple[int, ...] | None:
+    """Class labels from "1,2,3"; None for an empty text."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else None
+    except ValueError:
+        raise DDFastError(f"--classes: got {text!r}, expected numbers separated by commas, such as 1,2,3") from None
 
 
 def progress_bar(title: str) -> Callable[[int, int, str], None]:
@@ -122,26 +137,6 @@ def progress_bar(title: str) -> Callable[[int, int, str], None]:
         print(f"{title}: {done}/{total}, {rate:.1f}/s, {left}, {text}", flush=True)
 
     return on_terminal if sys.stderr.isatty() else plain
-
-
-def _apply(target: Any, values: dict[str, Any], prefix: str) -> None:
-    """Set a configuration's fields from a file's tables; an unknown key is an error."""
-    names = {field.name for field in dataclasses.fields(target)}
-    for name, value in values.items():
-        if name not in names:
-            raise DDFastError(f"--config: unknown key {prefix}{name}; known: {', '.join(sorted(names))}")
-        current = getattr(target, name)
-        if dataclasses.is_dataclass(current):
-            _apply(current, value, f"{prefix}{name}.")
-        elif isinstance(current, Path):
-            setattr(target, name, Path(value))
-        elif isinstance(current, tuple):
-            setattr(target, name, tuple(value))
-        else:
-            setattr(target, name, value)
-    check = getattr(target, "__post_init__", None)
-    if check:
-        check()
 
 
 def _without(arguments: list[str], option: str) -> list[str]:

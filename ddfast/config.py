@@ -136,6 +136,26 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise DDFastError(f"{path} is not TOML: {error}") from error
 
 
+def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
+    """Set a configuration's fields from nested tables and validate it; an unknown key is a `DDFastError`."""
+    names = {field.name for field in dataclasses.fields(target)}
+    for name, value in values.items():
+        if name not in names:
+            raise DDFastError(f"configuration: unknown key {prefix}{name}; known: {', '.join(sorted(names))}")
+        current = getattr(target, name)
+        if dataclasses.is_dataclass(current):
+            update(current, value, f"{prefix}{name}.")
+        elif isinstance(current, Path):
+            setattr(target, name, Path(value))
+        elif isinstance(current, tuple):
+            setattr(target, name, tuple(value))
+        else:
+            setattr(target, name, value)
+    check = getattr(target, "__post_init__", None)
+    if check:
+        check()
+
+
 def config_hash(*parts: Any) -> str:
     """Twelve hex digits that identify a stage's settings, and so whether its artefact still matches."""
     plain = [dataclasses.asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts]

@@ -15,14 +15,14 @@ import nvtx
 import tomli_w
 import torch
 
-from ddfast.config import TrainConfig, read_toml
+from ddfast.config import TrainConfig, read_toml, update
 from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
 from ddfast.errors import DDFastError
 from ddfast.evaluation import Evaluator, measure_speed
 from ddfast.models.loading import STUDENT_FILE, load_student, save_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
-from ddfast.recipes import build_teacher
+from ddfast.recipes import build_teacher, get_recipe
 from ddfast.report import write_pictures, write_report
 from ddfast.sampling import SOURCES, sample
 from ddfast.trajectories.generate import generate_trajectories, store_settings
@@ -123,6 +123,23 @@ def add_speed(rows: dict[str, dict[str, Any]], config: TrainConfig, teacher: Tea
                 rows[row]["speedup_vs_plain_ar"] = {
                     str(batch): seconds["ar_plain"][batch] / own[batch] for batch in own
                 }
+
+
+def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher, Student]:
+    """A finished run's configuration, teacher and student.
+
+    Raises:
+        DDFastError: `folder` holds no finished run.
+    """
+    check_device(device)
+    if not (folder / CONFIG).exists() or not (folder / STUDENT_FILE).exists():
+        raise DDFastError(f"--student {folder}: no {CONFIG} and {STUDENT_FILE} there; `ddfast train` makes them")
+    values = read_toml(folder / CONFIG)
+    config = get_recipe(values["recipe"])
+    update(config, values)
+    config.device = device
+    teacher = build_teacher(config, progress)
+    return config, teacher, load_student(folder, teacher)
 
 
 def check_device(device: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddfast.config import TrainConfig
 from ddfast.errors import DDFastError
-from ddfast.models.digits import Progress, load_or_train
+from ddfast.models.digits import Progress, load_or_train, untrained_digits_teacher
 from ddfast.models.protocol import Teacher
 
 
@@ -30,3 +30,9 @@ def build_teacher(config: TrainConfig, progress: Progress | None = None) -> Teac
     """The recipe's teacher: cached, or trained on first use."""
     get_recipe(config.recipe)
     return load_or_train(config, progress)
+
+
+def untrained_teacher(config: TrainConfig) -> Teacher:
+    """The recipe's teacher with random weights, for profiling."""
+    get_recipe(config.recipe)
+    return untrained_digits_teacher(config.tokenizer, config.teacher)

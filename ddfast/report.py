@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
 
 import ddfast
 from ddfast.config import TrainConfig
+from ddfast.errors import DDFastError
+from ddfast.models.checkpoint import save_tensors
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import native
-from ddfast.sampling import sample
+from ddfast.sampling import Samples, sample
 
 _ROWS = {
     "teacher": ("teacher, AR decoding", "{n}"),
@@ -68,15 +73,8 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def write_report(config: TrainConfig, metrics: dict[str, Any], seconds: dict[str, float], path: Path) -> None:
-    """The table of METHOD.md section 4 for this run, with what produced it.
-
-    Args:
-        config: the run's settings.
-        metrics: content of metrics.json.
-        seconds: duration of every stage.
-        path: the Markdown file.
-    """
+def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
+    """Lines of a Markdown table in the form of METHOD.md section 4, a row per source of samples."""
     batches = [str(batch) for batch in config.evaluation.batch_sizes]
     head = ["model", "steps", "Fréchet", "accuracy", "NLL/token", "pair TV"]
     head += [f"ms/image, batch {batch}" for batch in batches]
@@ -96,19 +94,33 @@ def write_report(config: TrainConfig, metrics: dict[str, Any], seconds: dict[str
             cells += [form.format(row[timing][batch] * scale) if timing in row else "" for batch in batches]
         lines.append("| " + " | ".join(cells) + " |")
     plain = metrics["teacher_plain"]["seconds_per_image"]
+    lines += [
+        "",
+        f"Quality from {config.evaluation.samples} samples each. Fréchet: in the features of a small classifier, to "
+        "real images of the training split. NLL: nats under the teacher with its guidance, unfiltered. Pair TV: to "
+        "fresh samples of the teacher, whose own row is the floor. Times: medians, all sources in turn in one run; AR "
+        "decoding is this package's KV-cached decoder with guidance. A plain PyTorch loop without a cache takes "
+        + ", ".join(f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches)
+        + ".",
+    ]
+    return lines
+
+
+def write_report(config: TrainConfig, metrics: dict[str, Any], seconds: dict[str, float], path: Path) -> None:
+    """The table, the pictures and what produced them.
+
+    Args:
+        config: the run's settings.
+        metrics: content of metrics.json.
+        seconds: duration of every stage.
+        path: the Markdown file.
+    """
     text = [
         f"# {config.method.upper()} on the recipe `{config.recipe}`",
         "",
         "![samples](samples.png)",
         "",
-        *lines,
-        "",
-        f"Quality from {config.evaluation.samples} samples each. Fréchet: in the features of a small classifier, to "
-        "real images of the training split. NLL: nats under the teacher with its guidance, unfiltered. Pair TV: to fresh "
-        "samples of the teacher, whose own row is the floor. Times: medians, all sources in turn in one run; AR "
-        "decoding is this package's KV-cached decoder with guidance. A plain PyTorch loop without a cache takes "
-        + ", ".join(f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches)
-        + ".",
+        *quality_table(config, metrics),
         "",
         "## What produced it",
         "",
@@ -145,20 +157,53 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
             point=config.dd1.point,
             classes=tuple(range(classes)),
         )
-        images = teacher.decode(made.embeddings).cpu()
-        channels, height, width = images.shape[1:]
-        # Sample i has class i mod classes: [columns, classes] of images, to a row per class.
-        grid = torch.ones(channels, classes * (height + 1), columns * (width + 1))
-        for index, image in enumerate(images):
-            top, left = index % classes * (height + 1), index // classes * (width + 1)
-            grid[:, top : top + height, left : left + width] = image
-        axis.imshow(grid.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        grid = _grid(teacher.decode(made.embeddings).cpu(), classes)
+        height = (len(grid) + 1) // classes
+        axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(title)
         axis.set_xticks([])
-        axis.set_yticks([label * (height + 1) + height / 2 for label in range(classes)], range(classes))
+        axis.set_yticks([label * height + height / 2 for label in range(classes)], range(classes))
         axis.tick_params(length=0)
         for side in axis.spines.values():
             side.set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _grid(images: Tensor, rows: int) -> Tensor:
+    """Images [B, C, H, W] in [0, 1] filled column by column into `rows` rows, white lines between: [H', W'(, C)]."""
+    missing = -len(images) % rows
+    images = F.pad(torch.cat((images, images.new_ones(missing, *images.shape[1:]))), (0, 1, 0, 1), value=1.0)
+    grid = rearrange(images, "(column row) c h w -> (row h) (column w) c", row=rows)
+    return grid[:-1, :-1].squeeze(-1)
+
+
+def save_samples(samples: Samples, teacher: Teacher, form: str, target: Path) -> list[str]:
+    """Write samples as one picture ("grid"), a picture each ("files") or "codes"; returns what was written, in lines.
+
+    Raises:
+        DDFastError: `target` cannot be written.
+    """
+    from matplotlib import image as matplotlib_image
+
+    def png(path: Path, pixels: Tensor) -> None:
+        matplotlib_image.imsave(path, pixels.numpy(), cmap="gray", vmin=0, vmax=1)
+
+    try:
+        if form == "codes":
+            path = target.with_name(target.name + ".safetensors")
+            save_tensors(path, {"codes": samples.codes, "condition": samples.condition}, {})
+            return [f"{len(samples.codes)} code sequences: {path}"]
+        images = teacher.decode(samples.embeddings).cpu()
+        if form == "grid":
+            path = target.with_name(target.name + ".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            png(path, _grid(images, max(1, round(len(images) ** 0.5))))
+            return [f"{len(images)} images: {path}"]
+        target.mkdir(parents=True, exist_ok=True)
+        for number, (image, label) in enumerate(zip(images, samples.condition.tolist(), strict=True)):
+            png(target / f"{number:05d}-class{label}.png", rearrange(image, "c h w -> h w c").squeeze(-1))
+        return [f"{len(images)} images in {target}"]
+    except OSError as error:
+        raise DDFastError(f"cannot write {target}: {error.strerror}") from error

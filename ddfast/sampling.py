@@ -113,7 +113,6 @@ _MAKERS: dict[str, Callable[[_Request], Tensor]] = {
 SOURCES = tuple(_MAKERS)
 
 
-@torch.no_grad()
 def sample(
     source: str,
     teacher: Teacher,
@@ -125,7 +124,7 @@ def sample(
     classes: tuple[int, ...] | None = None,
     batch_size: int = 1000,
 ) -> Samples:
-    """`count` samples of one source; sample i has the class i modulo the number of classes and noise (seed, i).
+    """`count` samples of one source; sample i has the class i modulo the number of classes and the noise (seed, i).
 
     Args:
         source: one of `SOURCES`.
@@ -138,18 +137,68 @@ def sample(
         batch_size: samples made at a time.
 
     Raises:
-        ValueError: the source is unknown, or needs a student.
+        ValueError: the source or a class is unknown, `count` is not positive, or the source needs a student.
     """
     if source not in _MAKERS:
         raise ValueError(f"source: got {source!r}, expected one of {', '.join(SOURCES)}")
+    # The marginals are estimated once per batch: one batch for all of their samples.
+    batch_size = count if source == "independent_marginals" else batch_size
+    return _collect(_MAKERS[source], teacher, student, count, seed, point, classes, batch_size)
+
+
+def sample_student(
+    teacher: Teacher,
+    student: Student,
+    *,
+    count: int,
+    seed: int,
+    point: int,
+    steps: int = 1,
+    teacher_steps: int = 0,
+    classes: tuple[int, ...] | None = None,
+    batch_size: int = 1000,
+) -> Samples:
+    """`count` samples of a student in one or two passes.
+
+    Args:
+        steps: 1, or 2 with the second pass from `point`.
+        teacher_steps: groups from `point` on that the teacher regenerates before the student's last pass; 0: none.
+        teacher, student, count, seed, point, classes, batch_size: as in `sample`.
+
+    Raises:
+        ValueError: as in `sample`; or the teacher would run past the last group.
+    """
+    settings: dict[str, object] = {"steps": (0, point) if steps == 2 else (0,)}
+    if teacher_steps:
+        settings = {"teacher_range": (point, point + teacher_steps)}
+
+    def make(request: _Request) -> Tensor:
+        return request.by_student(**settings)
+
+    return _collect(make, teacher, student, count, seed, point, classes, batch_size)
+
+
+@torch.no_grad()
+def _collect(
+    make: Callable[[_Request], Tensor],
+    teacher: Teacher,
+    student: Student | None,
+    count: int,
+    seed: int,
+    point: int,
+    classes: tuple[int, ...] | None,
+    batch_size: int,
+) -> Samples:
+    if count < 1:
+        raise ValueError(f"count: got {count}, expected at least 1")
     labels = torch.tensor(classes if classes is not None else range(teacher.num_classes))
+    if int(labels.min()) < 0 or int(labels.max()) >= teacher.num_classes:
+        raise ValueError(f"classes: got {labels.tolist()}, expected labels in 0..{teacher.num_classes - 1}")
     device = teacher.codebook.device
     generator = torch.Generator(device).manual_seed(seed)
     embeddings, conditions = [], []
-    # The marginals are estimated once per batch: one batch for all of their samples.
-    size = count if source == "independent_marginals" else batch_size
-    for start in range(0, count, max(size, 1)):
-        index = torch.arange(start, min(start + size, count))
+    for start in range(0, count, batch_size):
+        index = torch.arange(start, min(start + batch_size, count))
         condition = labels[index % len(labels)].to(device)
         request = _Request(
             teacher=teacher,
@@ -159,7 +208,7 @@ def sample(
             generator=generator,
             point=point,
         )
-        embeddings.append(_MAKERS[source](request))
+        embeddings.append(make(request))
         conditions.append(condition)
     made = torch.cat(embeddings)
     return Samples(codes=nearest_code(made, teacher.codebook), embeddings=made, condition=torch.cat(conditions))

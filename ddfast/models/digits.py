@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ddfast.config import TeacherConfig, TokenizerConfig, TrainConfig, config_hash
@@ -110,7 +111,7 @@ class Tokenizer(nn.Module):
 
     def latents(self, images: Tensor) -> Tensor:
         """Unquantised latents [B, N, D] of images [B, 1, 16, 16] in [0, 1]."""
-        return self.encoder(2 * images - 1).flatten(2).transpose(1, 2)
+        return rearrange(self.encoder(2 * images - 1), "b d h w -> b (h w) d")
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes int64 [B, N]."""
@@ -119,7 +120,7 @@ class Tokenizer(nn.Module):
     def decode(self, embeddings: Tensor) -> Tensor:
         """Raw images [B, 1, 16, 16] in [-1, 1] scale from embeddings [B, N, D]."""
         side = CANVAS // PATCH
-        return self.decoder(embeddings.transpose(1, 2).unflatten(2, (side, side)))
+        return self.decoder(rearrange(embeddings, "b (h w) d -> b d h w", h=side))
 
 
 def train_tokenizer(config: TokenizerConfig, *, seed: int = 0, progress: Progress | None = None) -> Tokenizer:
@@ -247,11 +248,11 @@ def load_digits_teacher(path: Path) -> DigitsTeacher:
     tensors, header = load_tensors(path)
     if header.get("family") != "digits":
         raise DDFastError(f"{path} is not a digits teacher (family {header.get('family')!r})")
-    teacher = untrained_teacher(TokenizerConfig(**header["tokenizer"]), TeacherConfig(**header["teacher"]))
+    teacher = untrained_digits_teacher(TokenizerConfig(**header["tokenizer"]), TeacherConfig(**header["teacher"]))
     load_state(teacher, tensors, path)
     return teacher
 
 
-def untrained_teacher(tokenizer: TokenizerConfig, teacher: TeacherConfig) -> DigitsTeacher:
+def untrained_digits_teacher(tokenizer: TokenizerConfig, teacher: TeacherConfig) -> DigitsTeacher:
     """A teacher with random weights: for profiling, and to load weights into."""
     return DigitsTeacher(Tokenizer(tokenizer), teacher).eval().requires_grad_(False)

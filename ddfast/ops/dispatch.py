@@ -68,13 +68,14 @@ def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> C
         if obstacle:
             raise ValueError(f"backend: {backend!r} cannot run {op}: {obstacle}; use backend='auto' or 'reference'")
         return Choice(backend, "asked for by name")
+    candidates = [candidate for candidate in KERNELS[op] if DEVICE_OF[candidate] == device]
     obstacles = []
-    for candidate in KERNELS[op]:
+    for candidate in candidates:
         obstacle = _obstacle(op, candidate, device, dtype)
         if not obstacle:
             return Choice(candidate, f"fastest kernel for {device} tensors")
         obstacles.append(f"{candidate}: {obstacle}")
-    return Choice("reference", "; ".join(obstacles))
+    return Choice("reference", "; ".join(obstacles) or f"this version has no kernel for {device} tensors")
 
 
 def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str:

@@ -1,0 +1,45 @@
+# Set-up, tests and demo. `make demo` and `make test` do everything a fresh machine needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# On a machine without a GPU the pinned versions keep pip from fetching gigabytes of CUDA packages.
+CONSTRAINTS := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard constraints/*.txt) $(wildcard csrc/* kernels/*)
+
+.PHONY: help demo test lint types bench clean
+
+help:
+	@echo "make demo    install into $(VENV), then distil the digits teacher (minutes on 2 cores): runs/digits/report.md"
+	@echo "make test    install into $(VENV), then run the tests"
+	@echo "make lint    ruff check and format check"
+	@echo "make types   mypy"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   remove $(VENV) and build products"
+
+$(STAMP): $(BUILD_INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: make needs Python 3.11 or newer (the pinned versions do); set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) ".[dev,peers]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m ddfast.train --recipe digits --method dd1
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build *.egg-info

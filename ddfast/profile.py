@@ -1,0 +1,56 @@
+"""`ddfast profile`: AR decoding against one and two steps, with NVTX ranges, a Chrome trace and Nsight commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddfast import cli
+from ddfast.config import TrainConfig
+from ddfast.errors import DDFastError
+from ddfast.models.student import Student
+from ddfast.pipeline import check_device, open_student
+from ddfast.profiling import profile
+from ddfast.recipes import untrained_teacher
+
+EXAMPLES = """  python -m ddfast.profile --recipe digits --random-weights
+  python -m ddfast.profile --student runs/digits --evaluation.batch-sizes 1 16 64 256"""
+
+
+@dataclasses.dataclass(kw_only=True)
+class ProfileOptions(TrainConfig):
+    """What to time; the trace and the table go to OUT.
+
+    Attributes:
+        student: folder of a training run.
+        random_weights: time untrained networks of the recipe's sizes instead.
+        rounds: repetitions of every measurement.
+    """
+
+    student: Path | None = None
+    random_weights: bool = False
+    rounds: int = 7
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+
+    def body(rest: list[str]) -> None:
+        options = cli.parse("profile", ProfileOptions, rest, EXAMPLES)
+        check_device(options.device)
+        if options.random_weights:
+            teacher = untrained_teacher(options).to(options.device)
+            student = Student.from_teacher(teacher).to(options.device).eval()
+        elif options.student:
+            _, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
+        else:
+            raise DDFastError("give --student DIR, or --random-weights to time untrained networks")
+        print("\n".join(profile(options, teacher, student, options.out, rounds=options.rounds)))
+
+    return cli.run("profile", body, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

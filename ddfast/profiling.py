@@ -1,0 +1,94 @@
+"""Where the time of a sample goes: a table, NVTX ranges, a Chrome trace, and the Nsight commands to go on with."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import nvtx
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+
+from ddfast.config import TrainConfig
+from ddfast.errors import DDFastError
+from ddfast.evaluation.speed import measure_speed
+from ddfast.models.protocol import Teacher
+from ddfast.models.student import Student
+from ddfast.ops import noise
+
+_LABELS = {
+    "ar_plain": "AR, plain PyTorch loop",
+    "ar": "AR, ddfast (KV cache)",
+    "student_1step": "1 step",
+    "student_2step": "2 steps",
+}
+
+
+def profile(config: TrainConfig, teacher: Teacher, student: Student, out: Path, *, rounds: int = 7) -> list[str]:
+    """Time AR decoding against the student and write a Chrome trace to `out/trace.json`.
+
+    Args:
+        config: its evaluation's batch sizes and the student's point.
+        teacher, student: what is timed.
+        out: folder of the trace.
+        rounds: repetitions of every measurement.
+
+    Returns:
+        The lines of a table (milliseconds per image, ratios to both AR decoders, peak memory) and what to run next.
+    """
+    batches, point = config.evaluation.batch_sizes, config.dd1.point
+    lines = []
+    for decode in (False, True):
+        seconds = measure_speed(teacher, student, batch_sizes=batches, point=point, decode=decode, rounds=rounds)
+        lines += ["", f"milliseconds per image, image decoding {'included' if decode else 'excluded'}"]
+        lines.append(f"{'batch':>8s}  " + "  ".join(f"{label:>24s}" for label in _LABELS.values()))
+        for batch in batches:
+            values = [seconds[name][batch] * 1e3 for name in _LABELS]
+            plain, own = values[:2]
+            cells = [f"{value:.3f} ({plain / value:.1f}x, {own / value:.1f}x)" for value in values]
+            lines.append(f"{batch:8d}  " + "  ".join(f"{cell:>24s}" for cell in cells))
+    lines += ["", "(times as fast as the plain loop, as ddfast's AR decoding)", f"peak memory: {_peak_memory()}"]
+    trace = _trace(teacher, student, batches[-1], point, out)
+    lines += [f"Chrome trace: {trace} (chrome://tracing or ui.perfetto.dev)", "", "With Nsight on a GPU:"]
+    command = f"python -m ddfast.profile --recipe {config.recipe} --random-weights --device cuda"
+    lines.append(f"  nsys profile --trace=cuda,nvtx,osrt --output {out}/nsys {command}")
+    lines.append(f"  ncu --nvtx --nvtx-include 'student, 1 step/' --set full --export {out}/ncu {command}")
+    return lines
+
+
+def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path) -> Path:
+    """One pass of every stage under torch.profiler, each in an NVTX range of its own."""
+    device = teacher.codebook.device
+    condition = torch.arange(batch, device=device) % teacher.num_classes
+    eps = noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim), device)
+    stages = {
+        "teacher, AR": lambda: teacher.generate(condition),
+        "teacher, flow": lambda: teacher.generate(condition, sampler="flow", noise=eps),
+        "student, 1 step": lambda: student.sample(condition, eps),
+        "student, 2 steps": lambda: student.sample(condition, eps, steps=(0, point)),
+    }
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    made: Tensor | None = None
+    with torch.profiler.profile(activities=activities) as profiler:
+        for name, stage in stages.items():
+            with nvtx.annotate(name), torch.profiler.record_function(name):
+                made = stage()
+        with nvtx.annotate("image decoding"), torch.profiler.record_function("image decoding"):
+            assert made is not None
+            teacher.decode(made)
+    path = out / "trace.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+    except (OSError, RuntimeError) as error:
+        raise DDFastError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def _peak_memory() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the GPU"
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB resident"

@@ -1,0 +1,74 @@
+"""`ddfast sample`: images or codes from a distilled student."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ddfast import cli
+from ddfast.config import TrainConfig
+from ddfast.pipeline import open_student
+from ddfast.report import save_samples
+from ddfast.sampling import sample_student
+
+EXAMPLES = """  python -m ddfast.sample --student runs/digits --steps 2 --classes 1,2,3 --count 12
+  python -m ddfast.sample --student runs/digits --teacher-steps 4 --format files --to images
+  python -m ddfast.sample --student runs/digits --format codes --count 1000"""
+
+
+@dataclasses.dataclass(kw_only=True)
+class SampleOptions:
+    """What to draw and how.
+
+    Attributes:
+        student: folder of a training run.
+        steps: 1 or 2 passes of the student.
+        teacher_steps: groups that the teacher regenerates between the passes (from the second step's point on).
+        classes: labels separated by commas; empty: all of them in turn.
+        count: how many samples.
+        seed: of the noise.
+        format: one grid, one png per image, or the codes as safetensors.
+        to: where the result goes; default: samples-STEPS in the student's folder.
+        device: where to run.
+    """
+
+    student: Path
+    steps: Literal[1, 2] = 1
+    teacher_steps: int = 0
+    classes: str = ""
+    count: int = 64
+    seed: int = 0
+    format: Literal["grid", "files", "codes"] = "grid"
+    to: Path | None = None
+    device: str = "cpu"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+
+    def body(rest: list[str]) -> None:
+        options = cli.parse_plain("sample", SampleOptions, rest, EXAMPLES)
+        config: TrainConfig
+        config, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
+        samples = sample_student(
+            teacher,
+            student,
+            count=options.count,
+            seed=options.seed,
+            classes=cli.labels(options.classes),
+            steps=options.steps,
+            point=config.dd1.point,
+            teacher_steps=options.teacher_steps,
+        )
+        target = options.to or options.student / f"samples-{options.steps}"
+        for line in save_samples(samples, teacher, options.format, target):
+            print(line)
+
+    return cli.run("sample", body, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
