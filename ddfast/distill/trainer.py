@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddfast.config import DD1Config, TrainConfig, config_hash
+from ddfast.config import TrainConfig, config_hash
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
+from ddfast.schedule import warmup_cosine
 from ddfast.trajectories.store import Trajectories
 
 Progress = Callable[[int, int, str], None]
@@ -83,14 +84,6 @@ def distill(
     return student.eval().requires_grad_(False), live
 
 
-def learning_rate(config: DD1Config, step: int) -> float:
-    """Linear warm-up, then cosine decay to zero at the last step."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(config.iterations - config.warmup, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 class _Run:
     """Everything a resumed run must find again."""
 
@@ -106,7 +99,8 @@ class _Run:
 
     def update(self, loss: Tensor) -> float:
         """One optimizer step and the average's move after it; returns the gradient's norm before clipping."""
-        self.learning_rate = learning_rate(self.config, self.step)
+        factor = warmup_cosine(self.step, total=self.config.iterations, warmup=self.config.warmup)
+        self.learning_rate = self.config.learning_rate * factor
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.zero_grad(set_to_none=True)

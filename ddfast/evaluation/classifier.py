@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from ddfast.env import cache_dir
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.digits import NUM_CLASSES, Progress, digit_images, render
+from ddfast.schedule import warmup_cosine
 
 _ITERATIONS = 1200
 _FEATURES = 48
@@ -46,7 +49,7 @@ def train_classifier(progress: Progress | None = None) -> DigitsClassifier:
     torch.manual_seed(0)
     model = DigitsClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, _ITERATIONS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmup_cosine, total=_ITERATIONS, warmup=100))
     generator = torch.Generator().manual_seed(1)
     originals, labels = digit_images("train")
     for step in range(_ITERATIONS):

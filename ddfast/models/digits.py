@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.protocol import SamplingDefaults
 from ddfast.models.transformer import TransformerTeacher
 from ddfast.ops import nearest_code
+from ddfast.schedule import warmup_cosine
 
 CANVAS = 16
 PATCH = 4
@@ -128,7 +129,9 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int = 0, progress: Progres
     torch.manual_seed(seed)
     model = Tokenizer(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.iterations, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(warmup_cosine, total=config.iterations, warmup=config.iterations // 20)
+    )
     generator = torch.Generator().manual_seed(seed + 1)
     originals, _ = digit_images("train")
     counts, sums = torch.ones(config.num_codes), model.codebook.clone()
@@ -199,7 +202,9 @@ def train_teacher(
     teacher = DigitsTeacher(tokenizer, config)
     parameters = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.iterations, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(warmup_cosine, total=config.iterations, warmup=config.iterations // 20)
+    )
     images, labels = digit_batch("train", config.training_images, seed + 1)
     with torch.no_grad():
         codes = torch.cat([teacher.encode(chunk) for chunk in images.split(4096)])

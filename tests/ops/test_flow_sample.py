@@ -78,7 +78,7 @@ def test_frequencies(backend):
     [(8, 2, 1.5, 1.0), (64, 4, 2.0, 1.0), (1024, 8, 1.0, 0.5), (512, 32, 3.0, 0.3)],
 )
 def test_early_exit_is_never_wrong(num_codes, dim, peak, support):
-    """A token that stops early has the code of the same token integrated to the end in fine steps: no false exit in 20,000."""
+    """A token that stops early has the code of the same token integrated to the end: no false exit in 64,000."""
     rows = 20_000 if num_codes < 1000 else 4_000
     log_probs, noise, codebook = (
         tensor.float().contiguous() for tensor in problem(rows, num_codes, dim, peak=peak, support=support, seed=7)

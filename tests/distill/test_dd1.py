@@ -1,0 +1,174 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from small import LABELS, build
+
+from ddfast.config import DD1Config, TrainConfig
+from ddfast.distill.dd1 import DD1
+from ddfast.distill.losses import embedding_distance, token_cross_entropy
+from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
+from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
+from ddfast.errors import DDFastError
+from ddfast.models.checkpoint import load_tensors
+from ddfast.models.student import Student
+from ddfast.models.toy import ToyTeacher
+from ddfast.schedule import warmup_cosine
+from ddfast.trajectories.generate import generate_trajectories, store_settings
+from ddfast.trajectories.store import Trajectories, TrajectoryStore
+
+TOY = TrainConfig(dd1=DD1Config(point=2, iterations=40, batch_size=32, warmup=5, log_every=4, checkpoint_every=5))
+
+
+def pairs(path) -> Trajectories:
+    teacher = ToyTeacher()
+    store = TrajectoryStore.open_or_create(path, store_settings(teacher, TOY.trajectories, 0))
+    generate_trajectories(teacher, store, 1000)
+    return store.load()
+
+
+def toy_student() -> Student:
+    torch.manual_seed(0)
+    return Student(ToyTeacher(), width=16, depth=1, heads=2)
+
+
+def test_losses_look_at_open_tokens_only():
+    logits, codes = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    open_tokens = torch.tensor([[False, True, True], [True, False, True]])
+    by_hand = -logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0][open_tokens].mean()
+    assert torch.allclose(token_cross_entropy(logits, codes, open_tokens), by_hand)
+    embeddings, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    by_hand = (embeddings - target)[open_tokens].abs().mean()
+    assert torch.allclose(embedding_distance(embeddings, target, open_tokens), by_hand)
+
+
+def test_a_step_sees_data_before_its_point_and_noise_after_it():
+    teacher, student = build((1,) * 7, trained=True)
+    batch = Batch(noise=torch.randn(4, 7, 3), codes=torch.randint(11, (4, 7)), condition=LABELS)
+    seen = {}
+    original = student.predict
+    student.predict = lambda condition, x, t: (seen.update(x=x, t=t), original(condition, x, t))[1]
+    method = DD1(Roles(student=student, teacher=teacher), DD1Config(point=3, point_probability=0.5))
+    loss, logged = method.step("student", batch, torch.Generator().manual_seed(4))
+    assert sorted(seen["t"].unique().tolist()) == [0, 3]
+    for row, point in enumerate(seen["t"].tolist()):
+        assert torch.equal(seen["x"][row, :point], teacher.codebook[batch.codes[row, :point]])
+        assert torch.equal(seen["x"][row, point:], batch.noise[row, point:])
+    assert abs(loss.item() - logged["cross_entropy"] - logged["embedding_distance"]) < 1e-5
+
+
+def test_a_point_outside_the_trajectory_is_refused():
+    teacher, student = build((1,) * 7)
+    with pytest.raises(ValueError, match=r"point: got 7, expected a trajectory point in 1\.\.6"):
+        DD1(Roles(student=student, teacher=teacher), DD1Config(point=7))
+
+
+def test_moving_average():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = ExponentialMovingAverage(network, 0.9)
+    value = expected = network.weight.item()
+    for step in range(60):
+        value += 1.0
+        with torch.no_grad():
+            network.weight.fill_(value)
+        average.update(network, step)
+        rate = min(0.9, (step + 1) / (step + 10))
+        expected = rate * expected + (1 - rate) * value
+    average.copy_to(network)
+    assert abs(network.weight.item() - expected) < 1e-3
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    rates = [warmup_cosine(step, total=110, warmup=10) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[110] == pytest.approx(0.0)
+    assert warmup_cosine(0, total=1, warmup=0) == 1.0
+
+
+def test_training_lowers_the_loss_and_logs(tmp_path):
+    config = dataclasses.replace(TOY, dd1=dataclasses.replace(TOY.dd1, iterations=300, learning_rate=3e-3))
+    distill(config, ToyTeacher(), pairs(tmp_path / "pairs"), tmp_path, student=toy_student())
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(4, 301, 4))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert {"cross_entropy", "embedding_distance", "gradient_norm", "learning_rate"} <= set(lines[0])
+
+
+def test_interrupted_and_resumed_is_the_same_run(tmp_path):
+    trajectories = pairs(tmp_path / "pairs")
+    whole, live = distill(TOY, ToyTeacher(), trajectories, tmp_path / "whole", student=toy_student())
+
+    def stop(done, total, text):
+        if done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(TOY, ToyTeacher(), trajectories, tmp_path / "parts", student=toy_student(), progress=stop)
+    assert load_tensors(tmp_path / "parts" / CHECKPOINT)[1]["step"] == 17
+    resumed, resumed_live = distill(TOY, ToyTeacher(), trajectories, tmp_path / "parts", student=toy_student())
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+        assert torch.equal(live[name], resumed_live[name])
+    logs = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / METRICS).read_text().splitlines()]
+        for run in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    trajectories = pairs(tmp_path / "pairs")
+    distill(TOY, ToyTeacher(), trajectories, tmp_path, student=toy_student())
+    other = dataclasses.replace(TOY, seed=1)
+    with pytest.raises(DDFastError, match="belongs to a run with other settings"):
+        distill(other, ToyTeacher(), trajectories, tmp_path, student=toy_student())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    trajectories = pairs(tmp_path / "pairs")
+    student = toy_student()
+    with torch.no_grad():
+        student.head.bias[0] = torch.inf
+    before = student.input.weight.clone()
+    with pytest.raises(DDFastError, match=r"the loss became (nan|inf) at step 0"):
+        distill(TOY, ToyTeacher(), trajectories, tmp_path, student=student)
+    assert torch.equal(student.input.weight, before)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+from test_dd1 import TOY, ToyTeacher, distill, pairs, toy_student
+out = Path(sys.argv[1])
+student, _ = distill(TOY, ToyTeacher(), pairs(out / "pairs"), out, student=toy_student())
+torch.save(student.state_dict(), out / "student.pt")
+"""
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path):
+    call = [sys.executable, "-c", SCRIPT.format(paths=[os.path.dirname(__file__), *sys.path])]
+    subprocess.run([*call, str(tmp_path / "whole")], check=True)
+    target = tmp_path / "killed"
+    for step in (5, 20):
+        process = subprocess.Popen([*call, str(target)])
+        while process.poll() is None:
+            time.sleep(0.001)
+            if (target / CHECKPOINT).exists() and load_tensors(target / CHECKPOINT)[1]["step"] >= step:
+                break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (target / "student.pt").exists()
+    subprocess.run([*call, str(target)], check=True)
+    ours, whole = (torch.load(tmp_path / run / "student.pt", weights_only=True) for run in ("killed", "whole"))
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())

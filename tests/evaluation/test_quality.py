@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from ddfast.evaluation.quality import frechet_distance, pair_table_distance
+from ddfast.evaluation.speed import generate_plainly, measure_speed
+from ddfast.models.digits import digit_batch
+from ddfast.models.student import Student
+from ddfast.models.toy import ToyTeacher
+from ddfast.recipes import get_recipe, untrained_teacher
+from ddfast.sampling import SOURCES, draw_marginals, marginal_tables, sample, sample_student
+
+
+def test_frechet_distance_of_known_gaussians():
+    """|m|^2 + sum (s1 - s2)^2 for diagonal covariances."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.0, 2.0, 0.5])
+    y = torch.randn(200_000, 3, generator=generator) * torch.tensor([2.0, 2.0, 1.0]) + torch.tensor([1.0, 0.0, -2.0])
+    assert frechet_distance(x, y) == pytest.approx(1 + 4 + 1 + 0.25, rel=0.02)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_pair_table_distance():
+    same = torch.tensor([[0, 0], [1, 1]])
+    crossed = torch.tensor([[0, 1], [1, 0]])
+    assert pair_table_distance(same, same, 2) == 0
+    assert pair_table_distance(same, crossed, 2) == 1
+    assert pair_table_distance(same, torch.cat((same, crossed)), 2) == 0.5
+
+
+def test_marginals_are_right_and_independent():
+    toy = ToyTeacher()
+    generator = torch.Generator().manual_seed(0)
+    tables = marginal_tables(toy, generator, samples_per_class=100_000)
+    joint, sequences = toy.joint(), toy.all_sequences()
+    for token in range(4):
+        exact = torch.zeros(8, dtype=torch.float64).index_add_(0, sequences[:, token], joint)
+        assert (tables[0, token].double() - exact).abs().max() < 0.01
+    codes = draw_marginals(tables, torch.zeros(100_000, dtype=torch.int64), generator)
+    pairs = torch.bincount(codes[:, 0] * 8 + codes[:, 3], minlength=64).view(8, 8) / len(codes)
+    assert (pairs - tables[0, 0][:, None] * tables[0, 3][None]).abs().max() < 0.01
+
+
+def test_the_plain_decoder_has_the_same_distribution():
+    toy = ToyTeacher()
+    codes = generate_plainly(toy, torch.zeros(50_000, dtype=torch.int64), torch.Generator().manual_seed(0))
+    assert toy.total_variation(codes) < 0.03
+
+
+def networks():
+    config = get_recipe("digits")
+    config.teacher.width, config.teacher.depth = 32, 1
+    teacher = untrained_teacher(config)
+    return teacher, Student.from_teacher(teacher).eval()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source(source):
+    teacher, student = networks()
+    made = sample(source, teacher, student, count=23, seed=1, point=5)
+    assert made.codes.shape == (23, 16)
+    assert torch.equal(made.embeddings, teacher.codebook[made.codes])
+    assert made.condition.tolist() == [index % 10 for index in range(23)]
+    again = sample(source, teacher, student, count=23, seed=1, point=5)
+    assert torch.equal(made.codes, again.codes)
+    assert not torch.equal(made.codes, sample(source, teacher, student, count=23, seed=2, point=5).codes)
+
+
+def test_skip_last_keeps_the_teachers_first_tokens():
+    teacher, _ = networks()
+    skipped, whole = (sample(name, teacher, count=50, seed=1, point=5).codes for name in ("skip_last", "teacher"))
+    assert torch.equal(skipped[:, :12], whole[:, :12])
+    assert not torch.equal(skipped[:, 12:], whole[:, 12:])
+
+
+def test_student_samples_do_not_depend_on_the_batch_size():
+    teacher, student = networks()
+    parts, whole = (
+        sample_student(teacher, student, count=9, seed=1, point=5, steps=2, batch_size=size).codes for size in (4, 9)
+    )
+    assert (parts != whole).float().mean() < 0.02  # matrix products may round differently
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"source": "magic"}, "source: got 'magic'"),
+        ({"count": 0}, "count: got 0"),
+        ({"classes": (3, 10)}, r"classes: got \[3, 10\]"),
+        ({"source": "student_1step"}, "student: got None"),
+    ],
+)
+def test_errors(arguments, words):
+    settings = {"source": "teacher", "count": 2, "seed": 0, "point": 5, **arguments}
+    with pytest.raises(ValueError, match=words):
+        sample(settings.pop("source"), networks()[0], **settings)
+
+
+def test_speed_has_every_source_and_batch_size():
+    teacher, student = networks()
+    seconds = measure_speed(teacher, student, batch_sizes=(1, 8), point=5, decode=True, rounds=3)
+    assert set(seconds) == {"ar", "ar_plain", "student_1step", "student_2step", "marginals"}
+    assert all(value > 0 for row in seconds.values() for value in row.values())
+    assert seconds["ar"][8] < seconds["ar"][1]
+
+
+def test_evaluator_tells_real_from_noise(tmp_path, monkeypatch):
+    from ddfast.evaluation import Evaluator, classifier
+
+    monkeypatch.setenv("DDFAST_CACHE", str(tmp_path))
+    config = get_recipe("digits")
+    config.evaluation.samples = 500
+    teacher, _ = networks()
+    evaluator = Evaluator(config, teacher)
+    images, labels = digit_batch("test", 2000, seed=9)
+    features = evaluator.classifier.features(images)
+    assert (evaluator.classifier.logits(features).argmax(-1) == labels).double().mean() > 0.85
+    assert frechet_distance(features, evaluator.reference_features) < 20
+    measured = evaluator.measure(sample("teacher", teacher, count=500, seed=5, point=5))
+    assert set(measured) == {"frechet", "class_accuracy", "teacher_nll", "pair_tv"}
+    assert measured["frechet"] > 50  # an untrained teacher
+    assert 3 < measured["teacher_nll"] < 5  # near log 64
+    assert len(list(tmp_path.glob("digits-classifier-*"))) == 1
+    assert classifier.load_or_train_classifier(lambda *_: pytest.fail("trained again")) is not None
