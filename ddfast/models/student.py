@@ -39,6 +39,9 @@ class Student(nn.Module):
         self.groups, self.num_classes = teacher.groups, teacher.num_classes
         self.register_buffer("codebook", teacher.codebook.detach().clone(), persistent=False)
         self.codebook: Tensor
+        level = torch.arange(len(self.groups)).repeat_interleave(torch.tensor(self.groups))
+        self.register_buffer("level", level, persistent=False)  # group of every token
+        self.level: Tensor
         self.class_embedding = nn.Embedding(self.num_classes + 1, width)
         self.position_embedding = nn.Parameter(torch.empty(teacher.num_tokens + 1, width))
         self.input = nn.Linear(teacher.code_dim, width)
@@ -104,8 +107,8 @@ class Student(nn.Module):
             raise ValueError(f"x: got shape {list(x.shape)}, expected [B, {num_tokens}, {self.teacher.code_dim}]")
         label = self.class_embedding(condition)
         tokens = torch.cat((label[:, None], self.input(x)), dim=1)
-        is_data = torch.cat((x.new_ones(batch, 1, dtype=torch.bool), self.data_mask(t, batch)), dim=1)
-        tokens = tokens + self.position_embedding + self.data_embedding(is_data.long())
+        is_data = F.pad(self.data_mask(t, batch).long(), (1, 0), value=1)  # the condition counts as data
+        tokens = tokens + self.position_embedding + self.data_embedding(is_data)
         mask = level_mask((1, *self.groups), x.device)
         hidden = self.body(tokens, mask, mask is None)[:, 1:]
         shift, scale = (self.continuous_modulation + label[:, None]).unbind(1)
@@ -114,15 +117,12 @@ class Student(nn.Module):
 
     def data_mask(self, t: int | Tensor, batch: int) -> Tensor:
         """Boolean [B, N]: True where X_t holds data."""
-        device = self.codebook.device
-        level = torch.arange(len(self.groups), device=device)
-        level = level.repeat_interleave(torch.tensor(self.groups, device=device))
-        points = torch.as_tensor(t, device=device)
-        if points.numel() and not 0 <= int(points.min()) <= int(points.max()) <= len(self.groups):
-            raise ValueError(f"t: got {points.tolist()}, expected trajectory points in 0..{len(self.groups)}")
-        return (level[None] < points.reshape(-1, 1)).expand(batch, -1)
+        low, high = (t, t) if isinstance(t, int) else (int(bound) for bound in torch.aminmax(t))
+        if not 0 <= low <= high <= len(self.groups):
+            raise ValueError(f"t: got points {low} to {high}, expected trajectory points in 0..{len(self.groups)}")
+        points = t if isinstance(t, int) else t[:, None]
+        return (self.level < points).expand(batch, -1)
 
-    @torch.no_grad()
     def sample(
         self,
         condition: Condition,
@@ -158,12 +158,13 @@ class Student(nn.Module):
             raise ValueError(f"split: got {split}, expected a group in 0..{count}")
         if teacher_range is not None and not 0 <= teacher_range[0] < teacher_range[1] <= count:
             raise ValueError(f"teacher_range: got {teacher_range}, expected first < last in 0..{count}")
-        x = self._complete(condition, noise, noise, 0, split)
-        if teacher_range is not None:
-            x = self._involve_teacher(condition, noise, x, teacher_range, split, cfg_scale)
-        for point in steps[1:]:
-            x = self._complete(condition, x, noise, point, split)
-        return x
+        with torch.inference_mode():
+            x = self._complete(condition, noise, noise, 0, split)
+            if teacher_range is not None:
+                x = self._involve_teacher(condition, noise, x, teacher_range, split, cfg_scale)
+            for point in steps[1:]:
+                x = self._complete(condition, x, noise, point, split)
+        return x.clone()  # outside inference mode, so that samples can enter a training graph
 
     def _complete(self, condition: Condition, x: Tensor, noise: Tensor, point: int, split: int | None) -> Tensor:
         """One pass from the point whose data are the first groups of x."""

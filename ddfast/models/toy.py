@@ -30,7 +30,7 @@ class ToyTeacher(Teacher):
         seed: of the tables.
     """
 
-    def __init__(self, *, num_codes: int = 8, num_tokens: int = 4, strength: float = 2.0, seed: int = 0) -> None:
+    def __init__(self, *, num_codes: int = 8, num_tokens: int = 4, strength: float = 1.5, seed: int = 0) -> None:
         super().__init__()
         angle = torch.arange(num_codes) * (2 * torch.pi / num_codes)
         self.register_buffer("codebook", torch.stack((angle.cos(), angle.sin()), dim=1))

@@ -106,7 +106,7 @@ def test_errors(arguments, words):
 
 def test_a_point_out_of_range_and_a_wrong_shape():
     student = build((1,) * 7)[1]
-    with pytest.raises(ValueError, match="t: got 8"):
+    with pytest.raises(ValueError, match="t: got points 8 to 8"):
         student.predict(LABELS, torch.randn(4, 7, 3), 8)
     with pytest.raises(ValueError, match=r"x: got shape \[4, 6, 3\]"):
         student.predict(LABELS, torch.randn(4, 6, 3), 0)
