@@ -2,8 +2,8 @@
 
     python benchmarks/numerics.py --tokens 1000 > table.md
 
-The exact map: the reference's formula in float64 on the codes kept, 2,000 third-order steps from a grid that starts at
-40 spreads; doubling the steps is reported as a check. All approximations run in float32 through the public ops' kernels.
+The exact map: the reference's formula in float64 on the codes kept, in thousands of third-order steps from a grid that
+starts at 40 spreads; doubling the steps is reported as a check. The approximations are the CPU kernel's, in float32.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ CASES = {
         16384 * 16384 * 4,
     ),
     "codebook_posterior": (
-        "x = torch.randn(2048, 32, requires_grad=True); log_probs, codebook = torch.randn(2048, 4096), torch.randn(4096, 32)",
+        "x, codebook = torch.randn(2048, 32, requires_grad=True), torch.randn(4096, 32); log_probs = torch.randn(2048, 4096)",
         "ops.codebook_posterior(x[:2], 0.5, log_probs[:2], codebook).sum().backward()",
         "ops.codebook_posterior(x, 0.5, log_probs, codebook).sum().backward()",
         2048 * 4096 * 4,

@@ -1,0 +1,258 @@
+"""The commands as a user runs them, at tiny sizes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SIZES = [
+    "--tokenizer.iterations=30", "--tokenizer.warmup=10", "--tokenizer.batch-size=64",
+    "--teacher.width=32", "--teacher.depth=1", "--teacher.heads=2", "--teacher.iterations=20",
+    "--teacher.training-images=500", "--teacher.batch-size=32",
+    "--trajectories.count=300", "--trajectories.shard-size=50",
+    "--dd1.iterations=60", "--dd1.batch-size=32", "--dd1.warmup=5", "--dd1.log-every=10", "--dd1.checkpoint-every=10",
+    "--evaluation.samples=200", "--evaluation.batch-sizes", "1", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    cache = tmp_path_factory.mktemp("cache")
+    return {**os.environ, "DDFAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: object) -> list[str]:
+    name, *rest = (str(argument) for argument in arguments)
+    return [sys.executable, "-m", f"ddfast.{name}", *rest]
+
+
+@pytest.fixture
+def run(environment):
+    def call(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command(*arguments), env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return call
+
+
+def refused(run, words: str, *arguments: object) -> None:
+    done = run(*arguments, code=1)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"ddfast {arguments[0]}: error: ")
+    assert words in line
+
+
+@pytest.fixture(scope="module")
+def finished(environment, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    subprocess.run(command("train", "--out", out, *SIZES), env=environment, check=True, capture_output=True)
+    return out
+
+
+def test_train_writes_everything(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.toml", "metrics.jsonl", "metrics.json", "student.safetensors", "report.md", "samples.png", "trajectories",
+    }  # fmt: skip
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["method"] == "dd1"
+    assert metrics["recipe"] == "digits"
+    for row in ("teacher", "student_1step", "student_2step", "independent_marginals"):
+        keys = {"frechet", "class_accuracy", "teacher_nll", "pair_tv", "seconds_per_image"}
+        assert keys <= set(metrics[row])
+        assert set(metrics[row]["seconds_per_image"]) == {"1", "4"}
+        assert ("speedup_vs_ar" in metrics[row]) == row.startswith("student")
+    steps = [json.loads(line)["step"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30, 40, 50, 60]
+    report = (finished / "report.md").read_text()
+    assert "| DD1 student | 1 |" in report
+    assert "independent marginals" in report
+    assert (finished / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_not_repeated(run, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    done = run("train", "--out", finished, *SIZES)
+    assert done.stdout.count("skipped") == 3
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(run, finished):
+    before = (finished / "config.toml").read_bytes()
+    refused(run, "dd1.iterations is 60, not 70", "train", "--out", finished, *SIZES, "--dd1.iterations=70")
+    assert (finished / "config.toml").read_bytes() == before
+
+
+def kill(arguments: list[str], environment: dict[str, str], moment) -> None:
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not moment():
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_twice_and_run_again_is_the_same_run(environment, finished, tmp_path):
+    out = tmp_path / "killed"
+    arguments = command("train", "--out", out, *SIZES)
+    kill(arguments, environment, (out / "trajectories" / "shard-000002.safetensors").exists)
+    kill(arguments, environment, (out / "checkpoint.safetensors").exists)
+    assert not (out / "student.safetensors").exists()
+    subprocess.run([*arguments, "--resume"], env=environment, check=True, capture_output=True)
+    for shard in sorted((finished / "trajectories").glob("shard-*.safetensors")):
+        assert (out / "trajectories" / shard.name).read_bytes() == shard.read_bytes()
+    ours, whole = load_file(out / "student.safetensors"), load_file(finished / "student.safetensors")
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
+def test_interrupted_it_says_how_to_go_on(environment, tmp_path):
+    out = tmp_path / "run"
+    arguments = command("train", "--out", out, *SIZES, "--dd1.iterations=100000")
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "checkpoint.safetensors").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command continues where it stopped" in errors
+    assert "Traceback" not in errors
+
+
+def test_trajectories_extend(run, tmp_path):
+    assert "100 pairs in" in run("trajectories", "--out", tmp_path, "--count=80", *SIZES).stdout
+    first = (tmp_path / "trajectories" / "shard-000000.safetensors").read_bytes()
+    assert "150 pairs in" in run("trajectories", "--out", tmp_path, "--count=150", *SIZES).stdout
+    assert (tmp_path / "trajectories" / "shard-000000.safetensors").read_bytes() == first
+    refused(
+        run, "seed is 0, not 5", "trajectories", "--out", tmp_path, "--count=150", *SIZES, "--trajectories.steps=20",
+        "--seed=5",
+    )  # fmt: skip
+
+
+def test_a_damaged_shard_is_named(environment, run, finished, tmp_path):
+    out = tmp_path / "run"
+    arguments = command("train", "--out", out, *SIZES)
+    kill(arguments, environment, (out / "checkpoint.safetensors").exists)
+    path = out / "trajectories" / "shard-000003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 255
+    path.write_bytes(data)
+    refused(run, "shard-000003.safetensors is damaged", "train", "--out", out, *SIZES)
+    path.unlink()
+    run("train", "--out", out, *SIZES)
+    assert path.read_bytes() == (finished / "trajectories" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["grid", "files", "codes"])
+def test_sample(run, finished, tmp_path, form):
+    target = tmp_path / "made"
+    run("sample", "--student", finished, "--steps=2", "--classes=1,3", "--count=6", "--format", form, "--to", target)
+    if form == "codes":
+        codes = load_file(target.with_name("made.safetensors"))
+        assert codes["codes"].shape == (6, 16)
+        assert codes["condition"].tolist() == [1, 3, 1, 3, 1, 3]
+    elif form == "grid":
+        assert target.with_name("made.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert sorted(path.name for path in target.iterdir())[1] == "00001-class3.png"
+
+
+def test_sample_with_the_teachers_help(run, finished, tmp_path):
+    for steps in (0, 4):
+        run("sample", "--student", finished, "--teacher-steps", steps, "--format=codes", "--to", tmp_path / str(steps))
+    without, with_help = (load_file(tmp_path / f"{steps}.safetensors")["codes"] for steps in (0, 4))
+    assert not torch.equal(without, with_help)
+
+
+def test_evaluate(run, finished, tmp_path):
+    done = run(
+        "evaluate", "--student", finished, "--json", tmp_path / "e.json", "--evaluation.samples=150",
+        "--evaluation.batch-sizes", "2",
+    )  # fmt: skip
+    assert "| DD1 student | 1 |" in done.stdout
+    assert set(json.loads((tmp_path / "e.json").read_text())["teacher"]["seconds_per_image"]) == {"2"}
+
+
+def test_profile(run, tmp_path):
+    done = run("profile", "--random-weights", "--out", tmp_path, "--rounds=2", *SIZES)
+    assert "image decoding excluded" in done.stdout
+    assert "nsys profile" in done.stdout
+    assert "ncu " in done.stdout
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"teacher, AR", "student, 1 step", "image decoding"} <= {event.get("name") for event in events}
+
+
+def test_doctor(run):
+    text = run("doctor").stdout
+    for word in ("torch", "CPU kernels", "DDFAST_BACKEND", "flow_sample", "float32 tensors on cuda"):
+        assert word in text
+
+
+def test_config_file(run, finished, tmp_path):
+    (tmp_path / "c.toml").write_text((finished / "config.toml").read_text())
+    out = tmp_path / "pairs"
+    run("trajectories", "--config", tmp_path / "c.toml", "--out", out, "--count=50")
+    shard = "trajectories/shard-000000.safetensors"
+    assert (out / shard).read_bytes() == (finished / shard).read_bytes()
+    (tmp_path / "c.toml").write_text("[dd1]\nspeed = 9\n")
+    refused(run, "unknown key dd1.speed", "train", "--config", tmp_path / "c.toml", "--out", tmp_path / "x")
+    (tmp_path / "c.toml").write_text("[dd1\n")
+    refused(run, "is not TOML", "train", "--config", tmp_path / "c.toml", "--out", tmp_path / "x")
+    refused(run, "cannot read", "train", "--config", tmp_path / "none.toml", "--out", tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("unknown recipe 'cats'; known: digits", ["train", "--recipe", "cats"]),
+        ("unknown method 'dd9'", ["train", "--method", "dd9"]),
+        ("--resume: no run in", ["train", "--resume", "--out", "{tmp}/new"]),
+        ("cannot write to --out", ["train", "--out", "{tmp}/file/run"]),
+        ("count: got 0", ["trajectories", "--count", "0", "--out", "{tmp}/a"]),
+        ("no config.toml and student.safetensors there", ["sample", "--student", "{tmp}"]),
+        ("no config.toml and student.safetensors there", ["evaluate", "--student", "{tmp}"]),
+        ("give --student DIR, or --random-weights", ["profile", "--out", "{tmp}"]),
+        ("PyTorch sees no GPU here", ["train", "--device", "cuda", "--out", "{tmp}/b"]),
+        ("unknown option", ["doctor", "--all"]),
+    ],
+)
+def test_one_line_errors(run, tmp_path, words, arguments):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / "file").write_text("")
+    refused(run, words, *(argument.format(tmp=tmp_path) for argument in arguments))
+
+
+def test_wrong_labels_are_refused(run, finished):
+    refused(run, "classes: got [12]", "sample", "--student", finished, "--classes=12")
+    refused(run, "--classes: got '1;2'", "sample", "--student", finished, "--classes=1;2")
+
+
+def test_an_unknown_flag_is_bad_usage(run, tmp_path):
+    assert "--speeed" in run("train", "--speeed=3", "--out", tmp_path / "x", code=2).stderr
+
+
+def test_one_entry_point(environment):
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ddfast", *arguments], env=environment, capture_output=True, text=True
+        )
+
+    assert "trajectories" in call("--help").stdout
+    assert call("doctor").returncode == 0
+    assert "--dd1.iterations" in call("train", "--help").stdout
+    unknown = call("fly")
+    assert unknown.returncode == 2
+    assert "unknown command 'fly'; known: train" in unknown.stderr
+
+
+def test_debug_shows_the_traceback(run):
+    assert "Traceback" in run("train", "--recipe=cats", "--debug", code=1).stderr

@@ -1,0 +1,128 @@
+"""What every change must keep, checked on the source itself."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from ddfast.ops import dispatch
+from ddfast.recipes import RECIPES, get_recipe
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ddfast"
+
+# A module may import from its own and lower layers.
+LAYERS = [
+    {"errors", "env", "config", "schedule"},
+    {"ops"},
+    {"models"},
+    {"trajectories"},
+    {"distill"},
+    {"sampling"},
+    {"evaluation"},
+    {"profiling"},
+    {"recipes", "report", "pipeline"},
+    {"cli", "train", "sample", "evaluate", "profile", "doctor", "trajectories.__main__", "__main__"},
+]
+ENTRIES = ["train.py", "sample.py", "evaluate.py", "profile.py", "doctor.py", "trajectories/__main__.py"]
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer(module: str) -> int:
+    for level, names in enumerate(LAYERS):
+        if module in names or (module.split(".")[0] in names and module != "trajectories.__main__"):
+            return level
+    raise AssertionError(f"{module} has no layer")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ddfast":
+            rest = node.module.split(".")[1:]
+            found |= {".".join(rest)} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("ddfast.") for alias in node.names if alias.name.startswith("ddfast.")}
+    return found - {"__version__"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != PACKAGE / "__init__.py"], ids=name_of)
+def test_imports_point_downwards(path):
+    own = layer(name_of(path))
+    for module in imports(path):
+        assert layer(module) <= own, f"{name_of(path)} imports {module}"
+
+
+def test_one_file_reads_the_environment():
+    readers = {path.name for path in MODULES if re.search(r"os\.(environ|getenv)", path.read_text())}
+    assert readers == {"env.py"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_public_names_are_documented(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "module"
+    definitions = [
+        (f"{outer.name}.{node.name}" if isinstance(outer, ast.ClassDef) else node.name, node)
+        for outer in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
+        for node in outer.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    ]
+    # What overrides a documented method (forward, a teacher's interface) says nothing new.
+    inherited = {"forward", "begin", "advance", "logits", "encode", "decode", "num_tokens"}
+    missing = [
+        name
+        for name, node in definitions
+        if not node.name.startswith("_") and node.name not in inherited and not ast.get_docstring(node)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entry_modules_are_thin(entry):
+    assert len((PACKAGE / entry).read_text().splitlines()) < 85
+
+
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    text = (ROOT / "docs" / "dependencies.md").read_text()
+    wanted = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *(name for extra in project["project"]["optional-dependencies"].values() for name in extra),
+    ]
+    names = {re.split(r"[\[<>=!;\s]", requirement)[0] for requirement in wanted} - {"ddfast"}
+    assert not [name for name in names if f"| {name} |" not in text]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_builds_afresh(name):
+    first, second = get_recipe(name), get_recipe(name)
+    assert first == second
+    assert first is not second
+    assert first.dd1 is not second.dd1
+
+
+@pytest.mark.parametrize("op", sorted(dispatch.KERNELS))
+def test_an_op_has_one_name_everywhere(op):
+    assert (PACKAGE / "ops" / f"{op}.py").exists()
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
+    assert f"{op}" in (ROOT / "csrc" / "bindings.cpp").read_text()
+
+
+def test_no_path_of_a_developers_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    pattern = re.compile(r"/(work|farm|root|home|opt)/[a-z]")
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in {".safetensors", ".png", ".json"} or not path.exists():
+            continue
+        assert not pattern.search(path.read_text()), name
