@@ -60,7 +60,8 @@ def finished(environment, tmp_path_factory) -> Path:
 def test_train_writes_everything(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {
-        "config.toml", "metrics.jsonl", "metrics.json", "student.safetensors", "report.md", "samples.png", "trajectories",
+        "config.toml", "metrics.jsonl", "metrics.json", "student.safetensors", "report.md", "samples.png",
+        "trajectories",
     }  # fmt: skip
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["method"] == "dd1"

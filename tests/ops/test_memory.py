@@ -27,10 +27,11 @@ CASES = {
         16384 * 16384 * 4,
     ),
     "codebook_posterior": (
-        "x, codebook = torch.randn(2048, 32, requires_grad=True), torch.randn(4096, 32); log_probs = torch.randn(2048, 4096)",
+        "x, codebook = torch.randn(2048, 8).requires_grad_(), torch.randn(16384, 8)\n"
+        "log_probs = torch.randn(2048, 16384)",
         "ops.codebook_posterior(x[:2], 0.5, log_probs[:2], codebook).sum().backward()",
         "ops.codebook_posterior(x, 0.5, log_probs, codebook).sum().backward()",
-        2048 * 4096 * 4,
+        2048 * 16384 * 4,
     ),
     "sample_codes": (
         "logits, noise, codebook = torch.randn(2048, 4096), torch.randn(2048, 32), torch.randn(4096, 32)",
