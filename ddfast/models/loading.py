@@ -17,21 +17,27 @@ _AVERAGE = "ema."
 """Prefix of the averaged weights in a student's file, beside the live ones."""
 
 
-def load_teacher(weights: str | Path, tokenizer: str | Path | None = None, *, family: str | None = None) -> Teacher:
+def load_teacher(
+    weights: str | Path, tokenizer: str | Path | None = None, *, family: str | None = None, **config: Any
+) -> Teacher:
     """A teacher from its file, its family recognised from what the file says of itself.
 
     Args:
         weights: a safetensors file written by ddfast.
         tokenizer: None; the digits teacher's file holds its tokenizer.
         family: "digits", or None to recognise it.
+        config: what a family's file cannot tell; the digits teacher's file tells everything.
 
     Raises:
-        DDFastError: the file is missing or damaged, or holds no teacher of a known family.
+        DDFastError: the file is missing or damaged, holds no teacher of a known family, or `config` has a key that the
+            family does not know.
     """
     _, header = load_tensors(Path(weights))
     found = family or header.get("family")
     if found != "digits":
         raise DDFastError(f"{weights}: family {found!r} is not known; this version knows: digits")
+    if config:
+        raise DDFastError(f"{', '.join(sorted(config))}: a digits teacher's file holds all of its settings")
     if tokenizer is not None:
         raise DDFastError(f"tokenizer: got {tokenizer}, expected none: a digits teacher's file holds its own")
     return load_digits_teacher(Path(weights))

@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tomllib
 
+from ddfast.config import read_toml
 from ddfast.ops import dispatch
 from ddfast.recipes import RECIPES, get_recipe
 
@@ -92,7 +92,7 @@ def test_entry_modules_are_thin(entry):
 
 
 def test_every_dependency_has_its_reason():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = read_toml(ROOT / "pyproject.toml")
     text = (ROOT / "docs" / "dependencies.md").read_text()
     wanted = [
         *project["build-system"]["requires"],
