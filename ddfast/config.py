@@ -28,7 +28,17 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """VQ tokenizer of the digits recipe."""
+    """VQ tokenizer of the digits recipe.
+
+    Attributes:
+        num_codes: V, codes in the codebook.
+        code_dim: d, dimension of a code.
+        width: channels of its networks.
+        iterations: training steps.
+        warmup: steps as a plain autoencoder, before the codebook is drawn from its latents.
+        batch_size: images per step.
+        learning_rate: peak, of AdamW.
+    """
 
     num_codes: int = 64
     code_dim: int = 4
@@ -45,7 +55,23 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """AR transformer teacher, with the sampling settings that distillation reproduces."""
+    """AR transformer teacher, with the sampling settings that distillation reproduces.
+
+    Attributes:
+        width: of the transformer.
+        depth: its blocks.
+        heads: attention heads.
+        class_dropout: share of training sequences without their label, for guidance.
+        training_images: rendered digits that it is trained on.
+        iterations: training steps.
+        batch_size: sequences per step.
+        learning_rate: peak, of AdamW.
+        weight_decay: of AdamW.
+        cfg_scale: classifier-free guidance when sampling; 1 is off.
+        temperature: when sampling.
+        top_k: codes kept when sampling; 0 is off.
+        top_p: probability mass kept when sampling; 1 is off.
+    """
 
     width: int = 96
     depth: int = 4
@@ -67,7 +93,15 @@ class TeacherConfig:
 
 @dataclass(kw_only=True)
 class TrajectoryConfig:
-    """DD1 pairs: how many, how they are integrated, how they are stored."""
+    """DD1 pairs: how many, how they are integrated, how they are stored.
+
+    Attributes:
+        count: pairs.
+        shard_size: pairs per file, and per batch.
+        steps: intervals of the flow's grid.
+        solver: dpm3m, dpm2m, heun or euler.
+        store_noise: store the noise too, which is otherwise regenerated.
+    """
 
     count: int = 20_000
     shard_size: int = 1000
@@ -82,7 +116,22 @@ class TrajectoryConfig:
 
 @dataclass(kw_only=True)
 class DD1Config:
-    """DD1 distillation (METHOD.md section 2)."""
+    """DD1 distillation.
+
+    Attributes:
+        point: t1, the trajectory point beside 0 that is trained, and where the second step starts.
+        point_probability: share of sequences that start from it.
+        iterations: training steps.
+        batch_size: pairs per step.
+        learning_rate: peak, of AdamW.
+        warmup: steps of linear warm-up before the cosine decay.
+        weight_decay: of AdamW.
+        ema_decay: of the averaged weights that are sampled from.
+        embedding_weight: weight of the continuous head's L1 distance beside the cross-entropy.
+        gradient_clip: largest norm of the gradient.
+        log_every: steps between lines of metrics.jsonl.
+        checkpoint_every: steps between checkpoints.
+    """
 
     point: int = 5
     point_probability: float = 0.3
@@ -103,7 +152,12 @@ class DD1Config:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """How many samples the figures rest on, and the batch sizes that are timed."""
+    """What the figures rest on.
+
+    Attributes:
+        samples: per source.
+        batch_sizes: that are timed.
+    """
 
     samples: int = 5000
     batch_sizes: tuple[int, ...] = (1, 64)
@@ -111,7 +165,21 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Everything `ddfast.train` needs, from the teacher to the report."""
+    """Everything `ddfast.train` needs, from the teacher to the report.
+
+    Attributes:
+        recipe: where the defaults come from.
+        method: dd1.
+        out: folder of the run.
+        seed: of everything that is random.
+        device: cpu or cuda.
+        resume: insist that there is a run to continue in `out`.
+        tokenizer: VQ tokenizer of the digits.
+        teacher: AR teacher.
+        trajectories: training pairs.
+        dd1: distillation.
+        evaluation: figures.
+    """
 
     recipe: str = "digits"
     method: str = "dd1"
