@@ -14,7 +14,7 @@ def expected(x, t, log_probs, codebook):
     return torch.from_numpy(posterior(*arrays))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.integers(1, 40),
     num_codes=st.sampled_from([1, 2, 7, 33, 512, 4095]),

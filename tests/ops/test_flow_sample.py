@@ -98,7 +98,7 @@ def test_early_exit_is_never_wrong(num_codes, dim, peak, support):
     assert used < 0.95 * all_steps
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 60),
     num_codes=st.sampled_from([1, 2, 7, 65, 1023]),

@@ -19,7 +19,7 @@ def assert_nearest(x: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor)
     assert ((chosen - distance.min(-1)) <= 4e-6 * scale).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 70),
     num_codes=st.sampled_from([1, 2, 7, 16, 33, 257, 1031]),
