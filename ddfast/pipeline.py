@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from ddfast.config import TrainConfig, read_toml, update
 from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
 from ddfast.errors import DDFastError
 from ddfast.evaluation import Evaluator, measure_speed
+from ddfast.files import write_atomically
 from ddfast.models.loading import STUDENT_FILE, load_student, save_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -76,7 +76,7 @@ def train(config: TrainConfig, *, progress_bar: Callable[[str], Progress]) -> di
         metrics = evaluate(config, teacher, student, progress_bar("evaluation"))
     write_pictures(config, teacher, student, out / "samples.png")
     write_report(config, metrics, stages.seconds, out / "report.md")
-    _write(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n")
+    write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n")
     print(f"report: {out / 'report.md'}, pictures: {out / 'samples.png'}, log: {out / METRICS}")
     return metrics
 
@@ -163,11 +163,7 @@ def claim_folder(config: TrainConfig) -> None:
             raise DDFastError(f"{out} holds a run with other settings ({'; '.join(different)}); choose another --out")
     elif config.resume:
         raise DDFastError(f"--resume: no run in {out}; leave --resume out to start one")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(path, tomli_w.dumps(mine))
-    except OSError as error:
-        raise DDFastError(f"cannot write to --out {out}: {error.strerror}") from error
+    write_atomically(path, tomli_w.dumps(mine))
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -194,7 +190,7 @@ class _Stages:
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            _write(self.path, json.dumps(self.seconds, indent=2) + "\n")
+            write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -203,9 +199,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ddfast.errors import DDFastError
+from ddfast.files import write_atomically
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write tensors and their configuration to `path`, which is either the old file or the whole new one, always."""
-    path = Path(path)
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _header(config))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DDFastError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(Path(path), data)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

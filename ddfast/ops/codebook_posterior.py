@@ -115,7 +115,7 @@ def _check_times(t: Tensor) -> None:
 def _codebook_posterior(
     x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    x0_hat, log_norm = _fake(x, t, log_probs, codebook, backend)
+    x0_hat, log_norm = _fake(x, t, log_probs, codebook)
     if x.numel() == 0:
         return x0_hat, log_norm
     _check_times(t)
@@ -193,21 +193,12 @@ class _Rows:
         return (*pointers, dtype, self.log_probs.stride(0))
 
 
-def _fake(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     norm_dtype = common.compute_dtype(x, log_probs, codebook)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape[:-1], dtype=norm_dtype)
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    t: Tensor,
-    log_probs: Tensor,
-    codebook: Tensor,
-    x0_hat: Tensor,
-    log_norm: Tensor,
-    backend: str,
-) -> Tensor:
+def _fake_backward(grad: Tensor, x: Tensor, *_: object) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

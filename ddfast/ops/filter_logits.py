@@ -140,7 +140,7 @@ def _filter_logits(
     backend: str,
 ) -> Tensor:
     if logits.numel() == 0:
-        return _fake(logits, uncond, cfg_scale, temperature, top_k, top_p, backend)
+        return _fake(logits, uncond)
     if common.backend_of("filter_logits", backend, logits, uncond) == "reference":
         return filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
     assert native.cpu is not None
@@ -154,15 +154,7 @@ def _filter_logits(
     return out
 
 
-def _fake(
-    logits: Tensor,
-    uncond: Tensor | None,
-    cfg_scale: Tensor | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    backend: str,
-) -> Tensor:
+def _fake(logits: Tensor, uncond: Tensor | None, *_: object) -> Tensor:
     return torch.empty(logits.shape, dtype=common.compute_dtype(logits, uncond), device=logits.device)
 
 

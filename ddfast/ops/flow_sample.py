@@ -170,7 +170,7 @@ def native_flow_arguments(
 
 
 def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str, backend: str) -> Tensor:
-    out = _fake(log_probs, noise, codebook, steps, solver, backend)
+    out = _fake(log_probs, noise)
     if out.numel() == 0:
         return out
     if common.backend_of("flow_sample", backend, log_probs, noise, codebook) == "reference":
@@ -184,7 +184,7 @@ def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int,
     return out
 
 
-def _fake(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str, backend: str) -> Tensor:
+def _fake(log_probs: Tensor, noise: Tensor, *_: object) -> Tensor:
     return noise.new_empty(noise.shape[:-1], dtype=torch.int64)
 
 

@@ -113,7 +113,7 @@ def _box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _noise(seed: int, index: Tensor, shape: list[int], backend: str) -> Tensor:
-    out = _fake(seed, index, shape, backend)
+    out = _fake(seed, index, shape)
     if out.numel() == 0:
         return out
     if common.backend_of("noise", backend, out) == "reference":
@@ -126,7 +126,7 @@ def _noise(seed: int, index: Tensor, shape: list[int], backend: str) -> Tensor:
     return out
 
 
-def _fake(seed: int, index: Tensor, shape: list[int], backend: str) -> Tensor:
+def _fake(seed: int, index: Tensor, shape: list[int], *_: object) -> Tensor:
     return index.new_empty([*index.shape, *shape], dtype=torch.float32)
 
 

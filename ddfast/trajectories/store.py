@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddfast.errors import DDFastError
+from ddfast.files import write_atomically
 from ddfast.ops import noise
 
 FORMAT = 1
@@ -82,8 +82,7 @@ class TrajectoryStore:
         path = Path(path)
         if (path / MANIFEST).exists():
             raise DDFastError(f"{path} already holds a trajectory store")
-        text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
-        _write(path / MANIFEST, text.encode())
+        write_atomically(path / MANIFEST, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
         return cls(path, settings)
 
     @classmethod
@@ -151,7 +150,7 @@ class TrajectoryStore:
         if self.settings.store_noise:
             assert stored_noise is not None
             tensors["noise"] = stored_noise.contiguous()
-        _write(self.shard_path(shard), save(tensors, {"sha256": _checksum(tensors)}))
+        write_atomically(self.shard_path(shard), save(tensors, {"sha256": _checksum(tensors)}))
 
     def read_shard(self, shard: int) -> dict[str, Tensor]:
         """The tensors of one shard, after comparing them with their checksum.
@@ -212,25 +211,3 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of the file or none of it, whenever the process or the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise DDFastError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()

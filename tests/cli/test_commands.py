@@ -216,7 +216,7 @@ def test_config_file(run, finished, tmp_path):
         ("unknown recipe 'cats'; known: digits", ["train", "--recipe", "cats"]),
         ("unknown method 'dd9'", ["train", "--method", "dd9"]),
         ("--resume: no run in", ["train", "--resume", "--out", "{tmp}/new"]),
-        ("cannot write to --out", ["train", "--out", "{tmp}/file/run"]),
+        ("cannot write {tmp}/file/run/config.toml: Not a directory", ["train", "--out", "{tmp}/file/run"]),
         ("count: got 0", ["trajectories", "--count", "0", "--out", "{tmp}/a"]),
         ("no config.toml and student.safetensors there", ["sample", "--student", "{tmp}"]),
         ("no config.toml and student.safetensors there", ["evaluate", "--student", "{tmp}"]),
@@ -229,7 +229,7 @@ def test_one_line_errors(run, tmp_path, words, arguments):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     (tmp_path / "file").write_text("")
-    refused(run, words, *(argument.format(tmp=tmp_path) for argument in arguments))
+    refused(run, words.format(tmp=tmp_path), *(argument.format(tmp=tmp_path) for argument in arguments))
 
 
 def test_wrong_labels_are_refused(run, finished):
