@@ -42,8 +42,10 @@ def test_marginals_are_right_and_independent():
 
 def test_the_plain_decoder_has_the_same_distribution():
     toy = ToyTeacher()
-    codes = generate_plainly(toy, torch.zeros(50_000, dtype=torch.int64), torch.Generator().manual_seed(0))
-    assert toy.total_variation(codes) < 0.03
+    condition = torch.zeros(50_000, dtype=torch.int64)
+    plain = generate_plainly(toy, condition, torch.Generator().manual_seed(0))
+    cached = toy.generate(condition, generator=torch.Generator().manual_seed(1))
+    assert abs(toy.total_variation(plain) - toy.total_variation(cached)) < 0.005  # both at the sampling-noise floor
 
 
 def networks():
