@@ -23,7 +23,7 @@ from ddfast.models.loading import STUDENT_FILE, load_student, save_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.recipes import build_teacher, get_recipe
-from ddfast.report import write_pictures, write_report
+from ddfast.report import quality_table, write_pictures, write_report
 from ddfast.sampling import SOURCES, sample
 from ddfast.trajectories.generate import generate_trajectories, store_settings
 from ddfast.trajectories.store import TrajectoryStore
@@ -77,6 +77,7 @@ def train(config: TrainConfig, *, progress_bar: Callable[[str], Progress]) -> di
     write_pictures(config, teacher, student, out / "samples.png")
     write_report(config, metrics, stages.seconds, out / "report.md")
     write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n")
+    print("\n".join(["", *quality_table(config, metrics), ""]))
     print(f"report: {out / 'report.md'}, pictures: {out / 'samples.png'}, log: {out / METRICS}")
     return metrics
 
