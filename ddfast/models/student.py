@@ -100,6 +100,11 @@ class Student(nn.Module):
         Returns:
             logits [B, N, V] and embeddings [B, N, D]; position i sees the condition, the groups before i's and itself.
         """
+        hidden, label = self._features(condition, x, t)
+        return self.head(hidden), self._continuous(hidden, label)
+
+    def _features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Transformer output [B, N, W] at the tokens, and the class embedding [B, W]."""
         if not isinstance(condition, Tensor):
             raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
         batch, num_tokens = x.shape[0], self.teacher.num_tokens
@@ -110,10 +115,13 @@ class Student(nn.Module):
         is_data = F.pad(self.data_mask(t, batch).long(), (1, 0), value=1)  # the condition counts as data
         tokens = tokens + self.position_embedding + self.data_embedding(is_data)
         mask = level_mask((1, *self.groups), x.device)
-        hidden = self.body(tokens, mask, mask is None)[:, 1:]
+        return self.body(tokens, mask, mask is None)[:, 1:], label
+
+    def _continuous(self, hidden: Tensor, label: Tensor) -> Tensor:
+        """The continuous head [..., W] -> [..., D]: shift and scale from the class and a learned table."""
         shift, scale = (self.continuous_modulation + label[:, None]).unbind(1)
         normal = F.layer_norm(hidden, hidden.shape[-1:])
-        return self.head(hidden), self.continuous_head(normal * (1 + scale[:, None]) + shift[:, None])
+        return self.continuous_head(normal * (1 + scale[:, None]) + shift[:, None])
 
     def data_mask(self, t: int | Tensor, batch: int) -> Tensor:
         """Boolean [B, N]: True where X_t holds data."""
@@ -169,13 +177,18 @@ class Student(nn.Module):
     def _complete(self, condition: Condition, x: Tensor, noise: Tensor, point: int, split: int | None) -> Tensor:
         """One pass from the point whose data are the first groups of x."""
         starts = self.teacher.group_starts()
-        kept = x[:, : starts[point]]
+        first, count = starts[point], self.teacher.num_tokens
         if point == len(self.groups):
-            return kept
-        logits, embeddings = self.predict(condition, torch.cat((kept, noise[:, starts[point] :]), dim=1), point)
-        border = self.teacher.num_tokens if split is None else max(starts[split], starts[point])
-        codes = logits[:, starts[point] : border].argmax(-1)
-        return torch.cat((kept, self.codebook[codes], embeddings[:, border:]), dim=1)
+            return x[:, :first]
+        border = count if split is None else max(starts[split], first)
+        given = torch.cat((x[:, :first], noise[:, first:]), dim=1) if first else noise
+        hidden, label = self._features(condition, given, point)
+        parts = [x[:, :first]] if first else []
+        if border > first:
+            parts.append(self.codebook[self.head(hidden[:, first:border]).argmax(-1)])
+        if border < count:
+            parts.append(self._continuous(hidden[:, border:], label))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _involve_teacher(
         self,
