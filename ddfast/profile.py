@@ -14,6 +14,7 @@ from ddfast.models.student import Student
 from ddfast.pipeline import check_device, open_student
 from ddfast.profiling import profile
 from ddfast.recipes import untrained_teacher
+from ddfast.report import command_line
 
 EXAMPLES = """  python -m ddfast.profile --recipe digits --random-weights
   python -m ddfast.profile --student runs/digits --evaluation.batch-sizes 1 16 64 256"""
@@ -44,10 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             teacher = untrained_teacher(options).to(options.device)
             student = Student.from_teacher(teacher).to(options.device).eval()
         elif options.student:
-            _, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
+            config, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
+            options.dd1 = config.dd1  # the second step starts from the point that this student learnt
         else:
             raise DDFastError("give --student DIR, or --random-weights to time untrained networks")
-        print("\n".join(profile(options, teacher, student, options.out, rounds=options.rounds)))
+        command = command_line("profile")
+        print("\n".join(profile(options, teacher, student, options.out, command=command, rounds=options.rounds)))
 
     return cli.run("profile", body, arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,13 +27,16 @@ _LABELS = {
 }
 
 
-def profile(config: TrainConfig, teacher: Teacher, student: Student, out: Path, *, rounds: int = 7) -> list[str]:
+def profile(
+    config: TrainConfig, teacher: Teacher, student: Student, out: Path, *, command: str, rounds: int = 7
+) -> list[str]:
     """Time AR decoding against the student and write a Chrome trace to `out/trace.json`.
 
     Args:
         config: its evaluation's batch sizes and the student's point.
         teacher, student: what is timed.
         out: folder of the trace.
+        command: the command line to give to Nsight.
         rounds: repetitions of every measurement.
 
     Returns:
@@ -49,12 +53,14 @@ def profile(config: TrainConfig, teacher: Teacher, student: Student, out: Path, 
             plain, own = values[:2]
             cells = [f"{value:.3f} ({plain / value:.1f}x, {own / value:.1f}x)" for value in values]
             lines.append(f"{batch:8d}  " + "  ".join(f"{cell:>24s}" for cell in cells))
-    lines += ["", "(times as fast as the plain loop, as ddfast's AR decoding)", f"peak memory: {_peak_memory()}"]
+    device = teacher.codebook.device
+    lines += ["", "(times as fast as the plain loop, as ddfast's AR decoding)", f"peak memory: {_peak_memory(device)}"]
     trace = _trace(teacher, student, batches[-1], point, out)
     lines += [f"Chrome trace: {trace} (chrome://tracing or ui.perfetto.dev)", "", "With Nsight on a GPU:"]
-    command = f"python -m ddfast.profile --recipe {config.recipe} --random-weights --device cuda"
-    lines.append(f"  nsys profile --trace=cuda,nvtx,osrt --output {out}/nsys {command}")
-    lines.append(f"  ncu --nvtx --nvtx-include 'student, 1 step/' --set full --export {out}/ncu {command}")
+    command += "" if device.type == "cuda" else " --device cuda"
+    lines.append(f"  nsys profile --trace=cuda,nvtx,osrt --output {shlex.quote(f'{out}/nsys')} {command}")
+    include = "--nvtx-include 'student 1 step/'"
+    lines.append(f"  ncu --nvtx {include} --set full --export {shlex.quote(f'{out}/ncu')} {command}")
     return lines
 
 
@@ -63,11 +69,11 @@ def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path
     device = teacher.codebook.device
     condition = torch.arange(batch, device=device) % teacher.num_classes
     eps = noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim), device)
-    stages = {
-        "teacher, AR": lambda: teacher.generate(condition),
-        "teacher, flow": lambda: teacher.generate(condition, sampler="flow", noise=eps),
-        "student, 1 step": lambda: student.sample(condition, eps),
-        "student, 2 steps": lambda: student.sample(condition, eps, steps=(0, point)),
+    stages = {  # no comma in a name: ncu's range filter reads it as a separator
+        "teacher AR": lambda: teacher.generate(condition),
+        "teacher flow": lambda: teacher.generate(condition, sampler="flow", noise=eps),
+        "student 1 step": lambda: student.sample(condition, eps),
+        "student 2 steps": lambda: student.sample(condition, eps, steps=(0, point)),
     }
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     made: Tensor | None = None
@@ -87,8 +93,8 @@ def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path
     return path
 
 
-def _peak_memory() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the GPU"
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the GPU"
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB resident"

@@ -55,6 +55,13 @@ def machine() -> dict[str, str]:
     }
 
 
+def command_line(command: str) -> str:
+    """What was typed to start this process, in the form `python -m ddfast.COMMAND ...`, whichever way it was typed."""
+    # `ddfast COMMAND ...` and `python -m ddfast COMMAND ...` have the command among their arguments.
+    arguments = sys.argv[2:] if sys.argv[1:2] == [command] else sys.argv[1:]
+    return shlex.join(["python", "-m", f"ddfast.{command}", *arguments])
+
+
 def commit() -> str:
     """The commit of the source folder, if there is one."""
     folder = Path(ddfast.__file__).resolve().parent
@@ -124,7 +131,7 @@ def write_report(config: TrainConfig, metrics: dict[str, Any], seconds: dict[str
         "",
         "## What produced it",
         "",
-        f"    {shlex.join(['python', '-m', 'ddfast.train', *sys.argv[1:]])}",
+        f"    {command_line('train')}",
         "",
         *[f"- {name}: {value}" for name, value in machine().items()],
         f"- seed {config.seed}; all settings: config.toml",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def refused(run, words: str, *arguments: object) -> None:
 @pytest.fixture(scope="module")
 def finished(environment, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    subprocess.run(command("train", "--out", out, *SIZES), env=environment, check=True, capture_output=True)
+    # As `ddfast train` is: everywhere else the tests use `python -m ddfast.train`.
+    whole = [sys.executable, "-m", "ddfast", "train", "--out", str(out), *SIZES]
+    subprocess.run(whole, env=environment, check=True, capture_output=True)
     return out
 
 
@@ -76,6 +79,7 @@ def test_train_writes_everything(finished):
     report = (finished / "report.md").read_text()
     assert "| DD1 student | 1 |" in report
     assert "independent marginals" in report
+    assert shlex.join(["python", *command("train", "--out", finished, *SIZES)[1:]]) in report
     assert (finished / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -185,10 +189,12 @@ def test_evaluate(run, finished, tmp_path):
 def test_profile(run, tmp_path):
     done = run("profile", "--random-weights", "--out", tmp_path, "--rounds=2", *SIZES)
     assert "image decoding excluded" in done.stdout
-    assert "nsys profile" in done.stdout
-    assert "ncu " in done.stdout
+    own = shlex.join(["python", *command("profile", "--random-weights", "--out", tmp_path, "--rounds=2", *SIZES)[1:]])
+    nsight = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith(("nsys ", "ncu "))]
+    assert len(nsight) == 2
+    assert all(line.endswith(f" {own} --device cuda") for line in nsight)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert {"teacher, AR", "student, 1 step", "image decoding"} <= {event.get("name") for event in events}
+    assert {"teacher AR", "student 1 step", "image decoding"} <= {event.get("name") for event in events}
 
 
 def test_doctor(run):
