@@ -31,6 +31,8 @@ COMMANDS = {
     "doctor": "versions, backends, and why an op runs where it runs",
 }
 
+RESUMABLE = ("train", "trajectories")
+
 Options = TypeVar("Options", bound=TrainConfig)
 Plain = TypeVar("Plain")
 _PLAIN_SECONDS = 5.0
@@ -64,7 +66,8 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
     try:
         body(rest)
     except KeyboardInterrupt:
-        print(f"\nddfast {command}: interrupted; the same command continues where it stopped", file=sys.stderr)
+        then = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"
+        print(f"\nddfast {command}: interrupted; {then}", file=sys.stderr)
         return 130
     except (DDFastError, ValueError, TypeError, OSError) as error:
         if debug:

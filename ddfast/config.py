@@ -26,6 +26,11 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, name, getattr(config, name), "a positive number")
+
+
 @dataclass(kw_only=True)
 class TokenizerConfig:
     """VQ tokenizer of the digits recipe.
@@ -50,7 +55,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_codes >= 2, "num_codes", self.num_codes, "at least 2")
-        _require(self.code_dim >= 1, "code_dim", self.code_dim, "at least 1")
+        _require_positive(self, "code_dim", "width", "iterations", "batch_size", "learning_rate")
 
 
 @dataclass(kw_only=True)
@@ -88,6 +93,9 @@ class TeacherConfig:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        _require_positive(
+            self, "width", "depth", "heads", "training_images", "iterations", "batch_size", "learning_rate"
+        )
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
 
 
@@ -110,8 +118,7 @@ class TrajectoryConfig:
     store_noise: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, "count", self.count, "at least 1")
-        _require(self.shard_size >= 1, "shard_size", self.shard_size, "at least 1")
+        _require_positive(self, "count", "shard_size", "steps")
 
 
 @dataclass(kw_only=True)
@@ -147,6 +154,9 @@ class DD1Config:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        _require_positive(
+            self, "point", "iterations", "batch_size", "learning_rate", "gradient_clip", "log_every", "checkpoint_every"
+        )
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
 
 
@@ -161,6 +171,12 @@ class EvaluationConfig:
 
     samples: int = 5000
     batch_sizes: tuple[int, ...] = (1, 64)
+
+    def __post_init__(self) -> None:
+        # A covariance of 48 features needs more samples than features to mean anything.
+        _require(self.samples >= 100, "samples", self.samples, "at least 100")
+        usable = len(self.batch_sizes) > 0 and min(self.batch_sizes) >= 1
+        _require(usable, "batch_sizes", self.batch_sizes, "one or more positive numbers")
 
 
 @dataclass(kw_only=True)
@@ -205,23 +221,42 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
-    """Set a configuration's fields from nested tables and validate it; an unknown key is a `DDFastError`."""
+    """Set a configuration's fields from nested tables and validate it.
+
+    Raises:
+        DDFastError: a key is unknown, or a value is not of the type of the one it replaces.
+    """
     names = {field.name for field in dataclasses.fields(target)}
     for name, value in values.items():
         if name not in names:
             raise DDFastError(f"configuration: unknown key {prefix}{name}; known: {', '.join(sorted(names))}")
         current = getattr(target, name)
         if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise DDFastError(f"configuration: {prefix}{name}: got {value!r}, expected a table")
             update(current, value, f"{prefix}{name}.")
-        elif isinstance(current, Path):
-            setattr(target, name, Path(value))
-        elif isinstance(current, tuple):
-            setattr(target, name, tuple(value))
-        else:
-            setattr(target, name, value)
+            continue
+        if not _fits(value, current):
+            raise DDFastError(f"configuration: {prefix}{name}: got {value!r}, expected a value such as {current!r}")
+        setattr(target, name, type(current)(value) if isinstance(current, (Path, tuple)) else value)
     check = getattr(target, "__post_init__", None)
     if check:
         check()
+
+
+def _fits(value: object, current: object) -> bool:
+    """Whether a TOML value can stand where `current` stands (None: anything can)."""
+    if current is None:
+        return True
+    if isinstance(current, bool) or isinstance(value, bool):
+        return isinstance(current, bool) and isinstance(value, bool)
+    if isinstance(current, float):
+        return isinstance(value, (int, float))
+    if isinstance(current, Path):
+        return isinstance(value, str)
+    if isinstance(current, tuple):
+        return isinstance(value, list)
+    return isinstance(value, type(current))
 
 
 def config_hash(*parts: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ddfast import cli
 from ddfast.config import EvaluationConfig
+from ddfast.files import write_atomically
 from ddfast.pipeline import evaluate, open_student
 from ddfast.report import quality_table
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metrics = evaluate(config, teacher, student, cli.progress_bar("evaluation"))
         print("\n".join(quality_table(config, metrics)))
         if options.json:
-            options.json.write_text(json.dumps(metrics, indent=2) + "\n")
+            write_atomically(options.json, json.dumps(metrics, indent=2) + "\n")
 
     return cli.run("evaluate", body, arguments)
 

@@ -15,6 +15,7 @@ import tomli_w
 import torch
 
 from ddfast.config import TrainConfig, read_toml, update
+from ddfast.distill.dd1 import check_point
 from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
 from ddfast.errors import DDFastError
 from ddfast.evaluation import Evaluator, measure_speed
@@ -58,6 +59,7 @@ def train(config: TrainConfig, *, progress_bar: Callable[[str], Progress]) -> di
 
     with stages.timed("teacher"):
         teacher = build_teacher(config, progress_bar("teacher"))
+    check_point(config.dd1, teacher)
     with stages.timed("trajectories"):
         store = make_trajectories(config, teacher, progress_bar("trajectories"))
     if (out / STUDENT_FILE).exists():
@@ -71,7 +73,7 @@ def train(config: TrainConfig, *, progress_bar: Callable[[str], Progress]) -> di
         (out / CHECKPOINT).unlink(missing_ok=True)
     if (out / METRICS_JSON).exists():
         print(f"evaluation: {out / METRICS_JSON} exists, skipped")
-        return json.loads((out / METRICS_JSON).read_text())
+        return _read_json(out / METRICS_JSON)
     with stages.timed("evaluation"):
         metrics = evaluate(config, teacher, student, progress_bar("evaluation"))
     write_pictures(config, teacher, student, out / "samples.png")
@@ -136,6 +138,8 @@ def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
     if not (folder / CONFIG).exists() or not (folder / STUDENT_FILE).exists():
         raise DDFastError(f"--student {folder}: no {CONFIG} and {STUDENT_FILE} there; `ddfast train` makes them")
     values = read_toml(folder / CONFIG)
+    if "recipe" not in values:
+        raise DDFastError(f"{folder / CONFIG} names no recipe: it is not a run's")
     config = get_recipe(values["recipe"])
     update(config, values)
     config.device = device
@@ -144,16 +148,24 @@ def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
 
 
 def check_device(device: str) -> None:
-    """Raise unless PyTorch can use `device`."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    """Raise unless `device` is one that ddfast runs on and PyTorch can use."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise DDFastError(f"--device: got {device!r}, expected cpu, cuda or cuda:INDEX")
+    if wanted.type == "cuda" and not torch.cuda.is_available():
         raise DDFastError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise DDFastError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} GPUs here, counted from 0")
 
 
 def claim_folder(config: TrainConfig) -> None:
-    """Make `config.out`, or accept it if its config.toml has the same settings; then write the resolved config.toml."""
+    """Make `config.out`, or accept it if what it holds was made with the same settings; then write config.toml."""
     out, path = config.out, config.out / CONFIG
     mine = plain(config)
-    if path.exists():
+    if any((out / name).exists() for name in ("trajectories", CHECKPOINT, STUDENT_FILE)) and path.exists():
         theirs = _flat(read_toml(path))
         different = [
             f"{name} is {theirs.get(name)!r}, not {value!r}"
@@ -180,7 +192,7 @@ class _Stages:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = _read_json(path) if path.exists() else {}
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -192,6 +204,13 @@ class _Stages:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DDFastError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,14 @@ from torch import Tensor
 from ddfast.config import DD1Config
 from ddfast.distill.losses import embedding_distance, token_cross_entropy
 from ddfast.distill.method import Batch, Method, Roles
+from ddfast.models.protocol import Teacher
+
+
+def check_point(config: DD1Config, teacher: Teacher) -> None:
+    """Raise `ValueError` unless the configuration's point lies inside the teacher's trajectories."""
+    groups = len(teacher.groups)
+    if not 0 < config.point < groups:
+        raise ValueError(f"point: got {config.point}, expected a trajectory point in 1..{groups - 1}")
 
 
 class DD1(Method):
@@ -20,9 +28,7 @@ class DD1(Method):
 
     def __init__(self, roles: Roles, config: DD1Config) -> None:
         super().__init__(roles)
-        groups = len(roles.student.groups)
-        if not 0 < config.point < groups:
-            raise ValueError(f"point: got {config.point}, expected a trajectory point in 1..{groups - 1}")
+        check_point(config, roles.teacher)
         self.config = config
 
     def phase(self, step: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,13 @@ def test_other_settings_are_refused_and_nothing_is_lost(run, finished):
     before = (finished / "config.toml").read_bytes()
     refused(run, "dd1.iterations is 60, not 70", "train", "--out", finished, *SIZES, "--dd1.iterations=70")
     assert (finished / "config.toml").read_bytes() == before
+
+
+def test_a_setting_that_fails_early_claims_nothing(run, tmp_path):
+    refused_settings = [*SIZES, "--dd1.point=99", "--out", str(tmp_path / "run")]
+    refused(run, "point: got 99, expected a trajectory point in 1..15", "train", *refused_settings)
+    assert not (tmp_path / "run" / "trajectories").exists()
+    refused(run, "point: got 98", "train", *refused_settings, "--dd1.point=98")
 
 
 def kill(arguments: list[str], environment: dict[str, str], moment) -> None:
@@ -211,6 +219,12 @@ def test_config_file(run, finished, tmp_path):
     assert (out / shard).read_bytes() == (finished / shard).read_bytes()
     (tmp_path / "c.toml").write_text("[dd1]\nspeed = 9\n")
     refused(run, "unknown key dd1.speed", "train", "--config", tmp_path / "c.toml", "--out", tmp_path / "x")
+    (tmp_path / "c.toml").write_text("dd1 = 3\n")
+    refused(run, "dd1: got 3, expected a table", "train", "--config", tmp_path / "c.toml", "--out", tmp_path / "x")
+    (tmp_path / "c.toml").write_text("[dd1]\niterations = 'many'\n")
+    refused(run, "dd1.iterations: got 'many'", "train", "--config", tmp_path / "c.toml", "--out", tmp_path / "x")
+    (tmp_path / "c.toml").write_text("[dd1]\niterations = 0\n")
+    refused(run, "iterations: got 0, expected a positive", "train", "--config", tmp_path / "c.toml")
     (tmp_path / "c.toml").write_text("[dd1\n")
     refused(run, "is not TOML", "train", "--config", tmp_path / "c.toml", "--out", tmp_path / "x")
     refused(run, "cannot read", "train", "--config", tmp_path / "none.toml", "--out", tmp_path / "x")
@@ -228,6 +242,8 @@ def test_config_file(run, finished, tmp_path):
         ("no config.toml and student.safetensors there", ["evaluate", "--student", "{tmp}"]),
         ("give --student DIR, or --random-weights", ["profile", "--out", "{tmp}"]),
         ("PyTorch sees no GPU here", ["train", "--device", "cuda", "--out", "{tmp}/b"]),
+        ("--device: got 'banana', expected cpu, cuda", ["train", "--device", "banana", "--out", "{tmp}/c"]),
+        ("--device: got 'meta', expected cpu, cuda", ["profile", "--random-weights", "--device", "meta"]),
         ("unknown option", ["doctor", "--all"]),
     ],
 )
@@ -236,6 +252,18 @@ def test_one_line_errors(run, tmp_path, words, arguments):
         pytest.skip("this machine has a GPU")
     (tmp_path / "file").write_text("")
     refused(run, words.format(tmp=tmp_path), *(argument.format(tmp=tmp_path) for argument in arguments))
+
+
+def test_damaged_files_of_a_run_are_named(run, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "metrics.json").write_text('{"method": "dd1", ')
+    refused(run, f"{out}/metrics.json is damaged", "train", "--out", out, *SIZES)
+    assert (out / "metrics.json").read_text() == '{"method": "dd1", '
+    (out / "student.safetensors").write_bytes((finished / "student.safetensors").read_bytes()[:1000])
+    refused(run, f"{out}/student.safetensors is not a readable safetensors file", "sample", "--student", out)
+    (out / "config.toml").write_text("seed = 3\n")
+    refused(run, f"{out}/config.toml names no recipe", "sample", "--student", out)
 
 
 def test_wrong_labels_are_refused(run, finished):
