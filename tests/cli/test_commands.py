@@ -129,7 +129,15 @@ def test_killed_twice_and_run_again_is_the_same_run(environment, finished, tmp_p
 def test_interrupted_it_says_how_to_go_on(environment, tmp_path):
     out = tmp_path / "run"
     arguments = command("train", "--out", out, *SIZES, "--dd1.iterations=100000")
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background of a shell has SIGINT ignored, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while process.poll() is None and not (out / "checkpoint.safetensors").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
