@@ -141,7 +141,10 @@ def test_interrupted_it_says_how_to_go_on(environment, tmp_path):
     while process.poll() is None and not (out / "checkpoint.safetensors").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted; the same command continues where it stopped" in errors
     assert "Traceback" not in errors
