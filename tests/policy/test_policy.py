@@ -42,6 +42,8 @@ def layer(module: str) -> int:
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        # A relative import would slip past the table below.
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path.name}:{node.lineno}: relative import"
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ddfast":
             rest = node.module.split(".")[1:]
             found |= {".".join(rest)} if rest else {alias.name for alias in node.names}
@@ -62,7 +64,11 @@ def test_imports_point_downwards(path):
 
 
 def test_one_file_reads_the_environment():
-    readers = {path.name for path in MODULES if re.search(r"os\.(environ|getenv)", path.read_text())}
+    readers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in MODULES
+        if re.search(r"os\.(environ|getenv)|from os import|import os as", path.read_text())
+    }
     assert readers == {"env.py"}
 
 
@@ -74,7 +80,7 @@ def test_public_names_are_documented(path):
         (f"{outer.name}.{node.name}" if isinstance(outer, ast.ClassDef) else node.name, node)
         for outer in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]
         for node in outer.body
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
     ]
     # What overrides a documented method (forward, a teacher's interface) says nothing new.
     inherited = {"forward", "begin", "advance", "logits", "encode", "decode", "num_tokens"}
@@ -88,7 +94,7 @@ def test_public_names_are_documented(path):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_entry_modules_are_thin(entry):
-    assert len((PACKAGE / entry).read_text().splitlines()) < 85
+    assert len((PACKAGE / entry).read_text().splitlines()) < 80
 
 
 def test_every_dependency_has_its_reason():
