@@ -6,7 +6,7 @@ from compare import side_by_side
 
 import ddfast
 from ddfast.evaluation.speed import generate_plainly
-from ddfast.models.student import Student
+from ddfast.models.student import TransformerStudent
 from ddfast.recipes import get_recipe, untrained_teacher
 
 
@@ -15,7 +15,7 @@ from ddfast.recipes import get_recipe, untrained_teacher
 def test_one_step_against_ar(benchmark, batch: int, decode: bool):
     config = get_recipe("digits")
     teacher = untrained_teacher(config)
-    student = Student.from_teacher(teacher).eval()
+    student = TransformerStudent.from_teacher(teacher).eval()
     condition = torch.arange(batch) % teacher.num_classes
     noise = ddfast.noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim))
 

@@ -8,7 +8,7 @@ import torch
 
 from ddfast.config import DD1Config, TrainConfig, TrajectoryConfig
 from ddfast.distill.trainer import distill
-from ddfast.models.student import Student
+from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.sampling import sample
 from ddfast.trajectories.generate import generate_trajectories, store_settings
@@ -28,7 +28,7 @@ def test_total_variation_from_the_exact_joint(tmp_path, seed):
     store = TrajectoryStore.create(tmp_path / "pairs", store_settings(teacher, config.trajectories, seed))
     generate_trajectories(teacher, store, SAMPLES)
     torch.manual_seed(seed)
-    student, _ = distill(config, teacher, store.load(), tmp_path, student=Student(teacher, width=64, depth=3, heads=4))
+    student, _ = distill(config, teacher, store.load(), tmp_path, student=TransformerStudent(teacher, width=64, depth=3, heads=4))
     distance = {
         source: teacher.total_variation(
             sample(source, teacher, student, count=SAMPLES, seed=seed + 1000, point=2, batch_size=50_000).codes

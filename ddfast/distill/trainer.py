@@ -17,6 +17,7 @@ from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.protocol import Teacher
+from ddfast.models.loading import start_student
 from ddfast.models.student import Student
 from ddfast.schedule import warmup_cosine
 from ddfast.trajectories.store import Trajectories
@@ -47,7 +48,7 @@ def distill(
     """
     torch.manual_seed(config.seed)
     if student is None:
-        student = Student.from_teacher(teacher)
+        student = start_student(teacher)
     student = student.to(config.device).train()
     method = DD1(Roles(student=student, teacher=teacher), config.dd1)
     run = _Run(student, config)

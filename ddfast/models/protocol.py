@@ -19,6 +19,13 @@ from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS
 Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Class labels int64 [B], or text as (features [B, L, dim], mask [B, L])."""
 
+
+
+def condition_size(condition: Condition) -> int:
+    """B, the number of samples that a condition stands for."""
+    return len(condition if isinstance(condition, Tensor) else condition[0])
+
+
 Sampler: TypeAlias = Literal["multinomial", "greedy", "flow"]
 
 
@@ -50,6 +57,8 @@ class Teacher(nn.Module, ABC):
     num_classes: int
     defaults: SamplingDefaults
 
+    # What follows from the five ---------------------------------------------------------------------------------
+
     @property
     def num_tokens(self) -> int:
         """n, the number of tokens of one image."""
@@ -76,12 +85,12 @@ class Teacher(nn.Module, ABC):
         """Decoding state for `condition`; with `guided`, rows B..2B stand for the same samples without condition."""
 
     @abstractmethod
-    def advance(self, state: Any, embeddings: Tensor) -> Tensor:
-        """Take in the tokens decided since the last call and return the next group's logits.
+    def advance(self, state: Any, codes: Tensor) -> Tensor:
+        """Take in the codes decided since the last call and return the next group's logits.
 
         Args:
             state: what `begin` returned; updated in place.
-            embeddings: float32 [R, m, D], whole groups; m = 0 in the first call unless there is a prefix.
+            codes: int64 [B, m], whole groups; m = 0 in the first call unless there is a prefix.
 
         Returns:
             float32 [R, G, V], unguided.
@@ -111,9 +120,18 @@ class Teacher(nn.Module, ABC):
         """
         raise TypeError(f"{type(self).__name__} has no image tokenizer")
 
-    def group_cfg_scale(self, cfg_scale: float, group: int, cfg_interval: int) -> float:
-        """Guidance scale of one group: the same for all, and 1 after `cfg_interval` (negative: never ends)."""
-        return cfg_scale if group == 0 or cfg_interval < 0 or group - 1 <= cfg_interval else 1.0
+    def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
+        """Factor of guidance in one group, in `filter_logits`' sense (1: none); the same for all unless overridden."""
+        return cfg_scale
+
+    @property
+    def num_conditions(self) -> int:
+        """How many conditions training pairs cycle through: the classes, or the captions of a text teacher."""
+        return self.num_classes
+
+    def condition_of(self, index: Tensor) -> Condition:
+        """The condition that index int64 [B] (0 .. num_conditions - 1) stands for: the label, or a caption's features."""
+        return index
 
     # What every teacher inherits ---------------------------------------------------------------------------------
 
@@ -124,7 +142,7 @@ class Teacher(nn.Module, ABC):
     def check_condition(self, condition: Condition) -> None:
         """Raise `TypeError`/`ValueError` unless `condition` holds labels this teacher knows."""
         if not isinstance(condition, Tensor):
-            return
+            raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
         if condition.dtype != torch.int64 or condition.ndim != 1:
             raise TypeError(f"condition: got {condition.dtype} {list(condition.shape)}, expected int64 labels [B]")
         if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) < self.num_classes:
@@ -140,18 +158,14 @@ class Teacher(nn.Module, ABC):
         defaults = self.defaults
         top_k, top_p = (defaults.top_k, defaults.top_p) if filtered else (0, 1.0)
         logits = self.logits(condition, codes)
-        if defaults.cfg_scale == 1.0:
+        scales = [self.group_cfg_scale(defaults.cfg_scale, group) for group in range(len(self.groups))]
+        if all(scale == 1.0 for scale in scales):
             return filter_logits(logits, temperature=defaults.temperature, top_k=top_k, top_p=top_p)
-        scales = [self.group_cfg_scale(defaults.cfg_scale, group, -1) for group in range(len(self.groups))]
         sizes = torch.tensor(self.groups, device=logits.device)
-        scale = torch.tensor(scales, device=logits.device).repeat_interleave(sizes)[None, :, None]
-        unconditional = self.logits(condition, codes, unconditional=True)
-        # filter_logits guides with one scale per call when it is a plain number, the common case and the fast one.
-        cfg_scale = defaults.cfg_scale if len(set(scales)) == 1 else scale
         return filter_logits(
             logits,
-            uncond=unconditional,
-            cfg_scale=cfg_scale,
+            uncond=self.logits(condition, codes, unconditional=True),
+            cfg_scale=torch.tensor(scales, device=logits.device).repeat_interleave(sizes)[None],
             temperature=defaults.temperature,
             top_k=top_k,
             top_p=top_p,
@@ -173,6 +187,7 @@ class Teacher(nn.Module, ABC):
         stop: int | None = None,
         steps: int = DEFAULT_STEPS,
         solver: str = DEFAULT_SOLVER,
+        **options: Any,
     ) -> Tensor:
         """Decode images token group by token group, with guidance rows in the same forward passes.
 
@@ -183,11 +198,13 @@ class Teacher(nn.Module, ABC):
                 distils, with the same distribution as "multinomial".
             noise: float32 [B, N, D], for the sampler "flow".
             generator: randomness of "multinomial".
-            cfg_scale, top_k, top_p, temperature: None takes the value of `defaults`. A scale of 1 skips guidance.
-            cfg_interval: guide only the first group and this many + 1 after it; negative guides all.
+            cfg_scale, top_k, top_p, temperature: None takes the value of `defaults`. What a scale means in a group is
+                the teacher's to say (`group_cfg_scale`); where no group is guided, half of the work is saved.
+            cfg_interval: guide only the first group decoded and this many + 1 after it; negative guides all.
             prefix: int64 [B, m], codes that are already decided; m ends a group.
             stop: decode up to this token (it ends a group) instead of all n.
             steps, solver: of the sampler "flow", as in `ddfast.ops.flow_sample`.
+            options: what else the teacher's `begin` takes.
 
         Returns:
             int64 [B, stop], the prefix included.
@@ -195,7 +212,8 @@ class Teacher(nn.Module, ABC):
         Raises:
             ValueError: an argument is out of range or has a wrong shape; noise is missing or not wanted.
         """
-        batch = condition.shape[0] if isinstance(condition, Tensor) else condition[0].shape[0]
+        self.check_condition(condition)
+        batch = condition_size(condition)
         defaults = self.defaults
         cfg_scale = defaults.cfg_scale if cfg_scale is None else float(cfg_scale)
         settings: dict[str, Any] = {
@@ -206,7 +224,6 @@ class Teacher(nn.Module, ABC):
         starts = self.group_starts()
         length = 0 if prefix is None else prefix.shape[1]
         stop = self.num_tokens if stop is None else stop
-        self.check_condition(condition)
         if sampler not in ("multinomial", "greedy", "flow"):
             raise ValueError(f"sampler: got {sampler!r}, expected 'multinomial', 'greedy' or 'flow'")
         if (sampler == "flow") != (noise is not None):
@@ -228,15 +245,16 @@ class Teacher(nn.Module, ABC):
             if prefix is not None:
                 codes[:, :length] = prefix
             if stop > length:
-                guided = cfg_scale != 1.0
-                state = self.begin(condition, guided=guided)
-                new = self.embed(codes[:, :length])
-                for group in range(starts.index(length), starts.index(stop)):
-                    logits = self.advance(state, torch.cat((new, new)) if guided else new)
-                    scale = self.group_cfg_scale(cfg_scale, group, cfg_interval)
-                    guidance: dict[str, Any] = (
-                        {"uncond": logits[batch:], "cfg_scale": scale} if guided and scale != 1.0 else {}
-                    )
+                todo = range(starts.index(length), starts.index(stop))
+                scales = [self.group_cfg_scale(cfg_scale, group) for group in todo]
+                if cfg_interval >= 0:
+                    scales[cfg_interval + 2 :] = [1.0] * len(scales[cfg_interval + 2 :])
+                guided = any(scale != 1.0 for scale in scales)
+                state = self.begin(condition, guided=guided, **options)
+                new = codes[:, :length]
+                for group, scale in zip(todo, scales, strict=True):
+                    logits = self.advance(state, new)
+                    guidance: dict[str, Any] = {"uncond": logits[batch:], "cfg_scale": scale} if scale != 1.0 else {}
                     here = slice(starts[group], starts[group + 1])
                     logits = logits[:batch]
                     if sampler == "flow":
@@ -252,5 +270,5 @@ class Teacher(nn.Module, ABC):
                             flat = log_probs.exp().flatten(0, -2)
                             drawn = torch.multinomial(flat, 1, generator=generator)
                             codes[:, here] = drawn.view(log_probs.shape[:-1])
-                    new = self.embed(codes[:, here])
+                    new = codes[:, here]
         return codes.clone()  # outside inference mode, so that the codes can enter a training graph

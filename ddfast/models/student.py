@@ -6,77 +6,78 @@ Dimensions: B batch, N tokens, V codes, D code dimension, W width.
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.models.attention import group_levels, level_mask
 from ddfast.models.protocol import Condition, Teacher
-from ddfast.models.transformer import Transformer, TransformerTeacher, level_mask
+from ddfast.models.transformer import Transformer, TransformerTeacher
 from ddfast.ops import nearest_code
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class Student(nn.Module):
-    """Transformer that predicts the end of a trajectory from any of its points.
+
+class Student(nn.Module, ABC):
+    """Network that predicts the end of a trajectory from any of its points.
+
+    A subclass builds its layers and implements `features`, `code_logits`, `continuous`, `config` and `start_from`.
 
     Args:
         teacher: gives the codebook, the groups and the classes; teacher-involved sampling calls it. It is referred to,
             not contained: it is no part of the student's parameters, state or device moves.
-        width, depth, heads: size of the transformer; None takes the teacher's.
     """
 
-    def __init__(
-        self, teacher: Teacher, *, width: int | None = None, depth: int | None = None, heads: int | None = None
-    ) -> None:
+    codebook: Tensor
+    level: Tensor
+
+    def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        if isinstance(teacher, TransformerTeacher):
-            body = teacher.body
-            width, depth, heads = width or body.width, depth or body.depth, heads or body.heads
-        if width is None or depth is None or heads is None:
-            raise ValueError(f"width, depth, heads: {type(teacher).__name__} does not give them, expected three sizes")
         self._teacher = (teacher,)  # in a tuple, so that nn.Module does not adopt it
         self.groups, self.num_classes = teacher.groups, teacher.num_classes
+        self.derive_buffers()
+
+    def derive_buffers(self) -> None:
+        """Fill what follows from the teacher and is in no file."""
+        teacher = self.teacher
         self.register_buffer("codebook", teacher.codebook.detach().clone(), persistent=False)
-        self.codebook: Tensor
-        level = torch.arange(len(self.groups)).repeat_interleave(torch.tensor(self.groups))
-        self.register_buffer("level", level, persistent=False)  # group of every token
-        self.level: Tensor
-        self.class_embedding = nn.Embedding(self.num_classes + 1, width)
-        self.position_embedding = nn.Parameter(torch.empty(teacher.num_tokens + 1, width))
-        self.input = nn.Linear(teacher.code_dim, width)
-        self.data_embedding = nn.Embedding(2, width)  # row 1: data, row 0: noise
-        self.body = Transformer(width, depth, heads)
-        self.head = nn.Linear(width, teacher.num_codes)
-        self.continuous_modulation = nn.Parameter(torch.empty(2, width))  # rows: shift, scale
-        self.continuous_head = nn.Linear(width, teacher.code_dim)
-        for parameter in (
-            self.class_embedding.weight,
-            self.position_embedding,
-            self.data_embedding.weight,
-            self.head.weight,
-            self.continuous_modulation,
-        ):
-            nn.init.normal_(parameter, std=0.02)
+        # The group of every token.
+        self.register_buffer("level", group_levels(self.groups, teacher.codebook.device), persistent=False)
+
+    # What a student implements -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Any]:
+        """Hidden states [B, N, W] at the tokens of the point X_t, and what the heads need of the condition."""
+
+    @abstractmethod
+    def code_logits(self, hidden: Tensor, context: Any) -> Tensor:
+        """The head over codes: [B, m, W] to [B, m, V]."""
+
+    @abstractmethod
+    def continuous(self, hidden: Tensor, context: Any) -> Tensor:
+        """The continuous head: [B, m, W] to [B, m, D]."""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this module, beside the teacher: `type(self)(teacher, **config)`."""
+
+    @abstractmethod
+    def start_from(self, teacher: Teacher) -> None:
+        """Take over the teacher's weights; what has no counterpart there is drawn anew."""
+
+    # What every student inherits ---------------------------------------------------------------------------------
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher) -> Student:
-        """A student of the teacher's size that starts from its weights.
-
-        Position row 0 (the condition) is the teacher's row 0, rows 2.. are the teacher's rows 1.. (the positions that
-        predict the same tokens); row 1, the data/noise embedding and the continuous head have no counterpart.
-        """
-        if not isinstance(teacher, TransformerTeacher):
-            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a TransformerTeacher to start from")
-        student = cls(teacher)
-        source = teacher.state_dict()
-        own = student.state_dict()
-        shared = {name: source[name] for name in own if name in source and name not in ("position_embedding",)}
-        student.load_state_dict(shared, strict=False)
-        first = teacher.groups[0]
-        with torch.no_grad():
-            student.position_embedding[0] = source["position_embedding"][0]
-            student.position_embedding[1 + first :] = source["position_embedding"][first:]
+    def from_teacher(cls, teacher: Teacher) -> Self:
+        """A student of the teacher's size that starts from its weights."""
+        student = cls(teacher).to(teacher.codebook.device)
+        student.start_from(teacher)
         return student
 
     @property
@@ -84,44 +85,30 @@ class Student(nn.Module):
         """The teacher whose trajectories this student learnt."""
         return self._teacher[0]
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """What rebuilds this module: `Student(teacher, **config)`."""
-        return {"width": self.body.width, "depth": self.body.depth, "heads": self.body.heads}
-
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """Predict the data from one trajectory point.
 
         Args:
-            condition: int64 [B].
+            condition: int64 [B], or text.
             x: float32 [B, N, D], the point X_t: t groups of code embeddings, then noise.
             t: the point, an int or int64 [B].
 
         Returns:
             logits [B, N, V] and embeddings [B, N, D]; position i sees the condition, the groups before i's and itself.
         """
-        hidden, label = self._features(condition, x, t)
-        return self.head(hidden), self._continuous(hidden, label)
+        self.check_point(x)
+        hidden, context = self.features(condition, x, t)
+        return self.code_logits(hidden, context), self.continuous(hidden, context)
 
-    def _features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Transformer output [B, N, W] at the tokens, and the class embedding [B, W]."""
-        if not isinstance(condition, Tensor):
-            raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
-        batch, num_tokens = x.shape[0], self.teacher.num_tokens
-        if x.shape[1:] != (num_tokens, self.teacher.code_dim):
-            raise ValueError(f"x: got shape {list(x.shape)}, expected [B, {num_tokens}, {self.teacher.code_dim}]")
-        label = self.class_embedding(condition)
-        tokens = torch.cat((label[:, None], self.input(x)), dim=1)
-        is_data = F.pad(self.data_mask(t, batch).long(), (1, 0), value=1)  # the condition counts as data
-        tokens = tokens + self.position_embedding + self.data_embedding(is_data)
-        mask = level_mask((1, *self.groups), x.device)
-        return self.body(tokens, mask, mask is None)[:, 1:], label
+    def check_point(self, x: Tensor) -> None:
+        """Raise `ValueError` unless x is [B, N, D]."""
+        if x.ndim != 3 or x.shape[1:] != (self.teacher.num_tokens, self.teacher.code_dim):
+            expected = f"[B, {self.teacher.num_tokens}, {self.teacher.code_dim}]"
+            raise ValueError(f"x: got shape {list(x.shape)}, expected {expected}")
 
-    def _continuous(self, hidden: Tensor, label: Tensor) -> Tensor:
-        """The continuous head [..., W] -> [..., D]: shift and scale from the class and a learned table."""
-        shift, scale = (self.continuous_modulation + label[:, None]).unbind(1)
-        normal = F.layer_norm(hidden, hidden.shape[-1:])
-        return self.continuous_head(normal * (1 + scale[:, None]) + shift[:, None])
+    def data_levels(self, t: int | Tensor, batch: int, condition_tokens: int) -> Tensor:
+        """int64 [B, C + N]: 1 where the sequence of C condition tokens and X_t holds data, 0 where noise."""
+        return F.pad(self.data_mask(t, batch).long(), (condition_tokens, 0), value=1)  # the condition counts as data
 
     def data_mask(self, t: int | Tensor, batch: int) -> Tensor:
         """Boolean [B, N]: True where X_t holds data."""
@@ -140,6 +127,7 @@ class Student(nn.Module):
         split: int | None = None,
         teacher_range: tuple[int, int] | None = None,
         cfg_scale: float | None = None,
+        **generation: Any,
     ) -> Tensor:
         """Generate code embeddings in `len(steps)` passes.
 
@@ -148,13 +136,15 @@ class Student(nn.Module):
         code before the split and the continuous head's value from there on.
 
         Args:
-            condition: int64 [B].
+            condition: int64 [B], or text.
             noise: float32 [B, N, D].
             steps: trajectory points, rising from 0: `(0,)` one step, `(0, t1)` two.
             split: group from which the continuous head is used; None: nowhere.
             teacher_range: (first, last): after the first pass the teacher regenerates groups first..last-1 from the
                 quantised prefix and the same noise, then the student finishes from point `last`.
             cfg_scale: guidance of the teacher's part; None takes its default.
+            generation: other settings of the teacher's part, as in `Teacher.generate`; `sampler="multinomial"` draws
+                its tokens as the official scripts do, instead of following the flow from the same noise.
 
         Returns:
             float32 [B, N, D].
@@ -167,10 +157,14 @@ class Student(nn.Module):
         if teacher_range is not None and not 0 <= teacher_range[0] < teacher_range[1] <= count:
             raise ValueError(f"teacher_range: got {teacher_range}, expected first < last in 0..{count}")
         with torch.inference_mode():
-            x = self._complete(condition, noise, noise, 0, split)
+            points, x = steps[1:], noise
+            if teacher_range is None or teacher_range[0] > 0:  # else the teacher starts from nothing
+                x = self._complete(condition, noise, noise, 0, split)
             if teacher_range is not None:
-                x = self._involve_teacher(condition, noise, x, teacher_range, split, cfg_scale)
-            for point in steps[1:]:
+                x = self.involve_teacher(condition, noise, x, teacher_range, cfg_scale=cfg_scale, **generation)
+                last = teacher_range[1]
+                points = (last, *(point for point in points if point > last))
+            for point in points:
                 x = self._complete(condition, x, noise, point, split)
         return x.clone()  # outside inference mode, so that samples can enter a training graph
 
@@ -178,31 +172,119 @@ class Student(nn.Module):
         """One pass from the point whose data are the first groups of x."""
         starts = self.teacher.group_starts()
         first, count = starts[point], self.teacher.num_tokens
-        if point == len(self.groups):
-            return x[:, :first]
+        if first == count:
+            return x
         border = count if split is None else max(starts[split], first)
         given = torch.cat((x[:, :first], noise[:, first:]), dim=1) if first else noise
-        hidden, label = self._features(condition, given, point)
+        hidden, context = self.features(condition, given, point)
         parts = [x[:, :first]] if first else []
         if border > first:
-            parts.append(self.codebook[self.head(hidden[:, first:border]).argmax(-1)])
+            parts.append(self.codebook[self.code_logits(hidden[:, first:border], context).argmax(-1)])
         if border < count:
-            parts.append(self._continuous(hidden[:, border:], label))
+            parts.append(self.continuous(hidden[:, border:], context))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _involve_teacher(
-        self,
-        condition: Condition,
-        noise: Tensor,
-        x: Tensor,
-        teacher_range: tuple[int, int],
-        split: int | None,
-        cfg_scale: float | None,
+    def involve_teacher(
+        self, condition: Condition, noise: Tensor, x: Tensor, teacher_range: tuple[int, int], **generation: Any
     ) -> Tensor:
+        """Embeddings of groups 0..last-1: x quantised before `first`, the teacher's from there on.
+
+        Args: as in `sample`; x is the first pass's result [B, N, D].
+        """
         starts = self.teacher.group_starts()
         first, last = teacher_range
         prefix = nearest_code(x[:, : starts[first]].contiguous(), self.codebook)
-        codes = self.teacher.generate(
-            condition, sampler="flow", noise=noise, cfg_scale=cfg_scale, prefix=prefix, stop=starts[last]
-        )
-        return self._complete(condition, self.codebook[codes], noise, last, split)
+        if generation.get("sampler", "flow") == "flow":
+            generation |= {"sampler": "flow", "noise": noise}
+        codes = self.teacher.generate(condition, prefix=prefix, stop=starts[last], **generation)
+        return self.codebook[codes]
+
+
+class TransformerStudent(Student):
+    """A student with the small transformer of `TransformerTeacher`, for any teacher.
+
+    Args:
+        teacher: as in `Student`.
+        width, depth, heads: size of the transformer; None takes the teacher's, if it is a `TransformerTeacher`.
+    """
+
+    def __init__(
+        self, teacher: Teacher, *, width: int | None = None, depth: int | None = None, heads: int | None = None
+    ) -> None:
+        super().__init__(teacher)
+        if isinstance(teacher, TransformerTeacher):
+            body = teacher.body
+            width, depth, heads = width or body.width, depth or body.depth, heads or body.heads
+        if width is None or depth is None or heads is None:
+            raise ValueError(f"width, depth, heads: {type(teacher).__name__} does not give them, expected three sizes")
+        self.class_embedding = nn.Embedding(self.num_classes + 1, width)
+        self.position_embedding = nn.Parameter(torch.empty(teacher.num_tokens + 1, width))
+        self.input = nn.Linear(teacher.code_dim, width)
+        self.data_embedding = nn.Embedding(2, width)  # row 1: data, row 0: noise
+        self.body = Transformer(width, depth, heads)
+        self.head = nn.Linear(width, teacher.num_codes)
+        self.continuous_modulation = nn.Parameter(torch.empty(2, width))  # rows: shift, scale
+        self.continuous_head = nn.Linear(width, teacher.code_dim)
+        for parameter in (
+            self.class_embedding.weight,
+            self.position_embedding,
+            self.data_embedding.weight,
+            self.head.weight,
+            self.continuous_modulation,
+        ):
+            nn.init.normal_(parameter, std=0.02)
+
+    @torch.no_grad()
+    def start_from(self, teacher: Teacher) -> None:
+        """Take over the teacher's weights.
+
+        Position row 0 (the condition) is the teacher's row 0, rows 2.. are the teacher's rows 1.. (the positions that
+        predict the same tokens); row 1, the data/noise embedding and the continuous head have no counterpart.
+        """
+        if not isinstance(teacher, TransformerTeacher):
+            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a TransformerTeacher to start from")
+        source = teacher.state_dict()
+        own = self.state_dict()
+        shared = {name: source[name] for name in own if name in source and name != "position_embedding"}
+        self.load_state_dict(shared, strict=False)
+        first = teacher.groups[0]
+        self.position_embedding[0] = source["position_embedding"][0]
+        self.position_embedding[1 + first :] = source["position_embedding"][first:]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"width": self.body.width, "depth": self.body.depth, "heads": self.body.heads}
+
+    def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(condition, Tensor):
+            raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
+        label = self.class_embedding(condition)
+        tokens = torch.cat((label[:, None], self.input(x)), dim=1)
+        tokens = tokens + self.position_embedding + self.data_embedding(self.data_levels(t, len(x), 1))
+        mask = level_mask((1, *self.groups), x.device)
+        return self.body(tokens, mask, mask is None)[:, 1:], label
+
+    def code_logits(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return self.head(hidden)
+
+    def continuous(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return modulated_head(hidden, self.continuous_modulation + context[:, None], self.continuous_head)
+
+
+def modulated_head(hidden: Tensor, modulation: Tensor, linear: nn.Linear, *, eps: float = 1e-5) -> Tensor:
+    """DD1's continuous head: LayerNorm without affine, then shift and scale (modulation [B, 2, W]), then linear."""
+    shift, scale = modulation[:, None].unbind(2)
+    return linear(F.layer_norm(hidden, hidden.shape[-1:], eps=eps) * (1 + scale) + shift)
+
+
+class ContinuousHead(nn.Module):
+    """The continuous head of the official students: shift and scale from a learned table and the class embedding."""
+
+    def __init__(self, width: int, code_dim: int) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.linear = nn.Linear(width, code_dim)
+
+    def forward(self, hidden: Tensor, label: Tensor) -> Tensor:
+        """hidden [B, m, W], label [B, W] -> [B, m, D]."""
+        return modulated_head(hidden, self.scale_shift_table + label[:, None], self.linear, eps=1e-6)

@@ -11,42 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.models.attention import KVCache, block_mask, group_levels
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
-
-
-def block_mask(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor | None:
-    """Boolean [S, S] mask of a sequence of groups, True = may look: at all earlier groups and at one's own.
-
-    None where every group has one token: plain causal attention, for which there is a faster path.
-    """
-    if all(size == 1 for size in groups):
-        return None
-    level = torch.arange(len(groups), device=device).repeat_interleave(torch.tensor(groups, device=device))
-    return level[:, None] >= level[None, :]
-
-
-def level_mask(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor | None:
-    """Boolean [S, S] mask of a student: strictly earlier groups and oneself; None where that is plain causal."""
-    mask = block_mask(groups, device)
-    if mask is None:
-        return None
-    return (mask & ~mask.T) | torch.eye(len(mask), dtype=torch.bool, device=device)
-
-
-class KVCache:
-    """Keys and values of every layer, allocated once for the whole sequence."""
-
-    def __init__(self, depth: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        shape = (depth, rows, heads, length, head_dim)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new [R, H, S, head_dim] and return all of its keys and values so far."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 class Block(nn.Module):
@@ -178,14 +144,16 @@ class TransformerTeacher(Teacher):
         cache = KVCache(body.depth, len(labels), body.heads, self.num_tokens, head_dim, self.position_embedding)
         return DecodeState(labels, cache)
 
-    def advance(self, state: DecodeState, embeddings: Tensor) -> Tensor:
-        first, last = state.groups_fed, self.group_starts().index(self._tokens_known(state) + embeddings.shape[1])
-        tokens = self.group_inputs(state.labels, embeddings, first, last)
+    def advance(self, state: DecodeState, codes: Tensor) -> Tensor:
+        first, last = state.groups_fed, self.group_starts().index(self._tokens_known(state) + codes.shape[1])
+        embeddings = self.embed(codes)
+        guided = len(state.labels) != len(codes)
+        tokens = self.group_inputs(state.labels, torch.cat((embeddings, embeddings)) if guided else embeddings, first, last)
         state.groups_fed = last + 1
         mask = None  # one group sees everything before it and itself
         if first != last:
-            level = torch.arange(first, last + 1).repeat_interleave(torch.tensor(self.groups[first : last + 1]))
-            mask = F.pad(level[:, None] >= level[None, :], (state.cache.length, 0), value=True).to(tokens.device)
+            level = group_levels(self.groups[first : last + 1], tokens.device)
+            mask = F.pad(level[:, None] >= level[None, :], (state.cache.length, 0), value=True)
         hidden = self.body(tokens, mask, False, state.cache)
         return self.head(hidden[:, -self.groups[last] :])
 

@@ -17,7 +17,7 @@ from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
 from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors
-from ddfast.models.student import Student
+from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.schedule import warmup_cosine
 from ddfast.trajectories.generate import generate_trajectories, store_settings
@@ -33,9 +33,9 @@ def pairs(path) -> Trajectories:
     return store.load()
 
 
-def toy_student() -> Student:
+def toy_student() -> TransformerStudent:
     torch.manual_seed(0)
-    return Student(ToyTeacher(), width=16, depth=1, heads=2)
+    return TransformerStudent(ToyTeacher(), width=16, depth=1, heads=2)
 
 
 def test_losses_look_at_open_tokens_only():

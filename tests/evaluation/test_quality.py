@@ -4,7 +4,7 @@ import torch
 from ddfast.evaluation.quality import frechet_distance, pair_table_distance
 from ddfast.evaluation.speed import generate_plainly, measure_speed
 from ddfast.models.digits import digit_batch
-from ddfast.models.student import Student
+from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.recipes import get_recipe, untrained_teacher
 from ddfast.sampling import SOURCES, draw_marginals, marginal_tables, sample, sample_student
@@ -52,7 +52,7 @@ def networks():
     config = get_recipe("digits")
     config.teacher.width, config.teacher.depth = 32, 1
     teacher = untrained_teacher(config)
-    return teacher, Student.from_teacher(teacher).eval()
+    return teacher, TransformerStudent.from_teacher(teacher).eval()
 
 
 @pytest.mark.parametrize("source", SOURCES)

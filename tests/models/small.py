@@ -2,19 +2,19 @@
 
 import torch
 
-from ddfast.models.student import Student
+from ddfast.models.student import TransformerStudent
 from ddfast.models.transformer import TransformerTeacher
 
 LABELS = torch.tensor([0, 1, 2, 0])
 
 
-def build(groups: tuple[int, ...], *, trained: bool = False) -> tuple[TransformerTeacher, Student]:
+def build(groups: tuple[int, ...], *, trained: bool = False) -> tuple[TransformerTeacher, TransformerStudent]:
     """`trained`: weights large enough that outputs depend visibly on every input."""
     torch.manual_seed(0)
     teacher = TransformerTeacher(
         codebook=torch.randn(11, 3), groups=groups, num_classes=3, width=32, depth=2, heads=4
     ).requires_grad_(False)
-    student = Student.from_teacher(teacher)
+    student = TransformerStudent.from_teacher(teacher)
     if trained:
         for module in (teacher, student):
             for parameter in module.parameters():

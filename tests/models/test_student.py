@@ -3,7 +3,7 @@ import torch
 from small import LABELS, build
 
 from ddfast.models.loading import load_student, load_teacher, save_student
-from ddfast.models.student import Student
+from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 
 GROUPS = [(1,) * 7, (1, 2, 4)]
@@ -145,4 +145,4 @@ def test_files_that_do_not_fit_are_explained(tmp_path):
 
 def test_a_teacher_without_a_transformer_needs_sizes():
     with pytest.raises(ValueError, match="width, depth, heads: ToyTeacher"):
-        Student(ToyTeacher())
+        TransformerStudent(ToyTeacher())

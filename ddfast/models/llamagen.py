@@ -1,0 +1,428 @@
+"""LlamaGen, class- and text-conditional, and its DD1 student, in the parameter layout of the official files.
+
+A Llama over image tokens in raster order, after one class token or the (left-padded) features of a caption.
+Sources: Sun et al. 2024, arXiv 2406.06525; Liu et al. 2024, arXiv 2412.17153 (DD1).
+
+Dimensions: B batch, R rows (B, or 2B with guidance), C condition tokens, L sequence, N tokens, V codes, D code
+dimension, W width, H heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention
+from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+from ddfast.models.student import ContinuousHead, Student
+from ddfast.models.tokenizers import LlamaGenTokenizer
+from ddfast.ops import nearest_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaGenSizes:
+    """Sizes of a LlamaGen transformer, by their official names.
+
+    Attributes:
+        dim: width.
+        n_layer: blocks.
+        n_head: query heads.
+        n_kv_head: key and value heads.
+        ffn_dim: width of the feed-forward layer.
+        block_size: image tokens, a square.
+        model_type: "c2i" (class labels) or "t2i" (captions).
+        num_classes: of labels (c2i).
+        cls_token_num: condition tokens.
+        caption_dim: of caption features (t2i).
+        rope_base: of the rotary embedding.
+        norm_eps: of every RMSNorm.
+    """
+
+    dim: int = 1024
+    n_layer: int = 24
+    n_head: int = 16
+    n_kv_head: int = 16
+    ffn_dim: int = 2816
+    block_size: int = 256
+    model_type: str = "c2i"
+    num_classes: int = 1000
+    cls_token_num: int = 1
+    caption_dim: int = 2048
+    rope_base: float = 10000
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        side = round(self.block_size**0.5)
+        if side * side != self.block_size:
+            raise ValueError(f"block_size: got {self.block_size}, expected a square: images are square")
+        if self.model_type not in ("c2i", "t2i"):
+            raise ValueError(f"model_type: got {self.model_type!r}, expected 'c2i' or 't2i'")
+        if self.dim % self.n_head or self.n_head % self.n_kv_head:
+            got = f"dim {self.dim}, n_head {self.n_head}, n_kv_head {self.n_kv_head}"
+            raise ValueError(f"n_head: got {got}, expected n_head to divide dim and n_kv_head to divide n_head")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times a weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tensor:
+    """Rotations of the 2-D rotary embedding, complex64 [C + N, K / 2]: row angles first, then column angles.
+
+    Condition tokens have zeros, not ones: their queries and keys become zero vectors.
+    """
+    half = sizes.dim // sizes.n_head // 2
+    frequency = 1.0 / sizes.rope_base ** (torch.arange(0, half, 2, device=device)[: half // 2].float() / half)
+    side = round(sizes.block_size**0.5)
+    angle = torch.outer(torch.arange(side, device=device), frequency)
+    grid = torch.cat((angle[:, None].expand(-1, side, -1), angle[None].expand(side, -1, -1)), dim=-1).flatten(0, 1)
+    grid = torch.cat((torch.zeros(sizes.cls_token_num, half, device=device), grid))
+    table = torch.complex(grid.cos(), grid.sin())
+    table[: sizes.cls_token_num] = 0
+    return table
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate interleaved pairs: x [R, L, H, K], table complex64 [L, K / 2]; in float32, cast back."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
+
+
+class LlamaAttention(nn.Module):
+    """Attention with rotary embedding; fewer key than query heads are allowed."""
+
+    def __init__(self, sizes: LlamaGenSizes) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = sizes.n_head, sizes.n_kv_head, sizes.dim // sizes.n_head
+        self.wqkv = nn.Linear(sizes.dim, (sizes.n_head + 2 * sizes.n_kv_head) * self.head_dim, bias=False)
+        self.wo = nn.Linear(sizes.dim, sizes.dim, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int) -> Tensor:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        rotated, value = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        rotated = rotate(rotated, table)
+        query, key = rotated.split((self.heads, self.kv_heads), dim=2)
+        mixed = attend(layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return self.wo(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, sizes: LlamaGenSizes) -> None:
+        super().__init__()
+        self.attention = LlamaAttention(sizes)
+        self.feed_forward = SwiGLU(sizes.dim, sizes.ffn_dim)
+        self.attention_norm = RMSNorm(sizes.dim, sizes.norm_eps)
+        self.ffn_norm = RMSNorm(sizes.dim, sizes.norm_eps)
+
+    def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, attend, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class LabelEmbedding(nn.Module):
+    """Labels int64 [B] to one token [B, 1, W]; the last row stands for "no condition"."""
+
+    def __init__(self, sizes: LlamaGenSizes) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(sizes.num_classes + 1, sizes.dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)[:, None]
+
+
+class CaptionEmbedding(nn.Module):
+    """Caption features [B, C, dim] to C tokens [B, C, W], by a two-layer network."""
+
+    def __init__(self, sizes: LlamaGenSizes) -> None:
+        super().__init__()
+        self.cap_proj = nn.ModuleDict(
+            {
+                "fc1": nn.Linear(sizes.caption_dim, sizes.dim, bias=False),
+                "fc2": nn.Linear(sizes.dim, sizes.dim, bias=False),
+            }
+        )
+        uncond = torch.randn(sizes.cls_token_num, sizes.caption_dim) / sizes.caption_dim**0.5
+        self.register_buffer("uncond_embedding", uncond)
+        self.uncond_embedding: Tensor
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.to(self.cap_proj["fc1"].weight.dtype)
+        return self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
+
+
+class _LlamaGenNetwork(nn.Module):
+    """The layers that teacher and student have in common, under their official names."""
+
+    sizes: LlamaGenSizes
+    rope: Tensor
+
+    def _add_layers(self, sizes: LlamaGenSizes, num_codes: int) -> None:
+        self.sizes = sizes
+        self.cls_embedding = CaptionEmbedding(sizes) if sizes.model_type == "t2i" else LabelEmbedding(sizes)
+        self.layers = nn.ModuleList(LlamaBlock(sizes) for _ in range(sizes.n_layer))
+        self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
+        self.output = nn.Linear(sizes.dim, num_codes, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def _derive_rope(self, device: torch.device | str) -> None:
+        self.register_buffer("rope", rope_table(self.sizes, device), persistent=False)
+
+    def _condition_tokens(self, condition: Condition, unconditional: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Condition tokens [B, C, W], and which of them are no padding, bool [B, C] (None: all of them)."""
+        sizes = self.sizes
+        if sizes.model_type == "c2i":
+            assert isinstance(condition, Tensor)
+            labels = torch.full_like(condition, sizes.num_classes) if unconditional else condition
+            return self.cls_embedding(labels), None
+        features, valid = condition
+        if unconditional:
+            features = self.cls_embedding.uncond_embedding.expand_as(features)
+        else:
+            features = features * valid[..., None]
+        return self.cls_embedding(features), valid.bool()
+
+    def _run(self, x: Tensor, positions: slice, attend: Attend) -> Tensor:
+        table = self.rope[positions]
+        for layer, block in enumerate(self.layers):
+            x = block(x, table, attend, layer)
+        return x
+
+    def _check_condition(self, condition: Condition) -> None:
+        """Raise unless a text condition has the shapes that this network reads."""
+        sizes = self.sizes
+        expected = f"features [B, {sizes.cls_token_num}, {sizes.caption_dim}] and their mask [B, {sizes.cls_token_num}]"
+        if not isinstance(condition, tuple) or len(condition) != 2:
+            raise TypeError(f"condition: got {type(condition).__name__}, expected a pair of {expected}")
+        features, valid = condition
+        wanted = (len(features), sizes.cls_token_num)
+        if tuple(features.shape) != (*wanted, sizes.caption_dim) or tuple(valid.shape) != wanted:
+            raise ValueError(f"condition: got {list(features.shape)} and {list(valid.shape)}, expected {expected}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; inputs are cast to it, logits come back in float32."""
+        return self.output.weight.dtype
+
+
+def padded_mask(valid: Tensor | None, length: int) -> Tensor | None:
+    """Bool [B, 1, L, L] of a causal sequence whose first C positions may be padding; None where nothing is.
+
+    Padding is seen by nobody but itself (an empty row of a softmax would be NaN).
+    """
+    if valid is None:
+        return None
+    column = F.pad(valid, (0, length - valid.shape[1]), value=True)
+    causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    diagonal = torch.eye(length, dtype=torch.bool, device=valid.device)
+    return (causal & column[:, None] | diagonal)[:, None]
+
+
+@dataclass
+class LlamaGenState:
+    """Progress of one `LlamaGenTeacher.generate`: what is still to be fed of the condition, its padding, the cache."""
+
+    pending: Tensor | None
+    valid: Tensor | None
+    cache: KVCache
+    guided: bool
+
+
+class LlamaGenTeacher(_LlamaGenNetwork, Teacher):
+    """LlamaGen's GPT: one token per step, conditioned on a class or on a caption.
+
+    `codebook` is the tokenizer's, normalised as it is used. Guidance needs `cfg_scale` above 1, as officially; a
+    `cfg_interval` ends it. A text condition is `(features [B, C, dim], mask [B, C])`, padded on the left.
+
+    Args:
+        tokenizer: whose codes it models.
+        sizes: of the transformer.
+        defaults: sampling settings.
+
+    Attributes:
+        captions: features [M, C, dim] and masks [M, C] that training pairs of a text teacher cycle through.
+    """
+
+    captions: tuple[Tensor, Tensor] | None = None
+
+    def __init__(
+        self, tokenizer: LlamaGenTokenizer, sizes: LlamaGenSizes, *, defaults: SamplingDefaults | None = None
+    ) -> None:
+        super().__init__()
+        text = sizes.model_type == "t2i"
+        self.groups = (1,) * sizes.block_size
+        self.num_classes = 0 if text else sizes.num_classes
+        if defaults is None:
+            defaults = SamplingDefaults(cfg_scale=7.5, top_k=1000) if text else SamplingDefaults(cfg_scale=2.0, top_k=8000)
+        self.defaults = defaults
+        num_codes = tokenizer.codebook().shape[0]
+        self.tok_embeddings = nn.Embedding(num_codes, sizes.dim)
+        self._add_layers(sizes, num_codes)
+        self.tokenizer = tokenizer
+        self.derive_buffers()
+
+    def derive_buffers(self) -> None:
+        """Fill what follows from the tokenizer and the sizes and is in no file."""
+        self.register_buffer("codebook", self.tokenizer.codebook(), persistent=False)
+        self._derive_rope(self.codebook.device)
+
+    @property
+    def num_conditions(self) -> int:
+        if self.sizes.model_type == "c2i":
+            return self.num_classes
+        return 0 if self.captions is None else len(self.captions[0])
+
+    def condition_of(self, index: Tensor) -> Condition:
+        if self.sizes.model_type == "c2i":
+            return index
+        if self.captions is None:
+            raise ValueError("captions: got None, expected features and masks: set the teacher's `captions` first")
+        features, valid = self.captions
+        where = index.to(features.device)
+        return features[where].to(index.device), valid[where].to(index.device)
+
+    def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
+        return cfg_scale if cfg_scale > 1.0 else 1.0
+
+    def check_condition(self, condition: Condition) -> None:
+        if self.sizes.model_type == "c2i":
+            super().check_condition(condition)
+        else:
+            self._check_condition(condition)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(2 * images - 1)
+
+    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
+        images = self.tokenizer.decode(self.embed(codes))
+        return ((images + 1) / 2).clamp(0, 1) if clamp else images
+
+    def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
+        self.check_condition(condition)
+        if codes.is_floating_point():
+            codes = nearest_code(codes, self.codebook)
+        tokens, valid = self._condition_tokens(condition, unconditional)
+        x = torch.cat((tokens, self.tok_embeddings(codes[:, :-1])), dim=1)
+        hidden = self._run(x, slice(0, x.shape[1]), MaskedAttention(padded_mask(valid, x.shape[1])))
+        return self.output(self.norm(hidden[:, tokens.shape[1] - 1 :])).float()
+
+    def begin(self, condition: Condition, *, guided: bool) -> LlamaGenState:
+        tokens, valid = self._condition_tokens(condition)
+        if guided:
+            tokens = torch.cat((tokens, self._condition_tokens(condition, unconditional=True)[0]))
+            valid = None if valid is None else torch.cat((valid, valid))
+        sizes = self.sizes
+        length = tokens.shape[1] + self.num_tokens - 1
+        head_dim = sizes.dim // sizes.n_head
+        cache = KVCache(sizes.n_layer, len(tokens), sizes.n_kv_head, length, head_dim, tokens)
+        return LlamaGenState(pending=tokens, valid=valid, cache=cache, guided=guided)
+
+    def advance(self, state: LlamaGenState, codes: Tensor) -> Tensor:
+        new = self.tok_embeddings(codes)
+        if state.guided:
+            new = torch.cat((new, new))
+        if state.pending is not None:
+            x, state.pending = torch.cat((state.pending, new), dim=1), None
+            # The whole sequence so far: causal, not over what the cache holds beyond it.
+            attend = CachedAttention(state.cache, padded_mask(state.valid, x.shape[1]), causal=state.valid is None)
+        else:
+            x, mask = new, None
+            if state.valid is not None:
+                mask = F.pad(state.valid, (0, state.cache.length + 1 - state.valid.shape[1]), value=True)[:, None, None]
+            attend = CachedAttention(state.cache, mask)
+        length = state.cache.length
+        hidden = self._run(x, slice(length, length + x.shape[1]), attend)
+        state.cache.length += x.shape[1]
+        return self.output(self.norm(hidden[:, -1:])).float()
+
+
+class LlamaGenStudent(_LlamaGenNetwork, Student):
+    """DD1's student of LlamaGen: reads the condition and X_t, sees what is before a position and the position itself.
+
+    The embedding of "data" and "noise" is added once, at the input. The continuous head reads the hidden states
+    before the final norm, with shift and scale from the class embedding (text: the mean of the caption's tokens).
+
+    Args:
+        teacher: as in `Student`, with a LlamaGen tokenizer.
+        sizes: of the transformer, by their official names; those left out are the teacher's.
+    """
+
+    def __init__(self, teacher: LlamaGenTeacher, **sizes: Any) -> None:
+        own = LlamaGenSizes(**{**vars(teacher.sizes), **sizes})
+        self.sizes = own
+        super().__init__(teacher)
+        self.tok_embeddings = nn.Linear(teacher.code_dim, own.dim)
+        self.n_d_embed = nn.Embedding(2, own.dim)
+        self._add_layers(own, teacher.num_codes)
+        nn.init.zeros_(self.tok_embeddings.bias)
+        self.final_layer_conti = ContinuousHead(own.dim, teacher.code_dim)
+
+    def derive_buffers(self) -> None:
+        """Fill what follows from the teacher and the sizes and is in no file."""
+        super().derive_buffers()
+        self._derive_rope(self.codebook.device)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(vars(self.sizes))
+
+    @torch.no_grad()
+    def start_from(self, teacher: Teacher) -> None:
+        """Take over the teacher's condition embedding, blocks, norm and head over codes.
+
+        The input projection reads codes where the teacher looks tokens up, so it, the data/noise embedding and the
+        continuous head have no counterpart.
+        """
+        if not isinstance(teacher, LlamaGenTeacher):
+            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a LlamaGenTeacher to start from")
+        source = teacher.state_dict()
+        own = self.state_dict()
+        names = [name for name in own if name in source and not name.startswith("tok_embeddings.")]
+        self.load_state_dict({name: source[name] for name in names}, strict=False)
+
+    def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        tokens, valid = self._condition_tokens(condition)
+        width = tokens.shape[1]
+        is_data = self.n_d_embed(self.data_levels(t, len(x), width))
+        sequence = torch.cat((tokens, self.tok_embeddings(x.to(self.dtype))), dim=1) + is_data
+        mask = padded_mask(valid, sequence.shape[1])
+        hidden = self._run(sequence, slice(0, sequence.shape[1]), MaskedAttention(mask))
+        if valid is None:
+            label = tokens[:, 0]
+        else:
+            weight = valid[..., None].to(tokens.dtype)
+            label = (tokens * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return hidden[:, width:], label
+
+    def code_logits(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return self.output(self.norm(hidden)).float()
+
+    def continuous(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return self.final_layer_conti(hidden, context).float()

@@ -1,0 +1,271 @@
+"""VAR's and LlamaGen's image tokenizers, in the parameter layout of the official files.
+
+Dimensions: B batch, N tokens, V codes, D code dimension, H height, W width, P side of one scale.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ddfast.models.vqgan import LLAMAGEN_NAMING, VAR_NAMING, ConvSizes, Decoder, Encoder, Naming
+from ddfast.ops import nearest_code
+
+IMAGENET_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+class ImageTokenizer(nn.Module, ABC):
+    """Images to codes and back: encoder, 1x1 or 3x3 convolutions around the codebook, decoder.
+
+    Args:
+        sizes: of encoder and decoder.
+        naming: parameter names of the family.
+        num_codes: V.
+        code_dim: D.
+        kernel: of the convolutions on both sides of the codebook.
+
+    Attributes:
+        downsampling: image pixels per latent pixel, along one side.
+    """
+
+    def __init__(self, sizes: ConvSizes, naming: Naming, *, num_codes: int, code_dim: int, kernel: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.downsampling = 2 ** (len(sizes.multipliers) - 1)
+        self.encoder, self.decoder = Encoder(sizes, naming), Decoder(sizes, naming)
+        self.quantize = nn.Module()
+        self.quantize.embedding = nn.Embedding(num_codes, code_dim)
+        nn.init.normal_(self.quantize.embedding.weight)
+        self.quant_conv = nn.Conv2d(sizes.latent_channels, code_dim, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(code_dim, sizes.latent_channels, kernel, padding=kernel // 2)
+
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The codes that latents are compared with and that the decoder reads, float32 [V, D]."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to codes int64 [B, N]."""
+
+    @abstractmethod
+    def decode(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, N, D] to raw images [B, 3, H, W], about [-1, 1]."""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Settings that the tensors do not tell."""
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Unquantised latents [B, D, h, w] of images [B, 3, H, W] in [-1, 1]."""
+        sides = images.shape[-2:]
+        if images.ndim != 4 or images.shape[1] != self.sizes.image_channels or any(s % self.downsampling for s in sides):
+            channels = self.sizes.image_channels
+            expected = f"[B, {channels}, H, W] with H and W multiples of {self.downsampling}"
+            raise ValueError(f"images: got shape {list(images.shape)}, expected {expected}")
+        return self.quant_conv(self.encoder(images))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Quantised latents [B, D, h, w] to raw images."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+class Phi(nn.Conv2d):
+    """(1 - ratio) h + ratio conv(h): what VAR applies to every scale's contribution."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - self.ratio) * x + self.ratio * super().forward(x)
+
+
+def phi_index(scale: int, num_scales: int, count: int) -> int:
+    """Which of `count` phi layers serves one scale: the nearest of equally spaced ticks, as VAR computes it.
+
+    Ten scales and four layers have two exact ties, which the rounding of this float64 arithmetic decides.
+    """
+    margin = 1 / 3 / count if count == 4 else 1 / 2 / count
+    ticks = np.linspace(margin, 1 - margin, count)
+    return int(np.abs(ticks - scale / max(num_scales - 1, 1)).argmin())
+
+
+class VARTokenizer(ImageTokenizer):
+    """VAR's multi-scale residual VQVAE: scale k is the code map, at P_k x P_k, of what earlier scales left over.
+
+    Args:
+        patch_nums: P of every scale, rising to the latents' own side.
+        num_codes, code_dim: V and D, which is also the number of latent channels.
+        sizes: of encoder and decoder; its latent channels are D.
+        share_quant_resi: number of phi layers; 1: one for all scales, 0: not shared.
+        default_qresi_counts: number of phi layers that are not shared; 0: one per scale.
+        quant_resi: phi's ratio; 0: phi is the identity.
+        quant_conv_ks: kernel of the convolutions around the codebook.
+        using_znorm: compare directions instead of distances.
+        hit_scales: rows of the statistics buffer that official files carry.
+
+    Source: Tian et al. 2024, arXiv 2404.02905, algorithms 1 and 2.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_nums: tuple[int, ...] = IMAGENET_SCALES,
+        num_codes: int = 4096,
+        code_dim: int = 32,
+        sizes: ConvSizes | None = None,
+        share_quant_resi: int = 4,
+        default_qresi_counts: int = 0,
+        quant_resi: float = 0.5,
+        quant_conv_ks: int = 3,
+        using_znorm: bool = False,
+        hit_scales: int | None = None,
+    ) -> None:
+        sizes = sizes or ConvSizes(channels=160, latent_channels=code_dim)
+        super().__init__(sizes, VAR_NAMING, num_codes=num_codes, code_dim=code_dim, kernel=quant_conv_ks)
+        self.patch_nums, self.quant_resi, self.using_znorm = tuple(patch_nums), float(quant_resi), using_znorm
+        hits = torch.zeros(len(patch_nums) if hit_scales is None else hit_scales, num_codes)
+        self.quantize.register_buffer("ema_vocab_hit_SV", hits)
+        self.phi_count = share_quant_resi or default_qresi_counts or len(patch_nums)
+        if abs(self.quant_resi) > 1e-6:
+            self.quantize.quant_resi = self._phis(share_quant_resi, code_dim)
+
+    def _phis(self, shared: int, channels: int) -> nn.Module:
+        """The phi layers under the official names, which tell how they are shared."""
+        phis = nn.ModuleList(Phi(channels, abs(self.quant_resi)) for _ in range(self.phi_count))
+        if shared == 0:
+            return phis
+        return nn.ModuleDict({"qresi": phis[0]} if shared == 1 else {"qresi_ls": phis})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"patch_nums": list(self.patch_nums), "quant_resi": self.quant_resi, "using_znorm": self.using_znorm}
+
+    @property
+    def side(self) -> int:
+        """Side of the latents: that of the last scale."""
+        return self.patch_nums[-1]
+
+    def codebook(self) -> Tensor:
+        return self.quantize.embedding.weight.detach().float()
+
+    def _phi(self, scale: int, x: Tensor) -> Tensor:
+        if abs(self.quant_resi) <= 1e-6:
+            return x
+        phis = self.quantize.quant_resi
+        if isinstance(phis, nn.ModuleDict):
+            phis = phis["qresi_ls"] if "qresi_ls" in phis else [phis["qresi"]]
+        return phis[phi_index(scale, len(self.patch_nums), self.phi_count)](x)
+
+    def contribution(self, scale: int, embeddings: Tensor) -> Tensor:
+        """What one scale's embeddings [B, P^2, D] add to the latents: [B, D, side, side]."""
+        x = rearrange(embeddings, "b (h w) d -> b d h w", h=self.patch_nums[scale])
+        if scale < len(self.patch_nums) - 1:
+            x = F.interpolate(x, size=(self.side, self.side), mode="bicubic")
+        return self._phi(scale, x)
+
+    def next_input(self, scale: int, f_hat: Tensor) -> Tensor:
+        """The latents so far as the AR model reads them before `scale`: [B, D, side, side] to [B, P^2, D]."""
+        size = self.patch_nums[scale]
+        if size != self.side:
+            f_hat = F.interpolate(f_hat, size=(size, size), mode="area")
+        return f_hat.flatten(2).transpose(1, 2)
+
+    def split_scales(self, tokens: Tensor) -> list[Tensor]:
+        """[B, N, ...] cut at the scales."""
+        return list(tokens.split([side**2 for side in self.patch_nums], dim=1))
+
+    def embed_to_fhat(self, embeddings: Tensor) -> list[Tensor]:
+        """Latents after every scale, from embeddings [B, N, D]: a list of [B, D, side, side]."""
+        parts = (self.contribution(scale, part) for scale, part in enumerate(self.split_scales(embeddings)))
+        return list(accumulate(parts))
+
+    def teacher_forcing_input(self, embeddings: Tensor) -> Tensor:
+        """What the AR model reads at every scale but the first, from embeddings [B, N, D]: [B, N - P_0^2, D]."""
+        scales = len(self.patch_nums)
+        if scales == 1:
+            return embeddings[:, :0]
+        known = embeddings[:, : -(self.side**2)].split([side**2 for side in self.patch_nums[:-1]], dim=1)
+        f_hats = accumulate(self.contribution(scale, part) for scale, part in enumerate(known))
+        return torch.cat([self.next_input(scale + 1, f_hat) for scale, f_hat in enumerate(f_hats)], dim=1)
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Latents [B, D, side, side] to codes int64 [B, N] and the latents that every scale reaches."""
+        if latents.shape[-2:] != (self.side, self.side):
+            expected = f"{self.side} x {self.side} latents"
+            raise ValueError(f"images: got {list(latents.shape[-2:])} latents, expected {expected} for {self.patch_nums}")
+        rest, codes, f_hats = latents, [], []
+        codebook, f_hat = self.codebook(), torch.zeros_like(latents)
+        for scale in range(len(self.patch_nums)):
+            # The last scale has the latents' own side: no resize.
+            found = nearest_code(self.next_input(scale, rest).contiguous(), codebook, cosine=self.using_znorm)
+            added = self.contribution(scale, codebook[found])
+            f_hat, rest = f_hat + added, rest - added
+            codes.append(found)
+            f_hats.append(f_hat)
+        return torch.cat(codes, dim=1), f_hats
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.quantise(self.latents(images))[0]
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        return self.decode_latents(self.embed_to_fhat(embeddings)[-1])
+
+
+class LlamaGenTokenizer(ImageTokenizer):
+    """LlamaGen's VQ-8 and VQ-16: one code per latent pixel, latents and codes normalised where they are compared.
+
+    Args:
+        num_codes, code_dim: V and D.
+        sizes: of encoder and decoder.
+        codebook_l2_norm: normalise codes and latents.
+        usage_slots: length of the statistics buffer that official files carry; 0: none.
+
+    Source: Sun et al. 2024, arXiv 2406.06525.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_codes: int = 16384,
+        code_dim: int = 8,
+        sizes: ConvSizes | None = None,
+        codebook_l2_norm: bool = True,
+        usage_slots: int = 65536,
+    ) -> None:
+        super().__init__(sizes or ConvSizes(), LLAMAGEN_NAMING, num_codes=num_codes, code_dim=code_dim, kernel=1)
+        self.codebook_l2_norm = codebook_l2_norm
+        if usage_slots:
+            self.quantize.register_buffer("codebook_used", torch.zeros(usage_slots))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"codebook_l2_norm": self.codebook_l2_norm}
+
+    def codebook(self) -> Tensor:
+        weight = self.quantize.embedding.weight.detach().float()
+        return F.normalize(weight, dim=-1) if self.codebook_l2_norm else weight
+
+    def encode(self, images: Tensor) -> Tensor:
+        latents = rearrange(self.latents(images), "b d h w -> b (h w) d")
+        return self.quantise(latents)[0]
+
+    def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, N, D] to codes int64 [B, N] and their embeddings [B, N, D]."""
+        if self.codebook_l2_norm:
+            latents = F.normalize(latents, dim=-1)
+        codebook = self.codebook()
+        codes = nearest_code(latents.contiguous(), codebook)
+        return codes, codebook[codes]
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        side = round(embeddings.shape[1] ** 0.5)
+        return self.decode_latents(rearrange(embeddings, "b (h w) d -> b d h w", h=side))

@@ -1,0 +1,397 @@
+"""VAR and its DD1 student, in the parameter layout of the official files.
+
+VAR predicts the code maps of rising scales, a whole scale at a time; its groups are the scales.
+Sources: Tian et al. 2024, arXiv 2404.02905; Liu et al. 2024, arXiv 2412.17153 (DD1).
+
+Dimensions: B batch, R rows (B, or 2B with guidance), L sequence, N tokens, V codes, D code dimension, W width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddfast.models.attention import (
+    Attend,
+    BlockCausalAttention,
+    CachedAttention,
+    KVCache,
+    MaskedAttention,
+    group_levels,
+    level_mask,
+)
+from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+from ddfast.models.student import ContinuousHead, Student
+from ddfast.models.tokenizers import VARTokenizer
+
+MAX_LOG_SCALE = math.log(100)
+"""Attention with normalised queries and keys has a learned scale per head, at most 100."""
+
+
+class VARAttention(nn.Module):
+    """Multi-head attention with biases on query and value only, optionally on normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int, l2_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        if l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attend: Attend, layer: int) -> Tensor:
+        rows, length, width = x.shape
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.mat_qkv.weight, bias).view(rows, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        scale = 0.25 / math.sqrt(width // self.heads)
+        if hasattr(self, "scale_mul_1H11"):
+            query = F.normalize(query, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
+            key, scale = F.normalize(key, dim=-1), 1.0
+        mixed = attend(layer, query, key, value, scale)
+        return self.proj(mixed.transpose(1, 2).reshape(rows, length, width))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU (tanh form) between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class VARBlock(nn.Module):
+    """Attention and feed-forward, each after a LayerNorm whose scale and shift, and whose gate, the class gives."""
+
+    def __init__(self, width: int, heads: int, hidden: int, l2_norm: bool, shared_aln: bool, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.attn = VARAttention(width, heads, l2_norm)
+        self.ffn = FeedForward(width, hidden)
+        if shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, label: Tensor, shared: Tensor | None) -> Tensor:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2 as [R, 1, 6, W], from the class embedding [R, W]."""
+        if shared is not None:
+            return self.ada_gss + shared
+        return self.ada_lin(label).view(len(label), 1, 6, -1)
+
+    def forward(self, x: Tensor, modulation: Tensor, attend: Attend, layer: int, extra: Tensor | None = None) -> Tensor:
+        """x [R, L, W]; `extra` [R, L, W] joins between attention and feed-forward (DD1's students)."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        x = x + self.attn(_modulate(x, scale1, shift1, self.eps), attend, layer) * gamma1
+        if extra is not None:
+            x = x + extra
+        return x + self.ffn(_modulate(x, scale2, shift2, self.eps)) * gamma2
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm before the head, scale and shift from the class."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        scale, shift = self.ada_lin(label).view(len(label), 1, 2, -1).unbind(2)
+        return _modulate(x, scale, shift, self.eps)
+
+
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, times (1 + scale), plus shift."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VARSizes:
+    """Sizes of a VAR transformer, by their official names.
+
+    Attributes:
+        num_classes: of labels.
+        depth: blocks.
+        embed_dim: width; officially 64 per block.
+        num_heads: attention heads; officially one per block.
+        mlp_ratio: width of the feed-forward layer over the width.
+        norm_eps: of every LayerNorm.
+        shared_aln: one modulation layer for all blocks.
+        attn_l2_norm: attention on normalised queries and keys.
+    """
+
+    num_classes: int = 1000
+    depth: int = 16
+    embed_dim: int = 1024
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    shared_aln: bool = False
+    attn_l2_norm: bool = True
+
+
+class _VARNetwork(nn.Module):
+    """The layers that teacher and student have in common, under their official names."""
+
+    sizes: VARSizes
+
+    def _add_layers(self, sizes: VARSizes, code_dim: int, num_codes: int, levels: tuple[int, ...]) -> None:
+        self.sizes, width = sizes, sizes.embed_dim
+        self.word_embed = nn.Linear(code_dim, width)
+        self.class_emb = nn.Embedding(sizes.num_classes + 1, width)
+        self.pos_start = nn.Parameter(torch.empty(1, levels[0], width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, sum(levels), width))
+        self.lvl_embed = nn.Embedding(len(levels), width)
+        if sizes.shared_aln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        hidden = round(width * sizes.mlp_ratio)
+        self.blocks = nn.ModuleList(
+            VARBlock(width, sizes.num_heads, hidden, sizes.attn_l2_norm, sizes.shared_aln, sizes.norm_eps)
+            for _ in range(sizes.depth)
+        )
+        self.head_nm = HeadNorm(width, sizes.norm_eps)
+        self.head = nn.Linear(width, num_codes)
+        _initialise(self)
+
+    def _modulations(self, label: Tensor) -> list[Tensor]:
+        """Every block's modulation for class embeddings [R, W]; constant over scales, so computed once."""
+        shared = None
+        if self.sizes.shared_aln:
+            shared = self.shared_ada_lin(label).view(len(label), 1, 6, -1)
+        return [block.modulation(label, shared) for block in self.blocks]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; inputs are cast to it, logits come back in float32."""
+        return self.word_embed.weight.dtype
+
+
+@torch.no_grad()
+def _initialise(network: _VARNetwork) -> None:
+    """A start from which training works: small embeddings and residual branches, nearly closed gates."""
+    sizes = network.sizes
+    std = (1 / sizes.embed_dim / 3) ** 0.5
+    for name, parameter in network.named_parameters():
+        if name.endswith((".bias", "_bias")):
+            parameter.zero_()
+        elif "scale_mul" not in name:
+            nn.init.trunc_normal_(parameter, std=std if parameter.ndim > 2 or "emb" in name else 0.02)
+    for block in network.blocks:
+        for branch in (block.attn.proj, block.ffn.fc2):
+            branch.weight.div_(math.sqrt(2 * sizes.depth))
+
+
+@dataclass
+class VARState:
+    """Progress of one `VARTeacher.generate`: labels [R, W], cache, and the latents that the codes so far add up to."""
+
+    label: Tensor
+    modulations: list[Tensor]
+    cache: KVCache
+    f_hat: Tensor
+    masked_prefix: bool
+    scales_known: int = 0
+    inputs_fed: int = 0
+
+
+class VARTeacher(_VARNetwork, Teacher):
+    """Visual autoregressive model: the input of scale k is the latents of all earlier scales, resized to scale k.
+
+    Guidance follows the official sampling: at scale k of S, `(1 + t) cond - t uncond` with `t = cfg_scale k / (S - 1)`,
+    so `cfg_scale` 0 is unguided and the first scale always is. `top_p` 0 is off here, as officially.
+
+    Args:
+        tokenizer: whose codes it models, with its scales.
+        sizes: of the transformer.
+        defaults: sampling settings.
+    """
+
+    def __init__(
+        self, tokenizer: VARTokenizer, sizes: VARSizes, *, defaults: SamplingDefaults | None = None
+    ) -> None:
+        super().__init__()
+        self.groups = tuple(side**2 for side in tokenizer.patch_nums)
+        self.num_classes = sizes.num_classes
+        self.defaults = defaults or SamplingDefaults(cfg_scale=2.0, top_k=900, top_p=0.95)
+        self._add_layers(sizes, tokenizer.codebook().shape[1], tokenizer.codebook().shape[0], self.groups)
+        self.tokenizer = tokenizer
+        self.derive_buffers()
+
+    def derive_buffers(self) -> None:
+        """Fill what follows from the tokenizer and the sizes and is in no file."""
+        self.register_buffer("codebook", self.tokenizer.codebook(), persistent=False)
+        self.register_buffer("level", group_levels(self.groups, self.codebook.device), persistent=False)
+        self.level: Tensor
+
+    def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
+        return 1.0 + cfg_scale * group / max(len(self.groups) - 1, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(2 * images - 1)
+
+    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
+        images = self.tokenizer.decode(self.embed(codes))
+        return (images.clamp(-1, 1) + 1) / 2 if clamp else images
+
+    def labels(self, condition: Condition, unconditional: bool = False) -> Tensor:
+        """Class embeddings [B, W]."""
+        assert isinstance(condition, Tensor)
+        return self.class_emb(torch.full_like(condition, self.num_classes) if unconditional else condition)
+
+    def _tokens(self, label: Tensor, inputs: Tensor, first: int, last: int) -> Tensor:
+        """Input tokens [R, L, W] of scales first..last; `inputs` [R or B, L, D] are those after scale 0."""
+        starts = self.group_starts()
+        parts = []
+        if first == 0:
+            parts.append(label[:, None] + self.pos_start)
+        if inputs.shape[1]:
+            parts.append(self.word_embed(inputs.to(self.dtype)))
+            if len(parts[-1]) != len(label):  # guidance: both halves read the same codes
+                parts[-1] = parts[-1].repeat(2, 1, 1)
+        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        here = slice(starts[first], starts[last + 1])
+        return tokens + (self.lvl_embed(self.level[here]) + self.pos_1LC[0, here])
+
+    def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
+        self.check_condition(condition)
+        label = self.labels(condition, unconditional)
+        inputs = self.tokenizer.teacher_forcing_input(self.embed(codes))
+        x = self._tokens(label, inputs, 0, len(self.groups) - 1)
+        attend = BlockCausalAttention(self.groups)
+        for layer, (block, modulation) in enumerate(zip(self.blocks, self._modulations(label), strict=True)):
+            x = block(x, modulation, attend, layer)
+        return self.head(self.head_nm(x, label)).float()
+
+    def generate(self, condition: Condition, *, top_p: float | None = None, **settings: Any) -> Tensor:
+        """As `Teacher.generate`; `top_p` 0 is off, and `masked_prefix=False` lets the prefix's scales see each other.
+
+        The latter is how the official DD1 scripts feed a student's prefix to the teacher: the prefix and the first
+        new scale in one pass without a mask. It changes the logits, and is not what the teacher was trained with.
+        """
+        return super().generate(condition, top_p=1.0 if top_p == 0 else top_p, **settings)
+
+    def begin(self, condition: Condition, *, guided: bool, masked_prefix: bool = True) -> VARState:
+        label = self.labels(condition)
+        batch = len(label)
+        if guided:
+            label = torch.cat((label, self.labels(condition, unconditional=True)))
+        sizes = self.sizes
+        head_dim = sizes.embed_dim // sizes.num_heads
+        side = self.tokenizer.side
+        return VARState(
+            label=label,
+            modulations=self._modulations(label),
+            cache=KVCache(sizes.depth, len(label), sizes.num_heads, self.num_tokens, head_dim, label),
+            f_hat=self.codebook.new_zeros(batch, self.code_dim, side, side),
+            masked_prefix=masked_prefix,
+        )
+
+    def advance(self, state: VARState, codes: Tensor) -> Tensor:
+        starts = self.group_starts()
+        embeddings, offset, inputs = self.embed(codes), 0, []
+        while offset < codes.shape[1]:
+            scale = state.scales_known
+            size = self.groups[scale]
+            state.f_hat = state.f_hat + self.tokenizer.contribution(scale, embeddings[:, offset : offset + size])
+            state.scales_known, offset = scale + 1, offset + size
+            inputs.append(self.tokenizer.next_input(scale + 1, state.f_hat))
+        first, last = state.inputs_fed, state.scales_known
+        state.inputs_fed = last + 1
+        given = torch.cat(inputs, dim=1) if inputs else embeddings
+        x = self._tokens(state.label, given, first, last)
+        mask = None  # one scale sees everything before it and itself
+        if first != last and state.masked_prefix:
+            level = self.level[: starts[last + 1]]
+            mask = level[starts[first] :, None] >= level[None, :]
+        attend = CachedAttention(state.cache, mask)
+        for layer, (block, modulation) in enumerate(zip(self.blocks, state.modulations, strict=True)):
+            x = block(x, modulation, attend, layer)
+        state.cache.length += x.shape[1]
+        return self.head(self.head_nm(x[:, -self.groups[last] :], state.label)).float()
+
+
+class VARStudent(_VARNetwork, Student):
+    """DD1's student of VAR: one more level, the condition token, in front of the teacher's scales.
+
+    A position sees all strictly earlier levels and itself. The embedding of "data" and "noise" enters at the input,
+    between attention and feed-forward of every block, and before both heads.
+
+    Args:
+        teacher: as in `Student`, with a VAR tokenizer.
+        layerwise_n_d_embed: pass the data/noise embedding through one linear layer per block.
+        sizes: of the transformer, by their official names; those left out are the teacher's.
+    """
+
+    def __init__(self, teacher: VARTeacher, *, layerwise_n_d_embed: bool = True, **sizes: Any) -> None:
+        super().__init__(teacher)
+        own = {**vars(teacher.sizes), **sizes}
+        levels = (1, *self.groups)
+        self._add_layers(VARSizes(**own), teacher.code_dim, teacher.num_codes, levels)
+        width = self.sizes.embed_dim
+        self.n_d_embed = nn.Embedding(2, width)
+        nn.init.trunc_normal_(self.n_d_embed.weight, std=0.02)
+        if layerwise_n_d_embed:
+            self.layerwise_n_d_embed = nn.ModuleList(nn.Linear(width, width) for _ in range(self.sizes.depth + 1))
+        self.final_layer_conti = ContinuousHead(width, teacher.code_dim)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"layerwise_n_d_embed": hasattr(self, "layerwise_n_d_embed"), **vars(self.sizes)}
+
+    @torch.no_grad()
+    def start_from(self, teacher: Teacher) -> None:
+        """Take over the teacher's weights.
+
+        Level and position row 0 (the condition) are the teacher's row 0, rows 2.. are its rows 1..; row 1 of both, the
+        data/noise embeddings and the continuous head have no counterpart. (The official routine draws row 1 of the
+        *class* embedding anew, where it means the level's: not repeated here.)
+        """
+        if not isinstance(teacher, VARTeacher):
+            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a VARTeacher to start from")
+        source = teacher.state_dict()
+        shifted = {"lvl_embed.weight": 0, "pos_1LC": 1}  # name: the dimension that has one more row
+        own = self.state_dict()
+        self.load_state_dict({n: source[n] for n in own if n in source and n not in shifted}, strict=False)
+        for name, dim in shifted.items():
+            old, new = source[name], own[name]
+            new.narrow(dim, 0, 1).copy_(old.narrow(dim, 0, 1))
+            new.narrow(dim, 2, old.shape[dim] - 1).copy_(old.narrow(dim, 1, old.shape[dim] - 1))
+
+    def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(condition, Tensor)
+        label = self.class_emb(condition)
+        tokens = torch.cat((label[:, None] + self.pos_start, self.word_embed(x.to(self.dtype))), dim=1)
+        levels = group_levels((1, *self.groups), x.device)
+        is_data = self.n_d_embed(self.data_levels(t, len(x), 1))
+        hidden = tokens + self.lvl_embed(levels) + self.pos_1LC + is_data
+        attend = MaskedAttention(level_mask((1, *self.groups), x.device))
+        for layer, (block, modulation) in enumerate(zip(self.blocks, self._modulations(label), strict=True)):
+            hidden = block(hidden, modulation, attend, layer, self._layerwise(layer, is_data))
+        return (hidden + self._layerwise(-1, is_data))[:, 1:], label
+
+    def _layerwise(self, layer: int, is_data: Tensor) -> Tensor:
+        return self.layerwise_n_d_embed[layer](is_data) if hasattr(self, "layerwise_n_d_embed") else is_data
+
+    def code_logits(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return self.head(self.head_nm(hidden, context)).float()
+
+    def continuous(self, hidden: Tensor, context: Tensor) -> Tensor:
+        return self.final_layer_conti(hidden, context).float()
+
+    def involve_teacher(
+        self, condition: Condition, noise: Tensor, x: Tensor, teacher_range: tuple[int, int], **generation: Any
+    ) -> Tensor:
+        return super().involve_teacher(
+            condition, noise, x, teacher_range, **{"masked_prefix": False, **generation}
+        )
+
