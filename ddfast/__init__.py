@@ -1,8 +1,17 @@
 """Distilled Decoding 1 and 2: one- and two-step image generators from auto-regressive teachers."""
 
-from ddfast.models.loading import load_student, load_teacher, save_student
+from ddfast.models.loading import load_student, load_teacher, load_tokenizer, save_student, save_teacher, start_student
 from ddfast.ops import noise
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load_student", "load_teacher", "noise", "save_student"]
+__all__ = [
+    "__version__",
+    "load_student",
+    "load_teacher",
+    "load_tokenizer",
+    "noise",
+    "save_student",
+    "save_teacher",
+    "start_student",
+]

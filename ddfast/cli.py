@@ -28,6 +28,7 @@ COMMANDS = {
     "sample": "images or codes from a student",
     "evaluate": "quality and speed of a student",
     "profile": "AR decoding against one and two steps, with traces",
+    "convert": "official VAR, LlamaGen and DD1 checkpoints to safetensors and back",
     "doctor": "versions, backends, and why an op runs where it runs",
 }
 

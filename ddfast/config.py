@@ -21,6 +21,9 @@ else:
     import tomli as tomllib
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
@@ -33,11 +36,26 @@ def _require_positive(config: object, *names: str) -> None:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """VQ tokenizer of the digits recipe.
+    """What every tokenizer has.
 
     Attributes:
         num_codes: V, codes in the codebook.
         code_dim: d, dimension of a code.
+    """
+
+    num_codes: int = 64
+    code_dim: int = 4
+
+    def __post_init__(self) -> None:
+        _require(self.num_codes >= 2, "num_codes", self.num_codes, "at least 2")
+        _require_positive(self, "code_dim")
+
+
+@dataclass(kw_only=True)
+class DigitsTokenizerConfig(TokenizerConfig):
+    """VQ tokenizer of the digits recipe, trained on first use.
+
+    Attributes:
         width: channels of its networks.
         iterations: training steps.
         warmup: steps as a plain autoencoder, before the codebook is drawn from its latents.
@@ -45,8 +63,6 @@ class TokenizerConfig:
         learning_rate: peak, of AdamW.
     """
 
-    num_codes: int = 64
-    code_dim: int = 4
     width: int = 48
     iterations: int = 800
     warmup: int = 100
@@ -54,13 +70,56 @@ class TokenizerConfig:
     learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
-        _require(self.num_codes >= 2, "num_codes", self.num_codes, "at least 2")
-        _require_positive(self, "code_dim", "width", "iterations", "batch_size", "learning_rate")
+        super().__post_init__()
+        _require_positive(self, "width", "iterations", "batch_size", "learning_rate")
+
+
+@dataclass(kw_only=True)
+class VQTokenizerConfig(TokenizerConfig):
+    """VAR's or LlamaGen's tokenizer. The sizes are those of random weights; a file brings its own.
+
+    Attributes:
+        weights: its checkpoint; empty: none (or the teacher's file holds it).
+        channels: of the finest level.
+        multipliers: width of every level in units of `channels`, finest first.
+        blocks: residual blocks per level.
+        latent_channels: between encoder and codebook.
+    """
+
+    num_codes: int = 4096
+    code_dim: int = 32
+    weights: str = ""
+    channels: int = 160
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    latent_channels: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "channels", "blocks", "latent_channels")
+        _require(self.channels % 32 == 0, "channels", self.channels, "a multiple of 32, the groups of GroupNorm")
 
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """AR transformer teacher, with the sampling settings that distillation reproduces.
+    """What every AR teacher has: the sampling settings that distillation reproduces.
+
+    Attributes:
+        cfg_scale: classifier-free guidance when sampling, in the teacher's own sense (VAR: 0 is off; others: 1).
+        temperature: when sampling.
+        top_k: codes kept when sampling; 0 is off.
+        top_p: probability mass kept when sampling; 1 is off.
+    """
+
+    cfg_scale: float = 1.5
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(kw_only=True)
+class DigitsTeacherConfig(TeacherConfig):
+    """AR transformer of the digits recipe, trained on first use.
 
     Attributes:
         width: of the transformer.
@@ -72,10 +131,6 @@ class TeacherConfig:
         batch_size: sequences per step.
         learning_rate: peak, of AdamW.
         weight_decay: of AdamW.
-        cfg_scale: classifier-free guidance when sampling; 1 is off.
-        temperature: when sampling.
-        top_k: codes kept when sampling; 0 is off.
-        top_p: probability mass kept when sampling; 1 is off.
     """
 
     width: int = 96
@@ -87,16 +142,96 @@ class TeacherConfig:
     batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 0.02
-    cfg_scale: float = 1.5
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         _require_positive(
             self, "width", "depth", "heads", "training_images", "iterations", "batch_size", "learning_rate"
         )
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
+
+
+@dataclass(kw_only=True)
+class PretrainedTeacherConfig(TeacherConfig):
+    """A teacher from a checkpoint, or of random weights.
+
+    Attributes:
+        weights: its official checkpoint, or a folder or file that `ddfast convert` wrote.
+        random_weights: draw the weights instead, to test or to profile.
+        dtype: of the transformer's weights: float32, bfloat16 or float16.
+    """
+
+    weights: str = ""
+    random_weights: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+
+
+@dataclass(kw_only=True)
+class VARTeacherConfig(PretrainedTeacherConfig):
+    """A VAR teacher; a checkpoint of other sizes is refused.
+
+    Attributes:
+        num_classes: of labels.
+        depth: blocks; width is 64 and heads are 1 per block.
+        patch_nums: side of every scale.
+        shared_aln: one modulation layer for all blocks.
+        attn_l2_norm: attention on normalised queries and keys.
+    """
+
+    cfg_scale: float = 2.0
+    top_k: int = 900
+    top_p: float = 0.95
+    num_classes: int = 1000
+    depth: int = 16
+    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    shared_aln: bool = False
+    attn_l2_norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "num_classes", "depth")
+        rising = list(self.patch_nums) == sorted(set(self.patch_nums)) and self.patch_nums[:1] > (0,)
+        _require(rising, "patch_nums", self.patch_nums, "rising positive sides")
+
+
+@dataclass(kw_only=True)
+class LlamaGenTeacherConfig(PretrainedTeacherConfig):
+    """A LlamaGen teacher; a checkpoint of other sizes is refused.
+
+    Attributes:
+        dim: width.
+        n_layer: blocks.
+        n_head: query heads.
+        n_kv_head: key and value heads; 0: as many as query heads.
+        ffn_dim: width of the feed-forward layers; 0: the official rule.
+        block_size: image tokens: 256 for 256 pixels, 576 for 384, 1024 for 512.
+        model_type: c2i (class labels) or t2i (captions).
+        num_classes: of labels.
+        cls_token_num: condition tokens.
+        caption_dim: of caption features.
+        captions: safetensors file with the features that training pairs cycle through (t2i; docs/captions.md).
+    """
+
+    cfg_scale: float = 2.0
+    top_k: int = 8000
+    dim: int = 1024
+    n_layer: int = 24
+    n_head: int = 16
+    n_kv_head: int = 0
+    ffn_dim: int = 0
+    block_size: int = 256
+    model_type: str = "c2i"
+    num_classes: int = 1000
+    cls_token_num: int = 1
+    caption_dim: int = 2048
+    captions: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "dim", "n_layer", "n_head", "block_size", "num_classes", "cls_token_num", "caption_dim")
+        _require(self.model_type in ("c2i", "t2i"), "model_type", self.model_type, "c2i or t2i")
 
 
 @dataclass(kw_only=True)
@@ -134,7 +269,12 @@ class DD1Config:
         warmup: steps of linear warm-up before the cosine decay.
         weight_decay: of AdamW.
         ema_decay: of the averaged weights that are sampled from.
-        embedding_weight: weight of the continuous head's L1 distance beside the cross-entropy.
+        embedding_weight: weight of the continuous head's distance beside the cross-entropy: LPIPS of the decoded images
+            where its weights are given, else L1 of the embeddings.
+        split: group from which the student's samples are the continuous head's, not the most likely code's; -1: none.
+        lpips_vgg: torchvision's VGG16 weights, for LPIPS; empty: no LPIPS.
+        lpips_linear: the lpips package's vgg.pth.
+        precision: of the student's forward and backward pass: float32, or bfloat16 by autocast.
         gradient_clip: largest norm of the gradient.
         log_every: steps between lines of metrics.jsonl.
         checkpoint_every: steps between checkpoints.
@@ -149,6 +289,10 @@ class DD1Config:
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     embedding_weight: float = 1.0
+    split: int = -1
+    lpips_vgg: str = ""
+    lpips_linear: str = ""
+    precision: str = "float32"
     gradient_clip: float = 1.0
     log_every: int = 50
     checkpoint_every: int = 500
@@ -158,6 +302,12 @@ class DD1Config:
             self, "point", "iterations", "batch_size", "learning_rate", "gradient_clip", "log_every", "checkpoint_every"
         )
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
+        _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
+        _require(self.precision in DTYPES[:2], "precision", self.precision, f"one of {', '.join(DTYPES[:2])}")
+        both = bool(self.lpips_vgg) == bool(self.lpips_linear)
+        _require(
+            both, "lpips_linear", self.lpips_linear, "both of LPIPS's files, lpips_vgg and lpips_linear, or neither"
+        )
 
 
 @dataclass(kw_only=True)
@@ -166,15 +316,18 @@ class EvaluationConfig:
 
     Attributes:
         samples: per source.
+        batch_size: samples made and measured at a time.
         batch_sizes: that are timed.
     """
 
     samples: int = 5000
+    batch_size: int = 1000
     batch_sizes: tuple[int, ...] = (1, 64)
 
     def __post_init__(self) -> None:
         # A covariance of 48 features needs more samples than features to mean anything.
         _require(self.samples >= 100, "samples", self.samples, "at least 100")
+        _require_positive(self, "batch_size")
         usable = len(self.batch_sizes) > 0 and min(self.batch_sizes) >= 1
         _require(usable, "batch_sizes", self.batch_sizes, "one or more positive numbers")
 
@@ -190,7 +343,7 @@ class TrainConfig:
         seed: of everything that is random.
         device: cpu or cuda.
         resume: insist that there is a run to continue in `out`.
-        tokenizer: VQ tokenizer of the digits.
+        tokenizer: image tokenizer.
         teacher: AR teacher.
         trajectories: training pairs.
         dd1: distillation.
@@ -203,8 +356,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     resume: bool = False
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    tokenizer: TokenizerConfig = field(default_factory=DigitsTokenizerConfig)
+    teacher: TeacherConfig = field(default_factory=DigitsTeacherConfig)
     trajectories: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     dd1: DD1Config = field(default_factory=DD1Config)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from ddfast.errors import DDFastError
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
+def write_atomically(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -> None:
     """Write all of `path` or nothing, whenever the process or the machine stops; creates its folder.
+
+    Args:
+        path: the file.
+        data: its content, or what writes it to an open file.
 
     Raises:
         DDFastError: the file cannot be written.
@@ -19,7 +25,10 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                if callable(data):
+                    data(file)
+                else:
+                    file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

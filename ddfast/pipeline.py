@@ -25,7 +25,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.recipes import build_teacher, get_recipe
 from ddfast.report import quality_table, write_pictures, write_report
-from ddfast.sampling import SOURCES, sample
+from ddfast.sampling import sample, sources_for
 from ddfast.trajectories.generate import generate_trajectories, store_settings
 from ddfast.trajectories.store import TrajectoryStore
 
@@ -98,14 +98,16 @@ def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: 
     evaluator = Evaluator(config, teacher)
     rows: dict[str, dict[str, Any]] = {}
     point, count = config.dd1.point, config.evaluation.samples
-    for done, source in enumerate(SOURCES):
-        progress(done, len(SOURCES) + 1, source)
+    sources = sources_for(teacher)
+    seed, batch_size = config.seed + 2_000_003, config.evaluation.batch_size
+    for done, source in enumerate(sources):
+        progress(done, len(sources) + 1, source)
         with nvtx.annotate(f"evaluate {source}"):
-            samples = sample(source, teacher, student, count=count, seed=config.seed + 2_000_003, point=point)
+            samples = sample(source, teacher, student, count=count, seed=seed, point=point, batch_size=batch_size)
             rows[source] = dict(evaluator.measure(samples))
-    progress(len(SOURCES), len(SOURCES) + 1, "speed")
+    progress(len(sources), len(sources) + 1, "speed")
     add_speed(rows, config, teacher, student)
-    progress(len(SOURCES) + 1, len(SOURCES) + 1, "done")
+    progress(len(sources) + 1, len(sources) + 1, "done")
     return {"method": config.method, "recipe": config.recipe, "num_groups": len(teacher.groups), **rows}
 
 
@@ -118,6 +120,8 @@ def add_speed(rows: dict[str, dict[str, Any]], config: TrainConfig, teacher: Tea
             teacher, student, batch_sizes=config.evaluation.batch_sizes, point=config.dd1.point, decode=decode
         )
         for row, source in names.items():
+            if source not in seconds:
+                continue
             rows.setdefault(row, {})[key] = {str(batch): value for batch, value in seconds[source].items()}
         if not decode:
             for row in ("student_1step", "student_2step"):
@@ -183,8 +187,15 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     """A configuration as TOML and JSON can hold it."""
     values = dataclasses.asdict(config)
     values["out"] = str(values["out"])
-    values["evaluation"]["batch_sizes"] = list(values["evaluation"]["batch_sizes"])
-    return values
+    return _listed(values)
+
+
+def _listed(values: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as the lists that TOML and JSON read back."""
+    return {
+        name: _listed(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
 
 
 class _Stages:

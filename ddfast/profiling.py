@@ -67,7 +67,7 @@ def profile(
 def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path) -> Path:
     """One pass of every stage under torch.profiler, each in an NVTX range of its own."""
     device = teacher.codebook.device
-    condition = torch.arange(batch, device=device) % teacher.num_classes
+    condition = teacher.condition_of(torch.arange(batch, device=device) % teacher.num_conditions)
     eps = noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim), device)
     stages = {  # no comma in a name: ncu's range filter reads it as a separator
         "teacher AR": lambda: teacher.generate(condition),

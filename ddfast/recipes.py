@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from ddfast.config import TrainConfig
+import torch
+
+from ddfast.config import (
+    DD1Config,
+    DigitsTeacherConfig,
+    DigitsTokenizerConfig,
+    EvaluationConfig,
+    LlamaGenTeacherConfig,
+    PretrainedTeacherConfig,
+    TrainConfig,
+    TrajectoryConfig,
+    VARTeacherConfig,
+    VQTokenizerConfig,
+)
 from ddfast.errors import DDFastError
+from ddfast.models.captions import load_captions, random_captions
 from ddfast.models.digits import Progress, load_or_train, untrained_digits_teacher
-from ddfast.models.protocol import Teacher
+from ddfast.models.llamagen import LlamaGenSizes, LlamaGenTeacher
+from ddfast.models.loading import load_teacher
+from ddfast.models.protocol import SamplingDefaults, Teacher
+from ddfast.models.tokenizers import LlamaGenTokenizer, VARTokenizer
+from ddfast.models.var import VARSizes, VARTeacher
+from ddfast.models.vqgan import ConvSizes
+
+# width, blocks, heads and feed-forward width of the published models
+_LLAMAGEN = {
+    "B": (768, 12, 12, 2048), "L": (1024, 24, 16, 2816), "XL": (1280, 36, 20, 3584), "XXL": (1536, 48, 24, 4096),
+    "XXXL": (2560, 48, 40, 6912), "1B": (2048, 22, 32, 5632), "3B": (3200, 24, 32, 8704), "7B": (4096, 32, 32, 11008),
+}  # fmt: skip
+
+LLAMAGEN_SIZES = {
+    name: LlamaGenSizes(dim=dim, n_layer=blocks, n_head=heads, n_kv_head=heads, ffn_dim=hidden)
+    for name, (dim, blocks, heads, hidden) in _LLAMAGEN.items()
+}
+"""The published LlamaGen models by name."""
 
 
 def digits() -> TrainConfig:
@@ -16,7 +49,84 @@ def digits() -> TrainConfig:
     return TrainConfig(recipe="digits", out=Path("runs/digits"))
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"digits": digits}
+def _published(
+    name: str, teacher: PretrainedTeacherConfig, tokenizer: VQTokenizerConfig, *, point: int, split: int, batch: int
+) -> TrainConfig:
+    """DD1 as its paper used it: 1.2 million pairs, the second step's point and the head's split of METHOD.md."""
+    return TrainConfig(
+        recipe=name,
+        out=Path("runs") / name,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        trajectories=TrajectoryConfig(count=1_200_000, shard_size=100),
+        dd1=DD1Config(
+            point=point,
+            split=split,
+            iterations=300_000,
+            batch_size=batch,
+            learning_rate=2e-4,
+            warmup=2000,
+            ema_decay=0.9999,
+            log_every=100,
+            checkpoint_every=5000,
+            precision="bfloat16",
+        ),
+        evaluation=EvaluationConfig(samples=5000, batch_size=64, batch_sizes=(1, 64)),
+    )
+
+
+def _var(depth: int, point: int) -> TrainConfig:
+    teacher = VARTeacherConfig(depth=depth)
+    return _published(f"var-d{depth}", teacher, VQTokenizerConfig(), point=point, split=point, batch=512)
+
+
+def var_d16() -> TrainConfig:
+    """DD1 on VAR-d16, ImageNet 256 x 256."""
+    return _var(16, 5)
+
+
+def var_d20() -> TrainConfig:
+    """DD1 on VAR-d20, ImageNet 256 x 256."""
+    return _var(20, 4)
+
+
+def var_d24() -> TrainConfig:
+    """DD1 on VAR-d24, ImageNet 256 x 256."""
+    return _var(24, 4)
+
+
+def _llamagen(name: str, size: str, split: int, **options: Any) -> TrainConfig:
+    dim, blocks, heads, _ = _LLAMAGEN[size]
+    teacher = LlamaGenTeacherConfig(dim=dim, n_layer=blocks, n_head=heads, **options)
+    tokenizer = VQTokenizerConfig(num_codes=16384, code_dim=8, channels=128, latent_channels=256)
+    return _published(name, teacher, tokenizer, point=80, split=split, batch=512)
+
+
+def llamagen_b() -> TrainConfig:
+    """DD1 on LlamaGen-B, ImageNet 256 x 256."""
+    return _llamagen("llamagen-b", "B", 80)
+
+
+def llamagen_l() -> TrainConfig:
+    """DD1 on LlamaGen-L, ImageNet 256 x 256."""
+    return _llamagen("llamagen-l", "L", 130)
+
+
+def llamagen_xl_t2i() -> TrainConfig:
+    """DD1 on LlamaGen-XL, text to image at 256 x 256."""
+    text = {"model_type": "t2i", "cls_token_num": 120, "cfg_scale": 7.5, "top_k": 1000}
+    return _llamagen("llamagen-xl-t2i", "XL", 130, **text)
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "digits": digits,
+    "var-d16": var_d16,
+    "var-d20": var_d20,
+    "var-d24": var_d24,
+    "llamagen-b": llamagen_b,
+    "llamagen-l": llamagen_l,
+    "llamagen-xl-t2i": llamagen_xl_t2i,
+}
 
 
 def get_recipe(name: str) -> TrainConfig:
@@ -27,12 +137,114 @@ def get_recipe(name: str) -> TrainConfig:
 
 
 def build_teacher(config: TrainConfig, progress: Progress | None = None) -> Teacher:
-    """The recipe's teacher: cached, or trained on first use."""
-    get_recipe(config.recipe)
-    return load_or_train(config, progress)
+    """The configuration's teacher, on its device: trained on first use (digits), read from files, or random.
+
+    Raises:
+        DDFastError: a file is missing, unsafe or of other sizes than the configuration's.
+    """
+    teacher = config.teacher
+    if isinstance(teacher, DigitsTeacherConfig):
+        return load_or_train(config, progress)
+    assert isinstance(teacher, PretrainedTeacherConfig)
+    if teacher.random_weights:
+        return untrained_teacher(config).to(config.device)
+    if not teacher.weights:
+        raise DDFastError(
+            f"recipe {config.recipe} needs its teacher's files: --teacher.weights FILE --tokenizer.weights FILE "
+            "(or --teacher.random-weights to try it out)"
+        )
+    assert isinstance(config.tokenizer, VQTokenizerConfig)
+    sizes = _var_sizes(teacher) if isinstance(teacher, VARTeacherConfig) else _llamagen_sizes(teacher)
+    given = {name: value for name, value in vars(sizes).items() if name not in ("mlp_ratio", "norm_eps", "rope_base")}
+    if isinstance(teacher, VARTeacherConfig):
+        given["patch_nums"] = tuple(teacher.patch_nums)
+        if not teacher.attn_l2_norm:
+            del given["num_heads"]
+    elif given["model_type"] == "t2i":
+        del given["num_classes"]
+    else:
+        del given["caption_dim"]
+    loaded = load_teacher(
+        teacher.weights,
+        config.tokenizer.weights or None,
+        dtype=getattr(torch, teacher.dtype),
+        defaults=_defaults(teacher),
+        **given,
+    )
+    return _with_captions(loaded, teacher).to(config.device)
 
 
 def untrained_teacher(config: TrainConfig) -> Teacher:
-    """The recipe's teacher with random weights, for profiling."""
-    get_recipe(config.recipe)
-    return untrained_digits_teacher(config.tokenizer, config.teacher)
+    """The configuration's teacher with random weights drawn from its seed, for tests and profiling."""
+    teacher, tokenizer = config.teacher, config.tokenizer
+    if isinstance(teacher, DigitsTeacherConfig):
+        assert isinstance(tokenizer, DigitsTokenizerConfig)
+        return untrained_digits_teacher(tokenizer, teacher)
+    assert isinstance(tokenizer, VQTokenizerConfig)
+    torch.manual_seed(config.seed)
+    num_codes, code_dim = tokenizer.num_codes, tokenizer.code_dim
+    var = isinstance(teacher, VARTeacherConfig)
+    sizes = ConvSizes(
+        channels=tokenizer.channels,
+        multipliers=tuple(tokenizer.multipliers),
+        blocks=tokenizer.blocks,
+        latent_channels=tokenizer.code_dim if var else tokenizer.latent_channels,
+    )
+    made: Teacher
+    if isinstance(teacher, VARTeacherConfig):
+        vq = VARTokenizer(patch_nums=tuple(teacher.patch_nums), sizes=sizes, num_codes=num_codes, code_dim=code_dim)
+        made = VARTeacher(vq, _var_sizes(teacher), defaults=_defaults(teacher))
+    else:
+        assert isinstance(teacher, LlamaGenTeacherConfig)
+        flat = LlamaGenTokenizer(sizes=sizes, num_codes=num_codes, code_dim=code_dim)
+        made = LlamaGenTeacher(flat, _llamagen_sizes(teacher), defaults=_defaults(teacher))
+    assert isinstance(teacher, PretrainedTeacherConfig)
+    for name, parameter in made.named_parameters():
+        if not name.startswith("tokenizer."):
+            parameter.data = parameter.data.to(getattr(torch, teacher.dtype))
+    return _with_captions(made, teacher).eval().requires_grad_(False)
+
+
+def _defaults(teacher: PretrainedTeacherConfig) -> SamplingDefaults:
+    names = [field.name for field in dataclasses.fields(SamplingDefaults)]
+    return SamplingDefaults(**{name: getattr(teacher, name) for name in names})
+
+
+def _var_sizes(teacher: VARTeacherConfig) -> VARSizes:
+    return VARSizes(
+        num_classes=teacher.num_classes,
+        depth=teacher.depth,
+        embed_dim=64 * teacher.depth,
+        num_heads=teacher.depth,
+        shared_aln=teacher.shared_aln,
+        attn_l2_norm=teacher.attn_l2_norm,
+    )
+
+
+def _llamagen_sizes(teacher: PretrainedTeacherConfig) -> LlamaGenSizes:
+    assert isinstance(teacher, LlamaGenTeacherConfig)
+    return LlamaGenSizes(
+        dim=teacher.dim,
+        n_layer=teacher.n_layer,
+        n_head=teacher.n_head,
+        n_kv_head=teacher.n_kv_head or teacher.n_head,
+        ffn_dim=teacher.ffn_dim or 256 * -(-int(8 * teacher.dim / 3) // 256),
+        block_size=teacher.block_size,
+        model_type=teacher.model_type,
+        num_classes=teacher.num_classes,
+        cls_token_num=teacher.cls_token_num,
+        caption_dim=teacher.caption_dim,
+    )
+
+
+def _with_captions(made: Teacher, teacher: PretrainedTeacherConfig) -> Teacher:
+    """A text teacher with the captions that its training pairs cycle through."""
+    if isinstance(teacher, LlamaGenTeacherConfig) and teacher.model_type == "t2i":
+        assert isinstance(made, LlamaGenTeacher)
+        if teacher.captions:
+            made.captions = load_captions(Path(teacher.captions))
+        elif teacher.random_weights or not teacher.weights:
+            made.captions = random_captions(8, teacher.cls_token_num, teacher.caption_dim)
+        else:
+            raise DDFastError("a text teacher needs --teacher.captions FILE: features made by `encode_captions`")
+    return made

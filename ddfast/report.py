@@ -22,7 +22,7 @@ from ddfast.models.checkpoint import save_tensors
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import native
-from ddfast.sampling import Samples, sample
+from ddfast.sampling import Samples, sample, sources_for
 
 _ROWS = {
     "teacher": ("teacher, AR decoding", "{n}"),
@@ -89,10 +89,12 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
     head += [f"speed-up over AR, batch {batch}" for batch in batches]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for key, (label, steps) in _ROWS.items():
+        if key not in metrics:
+            continue
         row = metrics[key]
         cells = [label, steps.format(**_steps(metrics["num_groups"]))]
-        cells += [f"{row['frechet']:.2f}", f"{row['class_accuracy']:.3f}", f"{row['teacher_nll']:.3f}"]
-        cells += [f"{row['pair_tv']:.3f}"]
+        forms = {"frechet": ".2f", "class_accuracy": ".3f", "teacher_nll": ".3f", "pair_tv": ".3f"}
+        cells += [format(row[name], form) if name in row else "" for name, form in forms.items()]
         for timing, scale, form in (
             ("seconds_per_image", 1e3, "{:.3f}"),
             ("seconds_per_image_decoded", 1e3, "{:.3f}"),
@@ -101,11 +103,16 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
             cells += [form.format(row[timing][batch] * scale) if timing in row else "" for batch in batches]
         lines.append("| " + " | ".join(cells) + " |")
     plain = metrics["teacher_plain"]["seconds_per_image"]
+    measured = metrics["teacher"]
+    notes = [f"Quality from {config.evaluation.samples} samples each."]
+    if "frechet" in measured:
+        notes.append("Fréchet: in the features of a small classifier, to real images of the training split.")
+    notes.append("NLL: nats under the teacher with its guidance, unfiltered.")
+    if "pair_tv" in measured:
+        notes.append("Pair TV: to fresh samples of the teacher, whose own row is the floor.")
     lines += [
         "",
-        f"Quality from {config.evaluation.samples} samples each. Fréchet: in the features of a small classifier, to "
-        "real images of the training split. NLL: nats under the teacher with its guidance, unfiltered. Pair TV: to "
-        "fresh samples of the teacher, whose own row is the floor. Times: medians, all sources in turn in one run; AR "
+        " ".join(notes) + " Times: medians, all sources in turn in one run; AR "
         "decoding is this package's KV-cached decoder with guidance. A plain PyTorch loop without a cache takes "
         + ", ".join(f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches)
         + ".",
@@ -152,9 +159,10 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    classes = min(teacher.num_classes, 10)
-    figure, axes = pyplot.subplots(1, len(_PICTURES), figsize=(4.2 * len(_PICTURES), 0.68 * classes + 0.5))
-    for axis, (source, title) in zip(axes, _PICTURES.items(), strict=True):
+    classes = min(teacher.num_conditions, 10)
+    pictures = {source: title for source, title in _PICTURES.items() if source in sources_for(teacher)}
+    figure, axes = pyplot.subplots(1, len(pictures), figsize=(4.2 * len(pictures), 0.68 * classes + 0.5))
+    for axis, (source, title) in zip(axes, pictures.items(), strict=True):
         made = sample(
             source,
             teacher,
@@ -163,10 +171,11 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
             seed=config.seed + 3_000_003,
             point=config.dd1.point,
             classes=tuple(range(classes)),
+            batch_size=config.evaluation.batch_size,
         )
-        grid = _grid(teacher.decode(made.embeddings).cpu(), classes)
+        grid = _grid(_images(teacher, made.embeddings), classes)
         height = (len(grid) + 1) // classes
-        axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(title)
         axis.set_xticks([])
         axis.set_yticks([label * height + height / 2 for label in range(classes)], range(classes))
@@ -176,6 +185,12 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+@torch.no_grad()
+def _images(teacher: Teacher, embeddings: Tensor) -> Tensor:
+    """Images of embeddings [B, N, D], decoded a few at a time: a decoder needs far more memory than its images."""
+    return torch.cat([teacher.decode(part).float().cpu() for part in embeddings.split(64)])
 
 
 def _grid(images: Tensor, rows: int) -> Tensor:
@@ -202,7 +217,7 @@ def save_samples(samples: Samples, teacher: Teacher, form: str, target: Path) ->
             path = target.with_name(target.name + ".safetensors")
             save_tensors(path, {"codes": samples.codes, "condition": samples.condition}, {})
             return [f"{len(samples.codes)} code sequences: {path}"]
-        images = teacher.decode(samples.embeddings).cpu()
+        images = _images(teacher, samples.embeddings)
         if form == "grid":
             path = target.with_name(target.name + ".png")
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddfast.models.protocol import Teacher
+from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.student import Student
 from ddfast.ops import nearest_code, noise
 
 
 @dataclass(kw_only=True)
 class Samples:
-    """Generated images as codes int64 [B, N] and embeddings [B, N, D], with their condition int64 [B]."""
+    """Generated images as codes int64 [B, N] and embeddings [B, N, D], with their condition's index int64 [B]."""
 
     codes: Tensor
     embeddings: Tensor
@@ -31,10 +31,14 @@ class _Request:
 
     teacher: Teacher
     student: Student | None
-    condition: Tensor
+    index: Tensor
     noise: Tensor
     generator: torch.Generator
     point: int
+
+    @property
+    def condition(self) -> Condition:
+        return self.teacher.condition_of(self.index)
 
     def by_student(self, **settings: object) -> Tensor:
         if self.student is None:
@@ -80,10 +84,10 @@ def _skip_last(request: _Request) -> Tensor:
 
 def marginal_tables(teacher: Teacher, generator: torch.Generator, *, samples_per_class: int = 4000) -> Tensor:
     """Every token's marginal distribution given the class, estimated from the teacher's samples: [classes, N, V]."""
-    tables = torch.zeros(teacher.num_classes, teacher.num_tokens, teacher.num_codes, device=teacher.codebook.device)
+    tables = torch.zeros(teacher.num_conditions, teacher.num_tokens, teacher.num_codes, device=teacher.codebook.device)
     for label, table in enumerate(tables):
         condition = torch.full((samples_per_class,), label, device=tables.device)
-        codes = teacher.generate(condition, generator=generator)
+        codes = teacher.generate(teacher.condition_of(condition), generator=generator)
         table.scatter_add_(1, codes.T, torch.full(codes.T.shape, 1 / samples_per_class, device=tables.device))
     return tables
 
@@ -97,7 +101,7 @@ def draw_marginals(tables: Tensor, condition: Tensor, generator: torch.Generator
 def _independent_marginals(request: _Request) -> Tensor:
     """onestep*: the best that a sampler of all tokens at once can do without looking at what the others became."""
     tables = marginal_tables(request.teacher, request.generator)
-    return request.teacher.embed(draw_marginals(tables, request.condition, request.generator))
+    return request.teacher.embed(draw_marginals(tables, request.index, request.generator))
 
 
 _MAKERS: dict[str, Callable[[_Request], Tensor]] = {
@@ -111,6 +115,15 @@ _MAKERS: dict[str, Callable[[_Request], Tensor]] = {
 }
 
 SOURCES = tuple(_MAKERS)
+
+_LARGEST_TABLE = 2**28
+"""Entries of `marginal_tables` up to which they are estimated: ImageNet's teachers would need 2.8 billion and more."""
+
+
+def sources_for(teacher: Teacher) -> list[str]:
+    """The sources that can be had of this teacher: all, or all but the marginals where their tables are too large."""
+    entries = teacher.num_conditions * teacher.num_tokens * teacher.num_codes
+    return [source for source in SOURCES if source != "independent_marginals" or entries <= _LARGEST_TABLE]
 
 
 def sample(
@@ -191,9 +204,11 @@ def _collect(
 ) -> Samples:
     if count < 1:
         raise ValueError(f"count: got {count}, expected at least 1")
-    labels = torch.tensor(classes if classes is not None else range(teacher.num_classes))
-    if int(labels.min()) < 0 or int(labels.max()) >= teacher.num_classes:
-        raise ValueError(f"classes: got {labels.tolist()}, expected labels in 0..{teacher.num_classes - 1}")
+    labels = torch.tensor(classes if classes is not None else range(teacher.num_conditions))
+    if not len(labels):
+        raise ValueError("captions: got none, expected a text teacher with captions")
+    if int(labels.min()) < 0 or int(labels.max()) >= teacher.num_conditions:
+        raise ValueError(f"classes: got {labels.tolist()}, expected labels in 0..{teacher.num_conditions - 1}")
     device = teacher.codebook.device
     generator = torch.Generator(device).manual_seed(seed)
     embeddings, conditions = [], []
@@ -203,7 +218,7 @@ def _collect(
         request = _Request(
             teacher=teacher,
             student=student,
-            condition=condition,
+            index=condition,
             noise=noise(seed, index, (teacher.num_tokens, teacher.code_dim), device),
             generator=generator,
             point=point,

@@ -28,7 +28,9 @@ def test_total_variation_from_the_exact_joint(tmp_path, seed):
     store = TrajectoryStore.create(tmp_path / "pairs", store_settings(teacher, config.trajectories, seed))
     generate_trajectories(teacher, store, SAMPLES)
     torch.manual_seed(seed)
-    student, _ = distill(config, teacher, store.load(), tmp_path, student=TransformerStudent(teacher, width=64, depth=3, heads=4))
+    student, _ = distill(
+        config, teacher, store.load(), tmp_path, student=TransformerStudent(teacher, width=64, depth=3, heads=4)
+    )
     distance = {
         source: teacher.total_variation(
             sample(source, teacher, student, count=SAMPLES, seed=seed + 1000, point=2, batch_size=50_000).codes

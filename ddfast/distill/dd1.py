@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from ddfast.config import DD1Config
-from ddfast.distill.losses import embedding_distance, token_cross_entropy
+from ddfast.distill.losses import embedding_distance, perceptual_distance, token_cross_entropy
+from ddfast.distill.lpips import LPIPS
 from ddfast.distill.method import Batch, Method, Roles
 from ddfast.models.protocol import Teacher
 
@@ -16,20 +20,29 @@ def check_point(config: DD1Config, teacher: Teacher) -> None:
     groups = len(teacher.groups)
     if not 0 < config.point < groups:
         raise ValueError(f"point: got {config.point}, expected a trajectory point in 1..{groups - 1}")
+    if config.split > groups:
+        raise ValueError(f"split: got {config.split}, expected a group in 0..{groups}, or -1 for none")
 
 
 class DD1(Method):
-    """From X_t with t in {0, t1}, predict the final sequence: cross-entropy + embedding distance (METHOD.md section 2).
+    """From X_t with t in {0, t1}, predict the final sequence: cross-entropy + a distance of the continuous prediction.
+
+    The distance is LPIPS of the decoded images where its weights are given, else L1 of the embeddings (METHOD.md
+    section 2).
 
     Args:
-        roles: student and teacher; the teacher's part is done once its trajectories are stored.
-        config: points, their probabilities and the losses' weights.
+        roles: student and teacher; of the teacher, only the image decoder has a part once the trajectories are stored.
+        config: points, their probabilities, the losses' weights and LPIPS's files.
     """
 
     def __init__(self, roles: Roles, config: DD1Config) -> None:
         super().__init__(roles)
         check_point(config, roles.teacher)
         self.config = config
+        self.lpips: LPIPS | None = None
+        if config.lpips_vgg:
+            loaded = LPIPS.load(Path(config.lpips_vgg), Path(config.lpips_linear))
+            self.lpips = loaded.to(roles.teacher.codebook.device)
 
     def phase(self, step: int) -> str:
         """DD1 has one network to train."""
@@ -46,6 +59,10 @@ class DD1(Method):
             batch.condition, torch.where(is_data[..., None], target, batch.noise), points
         )
         cross_entropy = token_cross_entropy(logits, batch.codes, ~is_data)
-        distance = embedding_distance(embeddings, target, ~is_data)
+        if self.lpips is None:
+            name, distance = "embedding_distance", embedding_distance(embeddings, target, ~is_data)
+        else:
+            decode = partial(self.roles.teacher.decode, clamp=False)
+            name, distance = "lpips", perceptual_distance(embeddings, target, ~is_data, decode, self.lpips)
         loss = cross_entropy + config.embedding_weight * distance
-        return loss, {"cross_entropy": float(cross_entropy.detach()), "embedding_distance": float(distance.detach())}
+        return loss, {"cross_entropy": float(cross_entropy.detach()), name: float(distance.detach())}

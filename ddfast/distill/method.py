@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddfast.models.protocol import Teacher
+from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.student import Student
 
 
@@ -23,11 +23,11 @@ class Roles:
 
 @dataclass(kw_only=True)
 class Batch:
-    """Trajectories: noise [B, N, D], the codes int64 [B, N] it flows to, and the condition int64 [B]."""
+    """Trajectories: noise [B, N, D], the codes int64 [B, N] it flows to, and the condition."""
 
     noise: Tensor
     codes: Tensor
-    condition: Tensor
+    condition: Condition
 
 
 class Method(ABC):

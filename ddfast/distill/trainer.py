@@ -16,8 +16,8 @@ from ddfast.distill.dd1 import DD1
 from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors, save_tensors
-from ddfast.models.protocol import Teacher
 from ddfast.models.loading import start_student
+from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.schedule import warmup_cosine
 from ddfast.trajectories.store import Trajectories
@@ -49,18 +49,21 @@ def distill(
     torch.manual_seed(config.seed)
     if student is None:
         student = start_student(teacher)
-    student = student.to(config.device).train()
+    if config.dd1.split >= 0:
+        student.split = config.dd1.split
+    student = student.to(config.device, torch.float32).train().requires_grad_(True)
     method = DD1(Roles(student=student, teacher=teacher), config.dd1)
     run = _Run(student, config)
     run.restore(out / CHECKPOINT)
     _truncate_metrics(out / METRICS, run.step)
     started, first_step = time.perf_counter(), run.step
-    total = config.dd1.iterations
+    total, reduced = config.dd1.iterations, config.dd1.precision == "bfloat16"
     try:
         while run.step < total:
             generator = torch.Generator().manual_seed(_step_seed(config.seed, run.step))
-            batch = _draw(trajectories, config.dd1.batch_size, generator, config.device)
-            loss, logged = method.step(method.phase(run.step), batch, generator)
+            batch = _draw(trajectories, teacher, config.dd1.batch_size, generator, config.device)
+            with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=reduced):
+                loss, logged = method.step(method.phase(run.step), batch, generator)
             if not math.isfinite(loss.item()):
                 raise DDFastError(
                     f"the loss became {loss.item()} at step {run.step}; the last checkpoint is kept: "
@@ -143,12 +146,12 @@ def _step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) % 2**63
 
 
-def _draw(trajectories: Trajectories, size: int, generator: torch.Generator, device: str) -> Batch:
+def _draw(trajectories: Trajectories, teacher: Teacher, size: int, generator: torch.Generator, device: str) -> Batch:
     rows = torch.randint(len(trajectories.codes), (size,), generator=generator)
     return Batch(
         noise=trajectories.noise(rows).to(device),
         codes=trajectories.codes[rows].long().to(device),
-        condition=trajectories.condition[rows].to(device),
+        condition=teacher.condition_of(trajectories.condition[rows].to(device)),
     )
 
 

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ddfast.config import TrainConfig
 from ddfast.evaluation.classifier import DigitsClassifier, load_or_train_classifier
-from ddfast.models.digits import Progress, digit_batch
+from ddfast.models.digits import DigitsTeacher, Progress, digit_batch
 from ddfast.models.protocol import Teacher
 from ddfast.sampling import Samples, sample
+
+_LARGEST_PAIRED = 512
+"""Codes up to which tables of pairs [V, V] are filled by a few thousand samples."""
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -46,46 +49,57 @@ def pair_table_distance(codes: Tensor, reference: Tensor, num_codes: int) -> flo
 
 
 class Evaluator:
-    """Measures samples of one teacher's task against the real images and the teacher itself.
+    """Measures samples of one teacher's task against the teacher itself, and digits also against the real images.
 
-    - frechet: distance, in the features of a small classifier trained on the real digits, to rendered real digits of
-      the training split (as FID on ImageNet uses the training images).
-    - class_accuracy: share of samples whose class the classifier recognises.
     - teacher_nll: mean negative log-likelihood per token, in nats, under the teacher with its guidance and temperature
       but without top-k and top-p, so that every code has a finite likelihood.
-    - pair_tv: `pair_table_distance` to fresh samples of the teacher; its floor is the teacher's own row.
+    - pair_tv: `pair_table_distance` to fresh samples of the teacher; its floor is the teacher's own row. Only where the
+      codebook is small enough for tables of pairs.
+    - frechet (digits): distance, in the features of a small classifier trained on the real digits, to rendered real
+      digits of the training split (as FID on ImageNet uses the training images).
+    - class_accuracy (digits): share of samples whose class the classifier recognises.
 
     Args:
         config: evaluation settings; the classifier is trained on first use and cached.
-        teacher: a digits teacher.
+        teacher: of the samples.
         progress: called as progress(done, total, text) while the classifier trains.
     """
 
     def __init__(self, config: TrainConfig, teacher: Teacher, progress: Progress | None = None) -> None:
         self.teacher = teacher
-        self.classifier: DigitsClassifier = load_or_train_classifier(progress)
+        self.batch_size = config.evaluation.batch_size
         count = config.evaluation.samples
-        images, _ = digit_batch("train", max(count, 5000), config.seed + 10)
-        self.reference_features = self.classifier.features(images)
-        # A seed of its own: the reference's draws are never those of the samples measured.
-        fresh = sample("teacher", teacher, count=count, seed=config.seed + 1_000_003, point=1)
-        self.reference_codes = fresh.codes
+        self.classifier: DigitsClassifier | None = None
+        if isinstance(teacher, DigitsTeacher):
+            self.classifier = load_or_train_classifier(progress)
+            images, _ = digit_batch("train", max(count, 5000), config.seed + 10)
+            self.reference_features = self.classifier.features(images)
+        self.reference_codes: Tensor | None = None
+        if teacher.num_codes <= _LARGEST_PAIRED:
+            # A seed of its own: the reference's draws are never those of the samples measured.
+            seed = config.seed + 1_000_003
+            fresh = sample("teacher", teacher, count=count, seed=seed, point=1, batch_size=self.batch_size)
+            self.reference_codes = fresh.codes
 
     @torch.no_grad()
     def measure(self, samples: Samples) -> dict[str, float]:
-        """The four figures of one set of samples."""
-        images = self.teacher.decode(samples.embeddings).cpu()
-        features = self.classifier.features(images)
+        """The figures of one set of samples."""
+        teacher = self.teacher
+        result = {}
+        if self.classifier is not None:
+            features = self.classifier.features(teacher.decode(samples.embeddings).cpu())
+            recognised = self.classifier.logits(features).argmax(-1) == samples.condition.cpu()
+            result["frechet"] = frechet_distance(features, self.reference_features)
+            result["class_accuracy"] = float(recognised.double().mean())
+        batches = zip(samples.condition.split(self.batch_size), samples.codes.split(self.batch_size), strict=True)
         log_probs = torch.cat(
             [
-                self.teacher.log_probs(condition, codes, filtered=False).gather(-1, codes[..., None])
-                for condition, codes in zip(samples.condition.split(1000), samples.codes.split(1000), strict=True)
+                teacher.log_probs(teacher.condition_of(index), codes, filtered=False).gather(-1, codes[..., None])
+                for index, codes in batches
             ]
         )
-        recognised = self.classifier.logits(features).argmax(-1) == samples.condition.cpu()
-        return {
-            "frechet": frechet_distance(features, self.reference_features),
-            "class_accuracy": float(recognised.double().mean()),
-            "teacher_nll": -float(log_probs.double().mean()),
-            "pair_tv": pair_table_distance(samples.codes.cpu(), self.reference_codes.cpu(), self.teacher.num_codes),
-        }
+        result["teacher_nll"] = -float(log_probs.double().mean())
+        if self.reference_codes is not None:
+            reference = self.reference_codes.cpu()
+            result["pair_tv"] = pair_table_distance(samples.codes.cpu(), reference, teacher.num_codes)
+        return result

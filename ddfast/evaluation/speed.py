@@ -11,29 +11,30 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddfast.models.protocol import Teacher
+from ddfast.models.protocol import Condition, Teacher, condition_size
 from ddfast.models.student import Student
 from ddfast.ops import filter_logits, noise
-from ddfast.sampling import draw_marginals, marginal_tables
+from ddfast.sampling import draw_marginals, marginal_tables, sources_for
 
 
-def generate_plainly(teacher: Teacher, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def generate_plainly(teacher: Teacher, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
     """AR decoding as a first script would write it: no cache, the whole sequence through the model at every step.
 
-    int64 [B] -> codes int64 [B, N], from the same distribution as `Teacher.generate`.
+    condition -> codes int64 [B, N], from the same distribution as `Teacher.generate`.
     """
     defaults = teacher.defaults
-    codes = torch.zeros(len(condition), teacher.num_tokens, dtype=torch.int64, device=condition.device)
-    starts = teacher.group_starts()
-    for first, last in pairwise(starts):
+    codes = torch.zeros(
+        condition_size(condition), teacher.num_tokens, dtype=torch.int64, device=teacher.codebook.device
+    )
+    for group, (first, last) in enumerate(pairwise(teacher.group_starts())):
         logits = teacher.logits(condition, codes)[:, first:last]
-        uncond = None
-        if defaults.cfg_scale != 1.0:
+        uncond, scale = None, teacher.group_cfg_scale(defaults.cfg_scale, group)
+        if scale != 1.0:
             uncond = teacher.logits(condition, codes, unconditional=True)[:, first:last]
         log_probs = filter_logits(
             logits,
             uncond=uncond,
-            cfg_scale=defaults.cfg_scale,
+            cfg_scale=scale,
             temperature=defaults.temperature,
             top_k=defaults.top_k,
             top_p=defaults.top_p,
@@ -65,21 +66,25 @@ def measure_speed(
 
     Returns:
         {source: {batch size: seconds per image}} for "ar" (`Teacher.generate`), "ar_plain" (`generate_plainly`),
-        "student_1step", "student_2step" and "marginals" (one draw from tables made before).
+        "student_1step", "student_2step" and, where they can be had, "marginals" (one draw from tables made before).
     """
     device = teacher.codebook.device
-    tables = marginal_tables(teacher, torch.Generator(device).manual_seed(0), samples_per_class=500)
+    tables = None
+    if "independent_marginals" in sources_for(teacher):
+        tables = marginal_tables(teacher, torch.Generator(device).manual_seed(0), samples_per_class=500)
     result: dict[str, dict[int, float]] = {}
     for batch in batch_sizes:
-        condition = torch.arange(batch, device=device) % teacher.num_classes
+        index = torch.arange(batch, device=device) % teacher.num_conditions
+        condition = teacher.condition_of(index)
         eps = noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim), device)
         sources: dict[str, Callable[[], Tensor]] = {
             "ar": partial(teacher.generate, condition),
             "ar_plain": partial(generate_plainly, teacher, condition),
             "student_1step": partial(student.sample, condition, eps),
             "student_2step": partial(student.sample, condition, eps, steps=(0, point)),
-            "marginals": partial(draw_marginals, tables, condition),
         }
+        if tables is not None:
+            sources["marginals"] = partial(draw_marginals, tables, index)
         seconds: dict[str, list[float]] = {name: [] for name in sources}
         for turn in range(rounds + 2):
             for name, make in sources.items():

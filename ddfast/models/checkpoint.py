@@ -1,4 +1,4 @@
-"""Checkpoint files: ours are safetensors with the configuration as JSON in the header; PyTorch's are read, never run."""
+"""Checkpoint files: ours are safetensors with the configuration in the header; PyTorch's are read, never run."""
 
 from __future__ import annotations
 
@@ -69,6 +69,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                     raise
                 content = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # bytes that are no pickle of PyTorch at all
+            raise DDFastError(f"{path} is damaged or no PyTorch checkpoint") from error
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
         found = f" ({reason.strip()[:160]})" if reason else ""
         raise DDFastError(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ddfast.config import TeacherConfig, TokenizerConfig, TrainConfig, config_hash
+from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TrainConfig, config_hash
 from ddfast.env import cache_dir
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
@@ -82,7 +82,7 @@ def digit_batch(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
 class Tokenizer(nn.Module):
     """VQ autoencoder: 16x16 images to a 4x4 grid of codes (raster order) and back."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: DigitsTokenizerConfig) -> None:
         super().__init__()
         self.config = config
         width, dim = config.width, config.code_dim
@@ -124,7 +124,7 @@ class Tokenizer(nn.Module):
         return self.decoder(rearrange(embeddings, "b (h w) d -> b d h w", h=side))
 
 
-def train_tokenizer(config: TokenizerConfig, *, seed: int = 0, progress: Progress | None = None) -> Tokenizer:
+def train_tokenizer(config: DigitsTokenizerConfig, *, seed: int = 0, progress: Progress | None = None) -> Tokenizer:
     """Train the tokenizer on rendered training digits: L1 + L2 reconstruction, EMA codebook, dead codes redrawn."""
     torch.manual_seed(seed)
     model = Tokenizer(config)
@@ -171,7 +171,7 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int = 0, progress: Progres
 class DigitsTeacher(TransformerTeacher):
     """Class-conditional AR transformer over the tokenizer's codes."""
 
-    def __init__(self, tokenizer: Tokenizer, config: TeacherConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: DigitsTeacherConfig) -> None:
         super().__init__(
             codebook=tokenizer.codebook,
             groups=(1,) * tokenizer.num_tokens,
@@ -195,7 +195,7 @@ class DigitsTeacher(TransformerTeacher):
 
 
 def train_teacher(
-    tokenizer: Tokenizer, config: TeacherConfig, *, seed: int = 0, progress: Progress | None = None
+    tokenizer: Tokenizer, config: DigitsTeacherConfig, *, seed: int = 0, progress: Progress | None = None
 ) -> DigitsTeacher:
     """Train the AR teacher by next-token cross-entropy with class dropout (for guidance)."""
     torch.manual_seed(seed)
@@ -233,6 +233,8 @@ def load_or_train(config: TrainConfig, progress: Progress | None = None) -> Digi
     """
     path = cache_dir() / f"digits-teacher-{config_hash(config.tokenizer, config.teacher, config.seed)}.safetensors"
     if not path.exists():
+        assert isinstance(config.tokenizer, DigitsTokenizerConfig)
+        assert isinstance(config.teacher, DigitsTeacherConfig)
         tokenizer = train_tokenizer(config.tokenizer, seed=config.seed, progress=progress)
         teacher = train_teacher(tokenizer, config.teacher, seed=config.seed, progress=progress)
         save_teacher(teacher, path)
@@ -253,11 +255,13 @@ def load_digits_teacher(path: Path) -> DigitsTeacher:
     tensors, header = load_tensors(path)
     if header.get("family") != "digits":
         raise DDFastError(f"{path} is not a digits teacher (family {header.get('family')!r})")
-    teacher = untrained_digits_teacher(TokenizerConfig(**header["tokenizer"]), TeacherConfig(**header["teacher"]))
+    teacher = untrained_digits_teacher(
+        DigitsTokenizerConfig(**header["tokenizer"]), DigitsTeacherConfig(**header["teacher"])
+    )
     load_state(teacher, tensors, path)
     return teacher
 
 
-def untrained_digits_teacher(tokenizer: TokenizerConfig, teacher: TeacherConfig) -> DigitsTeacher:
+def untrained_digits_teacher(tokenizer: DigitsTokenizerConfig, teacher: DigitsTeacherConfig) -> DigitsTeacher:
     """A teacher with random weights: for profiling, and to load weights into."""
     return DigitsTeacher(Tokenizer(tokenizer), teacher).eval().requires_grad_(False)

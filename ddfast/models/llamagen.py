@@ -9,8 +9,9 @@ dimension, W width, H heads, K head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.models.student import ContinuousHead, Student
 from ddfast.models.tokenizers import LlamaGenTokenizer
 from ddfast.ops import nearest_code
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +176,8 @@ class CaptionEmbedding(nn.Module):
         self.uncond_embedding: Tensor
 
     def forward(self, features: Tensor) -> Tensor:
-        features = features.to(self.cap_proj["fc1"].weight.dtype)
-        return self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
+        first, second = (cast(nn.Linear, self.cap_proj[name]) for name in ("fc1", "fc2"))
+        return second(F.gelu(first(features.to(first.weight.dtype)), approximate="tanh"))
 
 
 class _LlamaGenNetwork(nn.Module):
@@ -195,6 +199,13 @@ class _LlamaGenNetwork(nn.Module):
     def _derive_rope(self, device: torch.device | str) -> None:
         self.register_buffer("rope", rope_table(self.sizes, device), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module's; the angles are made anew, because a change of dtype must not reach them."""
+        self._buffers.pop("rope", None)
+        super()._apply(fn, recurse)
+        self._derive_rope(self.output.weight.device)
+        return self
+
     def _condition_tokens(self, condition: Condition, unconditional: bool = False) -> tuple[Tensor, Tensor | None]:
         """Condition tokens [B, C, W], and which of them are no padding, bool [B, C] (None: all of them)."""
         sizes = self.sizes
@@ -204,7 +215,7 @@ class _LlamaGenNetwork(nn.Module):
             return self.cls_embedding(labels), None
         features, valid = condition
         if unconditional:
-            features = self.cls_embedding.uncond_embedding.expand_as(features)
+            features = cast(CaptionEmbedding, self.cls_embedding).uncond_embedding.expand_as(features)
         else:
             features = features * valid[..., None]
         return self.cls_embedding(features), valid.bool()
@@ -280,7 +291,9 @@ class LlamaGenTeacher(_LlamaGenNetwork, Teacher):
         self.groups = (1,) * sizes.block_size
         self.num_classes = 0 if text else sizes.num_classes
         if defaults is None:
-            defaults = SamplingDefaults(cfg_scale=7.5, top_k=1000) if text else SamplingDefaults(cfg_scale=2.0, top_k=8000)
+            defaults = (
+                SamplingDefaults(cfg_scale=7.5, top_k=1000) if text else SamplingDefaults(cfg_scale=2.0, top_k=8000)
+            )
         self.defaults = defaults
         num_codes = tokenizer.codebook().shape[0]
         self.tok_embeddings = nn.Embedding(num_codes, sizes.dim)

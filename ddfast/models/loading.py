@@ -159,7 +159,7 @@ def save_student(
     """
     tensors = {_AVERAGE + name: value for name, value in student.state_dict().items()}
     tensors |= live or {}
-    save_tensors(Path(path), tensors, {"student": student.config, **config})
+    save_tensors(Path(path), tensors, {"student": student.config, "split": student.split, **config})
 
 
 def load_student(
@@ -196,6 +196,7 @@ def load_student(
         student = build_around(lambda: kind(teacher, **config), tensors, path, derived=derived, dtype=dtype)
     except TypeError as error:
         raise DDFastError(f"{path} does not fit {kind.__name__}: {error}") from error
+    student.split = header.get("split")
     return student.to(teacher.codebook.device)
 
 
@@ -206,7 +207,7 @@ def student_tensors(content: dict[str, Any], *, ema: bool) -> dict[str, Tensor]:
     """
     sets = content.get("trainer", content)
     names = ("ema_parameters", "ema") if ema else ("var_wo_ddp", "model", "module", "state_dict")
-    chosen = next((sets[name] for name in names if isinstance(sets.get(name), dict)), {})
+    chosen: dict[str, Any] = next((sets[name] for name in names if isinstance(sets.get(name), dict)), {})
     tensors = only_tensors(chosen)
     return tensors if "final_layer_conti.linear.weight" in tensors else {}
 
@@ -393,7 +394,9 @@ def _var_teacher(
     patch_nums = settled.pop("patch_nums")
     if patch_nums is None:
         if positions != sum(side**2 for side in IMAGENET_SCALES):
-            raise DDFastError(f"patch_nums: {source} has {positions} positions and no lvl_1L; give patch_nums=(1, 2, ...)")
+            raise DDFastError(
+                f"patch_nums: {source} has {positions} positions and no lvl_1L; give patch_nums=(1, 2, ...)"
+            )
         patch_nums = IMAGENET_SCALES
     if settled["num_heads"] is None:  # officially, and without normalised attention nothing else tells
         settled["num_heads"] = max(embed_dim // 64, 1)
@@ -469,9 +472,7 @@ def _teacher(
     if dtype is not None:
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     whole = {**tensors, **{_TOKENIZER + name: value for name, value in tokenizer.state_dict().items()}}
-    teacher = build_around(
-        lambda: kind(tokenizer, sizes, defaults=defaults), whole, source, derived=derived
-    )
+    teacher = build_around(lambda: kind(tokenizer, sizes, defaults=defaults), whole, source, derived=derived)
     teacher.requires_grad_(False)
     return teacher
 
@@ -492,5 +493,3 @@ def teacher_config(teacher: Teacher) -> dict[str, Any]:
 def save_teacher(path: str | Path, teacher: Teacher) -> None:
     """Write a VAR or LlamaGen teacher with its tokenizer to one safetensors file that `load_teacher` reads."""
     save_tensors(Path(path), teacher.state_dict(), teacher_config(teacher))
-
-

@@ -20,7 +20,6 @@ Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Class labels int64 [B], or text as (features [B, L, dim], mask [B, L])."""
 
 
-
 def condition_size(condition: Condition) -> int:
     """B, the number of samples that a condition stands for."""
     return len(condition if isinstance(condition, Tensor) else condition[0])
@@ -130,7 +129,7 @@ class Teacher(nn.Module, ABC):
         return self.num_classes
 
     def condition_of(self, index: Tensor) -> Condition:
-        """The condition that index int64 [B] (0 .. num_conditions - 1) stands for: the label, or a caption's features."""
+        """The condition that index int64 [B] (0 .. num_conditions - 1) stands for: the label, or a caption."""
         return index
 
     # What every teacher inherits ---------------------------------------------------------------------------------

@@ -30,10 +30,14 @@ class Student(nn.Module, ABC):
     Args:
         teacher: gives the codebook, the groups and the classes; teacher-involved sampling calls it. It is referred to,
             not contained: it is no part of the student's parameters, state or device moves.
+
+    Attributes:
+        split: group from which samples are the continuous head's, where `sample` is not told; None: nowhere.
     """
 
     codebook: Tensor
     level: Tensor
+    split: int | None = None
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -139,7 +143,7 @@ class Student(nn.Module, ABC):
             condition: int64 [B], or text.
             noise: float32 [B, N, D].
             steps: trajectory points, rising from 0: `(0,)` one step, `(0, t1)` two.
-            split: group from which the continuous head is used; None: nowhere.
+            split: group from which the continuous head is used; None: the student's own `split`.
             teacher_range: (first, last): after the first pass the teacher regenerates groups first..last-1 from the
                 quantised prefix and the same noise, then the student finishes from point `last`.
             cfg_scale: guidance of the teacher's part; None takes its default.
@@ -152,6 +156,7 @@ class Student(nn.Module, ABC):
         count = len(self.groups)
         if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)) or steps[-1] > count:
             raise ValueError(f"steps: got {steps}, expected rising trajectory points from 0 to at most {count}")
+        split = self.split if split is None else split
         if split is not None and not 0 <= split <= count:
             raise ValueError(f"split: got {split}, expected a group in 0..{count}")
         if teacher_range is not None and not 0 <= teacher_range[0] < teacher_range[1] <= count:

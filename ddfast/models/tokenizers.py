@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,20 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ddfast.models.vqgan import LLAMAGEN_NAMING, VAR_NAMING, ConvSizes, Decoder, Encoder, Naming
-from ddfast.ops import nearest_code
+from ddfast.ops.nearest_code import nearest_code
 
 IMAGENET_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+class Quantizer(nn.Module):
+    """What official files keep under `quantize`: the codes, statistics of their use, and VAR's phi layers."""
+
+    embedding: nn.Embedding
+
+    def __init__(self, num_codes: int, code_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_codes, code_dim)
+        nn.init.normal_(self.embedding.weight)
 
 
 class ImageTokenizer(nn.Module, ABC):
@@ -40,9 +51,7 @@ class ImageTokenizer(nn.Module, ABC):
         self.sizes = sizes
         self.downsampling = 2 ** (len(sizes.multipliers) - 1)
         self.encoder, self.decoder = Encoder(sizes, naming), Decoder(sizes, naming)
-        self.quantize = nn.Module()
-        self.quantize.embedding = nn.Embedding(num_codes, code_dim)
-        nn.init.normal_(self.quantize.embedding.weight)
+        self.quantize = Quantizer(num_codes, code_dim)
         self.quant_conv = nn.Conv2d(sizes.latent_channels, code_dim, kernel, padding=kernel // 2)
         self.post_quant_conv = nn.Conv2d(code_dim, sizes.latent_channels, kernel, padding=kernel // 2)
 
@@ -66,7 +75,11 @@ class ImageTokenizer(nn.Module, ABC):
     def latents(self, images: Tensor) -> Tensor:
         """Unquantised latents [B, D, h, w] of images [B, 3, H, W] in [-1, 1]."""
         sides = images.shape[-2:]
-        if images.ndim != 4 or images.shape[1] != self.sizes.image_channels or any(s % self.downsampling for s in sides):
+        if (
+            images.ndim != 4
+            or images.shape[1] != self.sizes.image_channels
+            or any(s % self.downsampling for s in sides)
+        ):
             channels = self.sizes.image_channels
             expected = f"[B, {channels}, H, W] with H and W multiples of {self.downsampling}"
             raise ValueError(f"images: got shape {list(images.shape)}, expected {expected}")
@@ -162,8 +175,10 @@ class VARTokenizer(ImageTokenizer):
             return x
         phis = self.quantize.quant_resi
         if isinstance(phis, nn.ModuleDict):
-            phis = phis["qresi_ls"] if "qresi_ls" in phis else [phis["qresi"]]
-        return phis[phi_index(scale, len(self.patch_nums), self.phi_count)](x)
+            if "qresi" in phis:
+                return phis["qresi"](x)
+            phis = phis["qresi_ls"]
+        return cast(nn.ModuleList, phis)[phi_index(scale, len(self.patch_nums), self.phi_count)](x)
 
     def contribution(self, scale: int, embeddings: Tensor) -> Tensor:
         """What one scale's embeddings [B, P^2, D] add to the latents: [B, D, side, side]."""
@@ -201,7 +216,9 @@ class VARTokenizer(ImageTokenizer):
         """Latents [B, D, side, side] to codes int64 [B, N] and the latents that every scale reaches."""
         if latents.shape[-2:] != (self.side, self.side):
             expected = f"{self.side} x {self.side} latents"
-            raise ValueError(f"images: got {list(latents.shape[-2:])} latents, expected {expected} for {self.patch_nums}")
+            raise ValueError(
+                f"images: got {list(latents.shape[-2:])} latents, expected {expected} for {self.patch_nums}"
+            )
         rest, codes, f_hats = latents, [], []
         codebook, f_hat = self.codebook(), torch.zeros_like(latents)
         for scale in range(len(self.patch_nums)):

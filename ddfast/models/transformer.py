@@ -148,7 +148,9 @@ class TransformerTeacher(Teacher):
         first, last = state.groups_fed, self.group_starts().index(self._tokens_known(state) + codes.shape[1])
         embeddings = self.embed(codes)
         guided = len(state.labels) != len(codes)
-        tokens = self.group_inputs(state.labels, torch.cat((embeddings, embeddings)) if guided else embeddings, first, last)
+        tokens = self.group_inputs(
+            state.labels, torch.cat((embeddings, embeddings)) if guided else embeddings, first, last
+        )
         state.groups_fed = last + 1
         mask = None  # one group sees everything before it and itself
         if first != last:

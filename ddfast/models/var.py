@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +144,8 @@ class _VARNetwork(nn.Module):
     """The layers that teacher and student have in common, under their official names."""
 
     sizes: VARSizes
+    shared_ada_lin: nn.Sequential
+    blocks: nn.ModuleList
 
     def _add_layers(self, sizes: VARSizes, code_dim: int, num_codes: int, levels: tuple[int, ...]) -> None:
         self.sizes, width = sizes, sizes.embed_dim
@@ -168,7 +170,7 @@ class _VARNetwork(nn.Module):
         shared = None
         if self.sizes.shared_aln:
             shared = self.shared_ada_lin(label).view(len(label), 1, 6, -1)
-        return [block.modulation(label, shared) for block in self.blocks]
+        return [cast(VARBlock, block).modulation(label, shared) for block in self.blocks]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,9 +188,8 @@ def _initialise(network: _VARNetwork) -> None:
             parameter.zero_()
         elif "scale_mul" not in name:
             nn.init.trunc_normal_(parameter, std=std if parameter.ndim > 2 or "emb" in name else 0.02)
-    for block in network.blocks:
-        for branch in (block.attn.proj, block.ffn.fc2):
-            branch.weight.div_(math.sqrt(2 * sizes.depth))
+        if name.endswith(("attn.proj.weight", "ffn.fc2.weight")):
+            parameter.div_(math.sqrt(2 * sizes.depth))
 
 
 @dataclass
@@ -216,9 +217,9 @@ class VARTeacher(_VARNetwork, Teacher):
         defaults: sampling settings.
     """
 
-    def __init__(
-        self, tokenizer: VARTokenizer, sizes: VARSizes, *, defaults: SamplingDefaults | None = None
-    ) -> None:
+    level: Tensor
+
+    def __init__(self, tokenizer: VARTokenizer, sizes: VARSizes, *, defaults: SamplingDefaults | None = None) -> None:
         super().__init__()
         self.groups = tuple(side**2 for side in tokenizer.patch_nums)
         self.num_classes = sizes.num_classes
@@ -231,7 +232,6 @@ class VARTeacher(_VARNetwork, Teacher):
         """Fill what follows from the tokenizer and the sizes and is in no file."""
         self.register_buffer("codebook", self.tokenizer.codebook(), persistent=False)
         self.register_buffer("level", group_levels(self.groups, self.codebook.device), persistent=False)
-        self.level: Tensor
 
     def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
         return 1.0 + cfg_scale * group / max(len(self.groups) - 1, 1)
@@ -391,7 +391,4 @@ class VARStudent(_VARNetwork, Student):
     def involve_teacher(
         self, condition: Condition, noise: Tensor, x: Tensor, teacher_range: tuple[int, int], **generation: Any
     ) -> Tensor:
-        return super().involve_teacher(
-            condition, noise, x, teacher_range, **{"masked_prefix": False, **generation}
-        )
-
+        return super().involve_teacher(condition, noise, x, teacher_range, **{"masked_prefix": False, **generation})

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -145,7 +147,7 @@ class _Stack(nn.Module):
     def _level(self, widths: list[int], coarsest: bool, resample: str | None) -> nn.ModuleDict:
         """Residual blocks of the given widths (input first), attention at the coarsest level, and a resampling."""
         naming = self.naming
-        blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
         looks = nn.ModuleList(PixelAttention(width, naming.fused_qkv) for width in widths[1:] if coarsest)
         level = nn.ModuleDict({naming.block: blocks, "attn": looks})
         if resample:
@@ -153,8 +155,8 @@ class _Stack(nn.Module):
         return level
 
     def _run(self, level: nn.ModuleDict, x: Tensor) -> Tensor:
-        looks = level["attn"]
-        for number, block in enumerate(level[self.naming.block]):
+        blocks, looks = cast(nn.ModuleList, level[self.naming.block]), cast(nn.ModuleList, level["attn"])
+        for number, block in enumerate(blocks):
             x = block(x)
             if len(looks):
                 x = looks[number](x)
@@ -167,7 +169,11 @@ class _Stack(nn.Module):
         first, look, second = self.naming.middle
         fused = self.naming.fused_qkv
         return nn.ModuleDict(
-            {first: ResidualBlock(width, width), look: PixelAttention(width, fused), second: ResidualBlock(width, width)}
+            {
+                first: ResidualBlock(width, width),
+                look: PixelAttention(width, fused),
+                second: ResidualBlock(width, width),
+            }
         )
 
 
@@ -222,5 +228,3 @@ class Decoder(_Stack):
         for level in reversed(levels) if self.naming.up_from_finest else levels:
             x = self._run(level, x)
         return self.conv_out(F.silu(self.norm_out(x)))
-
-

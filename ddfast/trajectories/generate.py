@@ -41,7 +41,7 @@ def store_settings(teacher: Teacher, config: TrajectoryConfig, seed: int) -> Sto
         num_tokens=teacher.num_tokens,
         num_codes=teacher.num_codes,
         code_dim=teacher.code_dim,
-        num_classes=teacher.num_classes,
+        num_classes=teacher.num_conditions,
         shard_size=config.shard_size,
         store_noise=config.store_noise,
     )
@@ -52,8 +52,8 @@ def generate_trajectories(
 ) -> float:
     """Make the shards that the first `count` pairs need and that are not there yet (METHOD.md section 2).
 
-    Sample i has the label i mod num_classes and the noise (seed, i); a shard is one batch, so its bits depend on the
-    shard alone. Under torchrun, process r of W makes the shards r, r + W, ...
+    Sample i has the label (or caption) i mod their number and the noise (seed, i); a shard is one batch, so its bits
+    depend on the shard alone. Under torchrun, process r of W makes the shards r, r + W, ...
 
     Args:
         teacher: with the settings of `store`.
@@ -82,7 +82,11 @@ def generate_trajectories(
             condition = index % settings.num_classes
             eps = noise(settings.seed, index, (settings.num_tokens, settings.code_dim), device)
             codes = teacher.generate(
-                condition.to(device), sampler="flow", noise=eps, steps=settings.steps, solver=settings.solver
+                teacher.condition_of(condition.to(device)),
+                sampler="flow",
+                noise=eps,
+                steps=settings.steps,
+                solver=settings.solver,
             )
             store.write_shard(shard, codes.cpu(), condition, eps.cpu())
             made += len(index)

@@ -1,12 +1,12 @@
 import torch
 
-from ddfast.config import TeacherConfig, TokenizerConfig, TrainConfig
+from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TrainConfig
 from ddfast.models.digits import digit_batch, digit_images, load_or_train, untrained_digits_teacher
 from ddfast.models.loading import load_teacher
 
 TINY = TrainConfig(
-    tokenizer=TokenizerConfig(iterations=30, warmup=10, batch_size=64),
-    teacher=TeacherConfig(width=32, depth=1, heads=2, iterations=20, training_images=500, batch_size=32),
+    tokenizer=DigitsTokenizerConfig(iterations=30, warmup=10, batch_size=64),
+    teacher=DigitsTeacherConfig(width=32, depth=1, heads=2, iterations=20, training_images=500, batch_size=32),
 )
 
 

@@ -163,7 +163,9 @@ def test_cached_decoding_equals_teacher_forcing(variant):
     )
     assert torch.equal(codes, guided.argmax(-1))
     prefix = codes[:, :5]
-    assert torch.equal(codes, teacher.generate(label, sampler="greedy", cfg_scale=1.5, top_k=0, top_p=1.0, prefix=prefix))
+    assert torch.equal(
+        codes, teacher.generate(label, sampler="greedy", cfg_scale=1.5, top_k=0, top_p=1.0, prefix=prefix)
+    )
     teacher.defaults = type(teacher.defaults)(cfg_scale=1.5)
     assert torch.allclose(teacher.log_probs(label, codes), guided, atol=1e-5)
 
@@ -172,7 +174,8 @@ def test_an_unmasked_prefix_is_another_distribution():
     teacher = var_teacher_like()
     label, codes = torch.tensor([1, 4]), torch.randint(16, (2, 14))
     outputs = [
-        teacher.advance(teacher.begin(label, guided=False, masked_prefix=masked), codes[:, :5]) for masked in (True, False)
+        teacher.advance(teacher.begin(label, guided=False, masked_prefix=masked), codes[:, :5])
+        for masked in (True, False)
     ]
     assert torch.allclose(outputs[0], teacher.logits(label, codes)[:, 5:], atol=1e-5)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
@@ -261,7 +264,7 @@ def test_scales_may_be_given_where_a_file_lacks_the_buffers(tmp_path):
     tensors = torch.load(CASE.file("var.pth"), weights_only=True)
     del tensors["lvl_1L"]
     torch.save(tensors, tmp_path / "var.pth")
-    with pytest.raises(DDFastError, match="patch_nums: .* has 30 positions and no lvl_1L"):
+    with pytest.raises(DDFastError, match=r"patch_nums: .* has 30 positions and no lvl_1L"):
         load_teacher(tmp_path / "var.pth", CASE.file("vae.pth"))
     teacher = load_teacher(tmp_path / "var.pth", CASE.file("vae.pth"), patch_nums=[1, 2, 3, 4])
     CASE.check(tf_logits=teacher.logits(CASE["tf_label"], CASE["tf_idx"]))

@@ -1,0 +1,88 @@
+"""Teachers and students in the files of the official repositories, which load there with `strict=True`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddfast.errors import DDFastError
+from ddfast.files import write_atomically
+from ddfast.models.attention import block_mask, group_levels, level_mask
+from ddfast.models.checkpoint import unshared
+from ddfast.models.llamagen import LlamaGenStudent, LlamaGenTeacher
+from ddfast.models.protocol import Teacher
+from ddfast.models.student import Student
+from ddfast.models.var import VARStudent, VARTeacher
+
+
+def export_teacher(teacher: Teacher, weights: Path, tokenizer: Path) -> None:
+    """Write a VAR or LlamaGen teacher and its tokenizer as two official checkpoints.
+
+    Raises:
+        DDFastError: the teacher is of another family, which has no official layout.
+    """
+    if isinstance(teacher, VARTeacher):
+        levels = group_levels(teacher.groups)
+        mask = block_mask(teacher.groups)
+        assert mask is not None
+        buffers = {"lvl_1L": levels[None], "attn_bias_for_masking": _bias(mask)}
+        _save(weights, {**_network(teacher), **buffers, **_zero_biases(teacher)})
+        _save(tokenizer, _contiguous(teacher.tokenizer.state_dict()))
+    elif isinstance(teacher, LlamaGenTeacher):
+        _save(weights, {"model": _network(teacher)})
+        _save(tokenizer, {"model": _contiguous(teacher.tokenizer.state_dict())})
+    else:
+        raise DDFastError(f"{type(teacher).__name__} has no official layout; only VAR and LlamaGen have")
+
+
+def export_student(student: Student, weights: Path, *, live: dict[str, Tensor] | None = None) -> None:
+    """Write a VAR or LlamaGen student as an official checkpoint.
+
+    Args:
+        student: carries the averaged weights.
+        weights: the file.
+        live: the weights without averaging; None: the averaged ones stand in both places.
+
+    Raises:
+        DDFastError: the student is of another family, which has no official layout.
+    """
+    averaged = _contiguous(student.state_dict())
+    current = averaged if live is None else _contiguous(live)
+    if isinstance(student, VARStudent):
+        groups = (1, *student.groups)
+        mask = level_mask(groups)
+        assert mask is not None
+        buffers = {"lvl_1L": group_levels(groups)[None], "attn_bias_for_masking": _bias(mask)}
+        whole = {**current, **buffers, **_zero_biases(student)}
+        _save(weights, {"trainer": {"ema_parameters": averaged, "var_wo_ddp": whole}})
+    elif isinstance(student, LlamaGenStudent):
+        _save(weights, {"ema": averaged, "model": current})
+    else:
+        raise DDFastError(f"{type(student).__name__} has no official layout; only VAR's and LlamaGen's have")
+
+
+def _network(teacher: Teacher) -> dict[str, Tensor]:
+    """The transformer's tensors: all but the tokenizer's."""
+    tensors = {n: value for n, value in teacher.state_dict().items() if not n.startswith("tokenizer.")}
+    return _contiguous(tensors)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return unshared({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def _zero_biases(network: VARTeacher | VARStudent) -> dict[str, Tensor]:
+    """The official buffer that stands for the key's missing bias."""
+    zeros = torch.zeros(network.sizes.embed_dim)
+    return {f"blocks.{number}.attn.zero_k_bias": zeros.clone() for number in range(network.sizes.depth)}
+
+
+def _bias(mask: Tensor) -> Tensor:
+    return torch.where(mask, 0.0, -torch.inf)[None, None]
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(Path(path), lambda file: torch.save(content, file))

@@ -1,0 +1,130 @@
+"""Every recipe, whole, at sizes of seconds and with random weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lpips_files import write_lpips
+
+from ddfast.config import update
+from ddfast.errors import DDFastError
+from ddfast.hub import Generator
+from ddfast.models.exporting import export_student, export_teacher
+from ddfast.models.loading import load_student, start_student
+from ddfast.pipeline import open_student, train
+from ddfast.recipes import RECIPES, build_teacher, get_recipe, untrained_teacher
+from ddfast.sampling import sample_student
+
+PUBLISHED = [name for name in RECIPES if name != "digits"]
+
+TINY = {
+    "tokenizer": {
+        "num_codes": 16, "code_dim": 4, "channels": 32, "multipliers": [1, 1], "blocks": 1, "latent_channels": 32,
+    },
+    "trajectories": {"count": 24, "shard_size": 12},
+    "dd1": {"iterations": 4, "batch_size": 6, "warmup": 1, "log_every": 2, "checkpoint_every": 2},
+    "evaluation": {"samples": 100, "batch_size": 50, "batch_sizes": [1, 2]},
+}  # fmt: skip
+VAR = {"teacher": {"depth": 2, "num_classes": 2, "patch_nums": [1, 2, 3]}, "dd1": {"point": 2, "split": 1}}
+LLAMAGEN = {
+    "teacher": {"dim": 32, "n_layer": 2, "n_head": 2, "num_classes": 2, "block_size": 9},
+    "dd1": {"point": 3, "split": 5},
+}
+TEXT = {"teacher": {"cls_token_num": 6, "caption_dim": 8}}
+
+
+def tiny(name: str, out: Path, **teacher: object):
+    config = get_recipe(name)
+    for values in (TINY, VAR if name.startswith("var") else LLAMAGEN, TEXT if name.endswith("t2i") else {}):
+        update(config, values)
+    update(config, {"out": str(out), "teacher": {"random_weights": True, **teacher}})
+    return config
+
+
+def silent(title):
+    return lambda done, total, text: None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_training(name, tmp_path):
+    config = tiny(name, tmp_path / "run")
+    metrics = train(config, progress_bar=silent)
+    assert {"teacher", "ode_pairs", "student_1step", "student_2step", "skip_last"} <= set(metrics)
+    assert metrics["student_1step"]["speedup_vs_ar"].keys() == {"1", "2"}
+    assert "frechet" not in metrics["teacher"]  # no feature network of natural images is at hand
+    assert (tmp_path / "run" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert "| DD1 student | 1 |" in (tmp_path / "run" / "report.md").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    again = train(tiny(name, tmp_path / "run"), progress_bar=silent)
+    assert again == metrics
+    # and what a user does next
+    opened, teacher, student = open_student(tmp_path / "run", "cpu", silent(""))
+    assert student.split == config.dd1.split
+    samples = sample_student(teacher, student, count=3, seed=0, point=opened.dd1.point, steps=2)
+    generator = Generator.from_run(tmp_path / "run")
+    images = generator.images([0, 1], steps=2)
+    side = 3 * 2
+    assert images.shape == (2, 3, side, side)
+    assert samples.embeddings.shape == (3, teacher.num_tokens, 4)
+
+
+@pytest.mark.parametrize("name", ["var-d16", "llamagen-b"])
+def test_from_files(name, tmp_path):
+    """The same recipe with the teacher's checkpoint, and a student in the official layout."""
+    teacher = untrained_teacher(tiny(name, tmp_path))
+    export_teacher(teacher, tmp_path / "teacher.pth", tmp_path / "tokenizer.pth")
+    config = tiny(name, tmp_path / "run", random_weights=False, weights=str(tmp_path / "teacher.pth"))
+    config.tokenizer.weights = str(tmp_path / "tokenizer.pth")
+    built = build_teacher(config)
+    label, codes = torch.tensor([0, 1]), torch.randint(16, (2, teacher.num_tokens))
+    assert torch.equal(built.logits(label, codes), teacher.logits(label, codes))
+    assert built.defaults == teacher.defaults
+    student = start_student(built)
+    export_student(student, tmp_path / "student.pth")
+    noise = torch.randn(2, teacher.num_tokens, 4)
+    loaded = load_student(tmp_path / "student.pth", built)
+    assert torch.equal(loaded.sample(label, noise), student.sample(label, noise))
+    wrong = "depth" if name == "var-d16" else "n_layer"
+    update(config, {"teacher": {wrong: 3}})
+    with pytest.raises(DDFastError, match=rf"{wrong}: got 3, but the tensors of .* say 2|embed_dim: got 192"):
+        build_teacher(config)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_without_files_the_error_says_which(name):
+    with pytest.raises(DDFastError, match=rf"recipe {name} needs its teacher's files: --teacher\.weights FILE"):
+        build_teacher(get_recipe(name))
+
+
+def test_lpips_takes_the_place_of_the_embedding_distance(tmp_path):
+    config = tiny("var-d16", tmp_path / "run")
+    vgg, linear = write_lpips(tmp_path)
+    update(config, {"dd1": {"lpips_vgg": str(vgg), "lpips_linear": str(linear)}})
+    update(config, {"tokenizer": {"multipliers": [1, 1, 1, 1]}})  # 24 pixels: VGG16 halves them four times
+    train(config, progress_bar=silent)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["lpips"] > 0
+    assert "embedding_distance" not in line
+
+
+def test_a_text_teacher_needs_captions(tmp_path):
+    config = tiny("llamagen-xl-t2i", tmp_path)
+    teacher = untrained_teacher(config)
+    assert teacher.num_conditions == 8
+    export_teacher(teacher, tmp_path / "teacher.pth", tmp_path / "tokenizer.pth")
+    update(config, {"teacher": {"random_weights": False, "weights": str(tmp_path / "teacher.pth")}})
+    update(config, {"tokenizer": {"weights": str(tmp_path / "tokenizer.pth")}})
+    with pytest.raises(DDFastError, match=r"a text teacher needs --teacher\.captions FILE"):
+        build_teacher(config)
+
+
+def test_reduced_precision_of_the_teacher(tmp_path):
+    config = tiny("llamagen-b", tmp_path, dtype="bfloat16")
+    teacher = untrained_teacher(config)
+    assert teacher.dtype == torch.bfloat16
+    assert teacher.codebook.dtype == teacher.tokenizer.decoder.conv_in.weight.dtype == torch.float32
+    assert teacher.rope.dtype == torch.complex64
+    student = start_student(teacher)
+    assert student.to(torch.float32).rope.dtype == torch.complex64
