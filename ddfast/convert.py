@@ -12,7 +12,7 @@ from ddfast import cli
 from ddfast.converting import convert
 
 EXAMPLES = """  python -m ddfast.convert --teacher var_d16.pth --tokenizer vae_ch160v4096z32.pth --to var-d16
-  python -m ddfast.convert --teacher c2i_L_384.pt --tokenizer vq_ds16_c2i.pt --student LlamaGen-DD-L.pt --to dd-l
+  python -m ddfast.convert --teacher c2i_L_256.pt --tokenizer vq_ds16_c2i.pt --student LlamaGen-DD-L.pt --to dd-l
   python -m ddfast.convert --teacher var-d16 --to official --form official"""
 
 
@@ -25,6 +25,8 @@ class ConvertOptions:
         to: folder for the result.
         tokenizer: its tokenizer's checkpoint, if the teacher's file does not hold it.
         student: a DD1 student of this teacher, converted with it.
+        point: where the student's second step starts (VAR-d16: 5, d20 and d24: 4, LlamaGen: 80), for `ddfast sample`.
+        split: group from which its samples are the continuous head's (as point; LlamaGen-L: 130).
         form: ddfast (safetensors with settings and config.json) or official (what the official repositories load).
         n_head: query heads of a LlamaGen of no published size.
         image_size: pixels of a LlamaGen checkpoint whose name does not say it.
@@ -35,6 +37,8 @@ class ConvertOptions:
     to: Path
     tokenizer: Path | None = None
     student: Path | None = None
+    point: int | None = None
+    split: int | None = None
     form: Literal["ddfast", "official"] = "ddfast"
     n_head: int | None = None
     image_size: int | None = None
@@ -48,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = cli.parse_plain("convert", ConvertOptions, rest, EXAMPLES)
         given = {name: getattr(options, name) for name in ("n_head", "image_size", "patch_nums")}
         config = {name: value for name, value in given.items() if value is not None}
-        for line in convert(options.teacher, options.tokenizer, options.student, options.to, options.form, config):
+        about = {"point": options.point, "split": options.split}
+        files = (options.teacher, options.tokenizer, options.student)
+        for line in convert(*files, options.to, form=options.form, config=config, about_student=about):
             print(line)
 
     return cli.run("convert", body, arguments)

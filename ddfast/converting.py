@@ -9,11 +9,26 @@ from typing import Any
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 from ddfast.models.exporting import export_student, export_teacher
-from ddfast.models.loading import STUDENT_FILE, load_student, load_teacher, save_student, save_teacher, teacher_config
+from ddfast.models.loading import (
+    STUDENT_FILE,
+    TEACHER_FILE,
+    load_student,
+    load_teacher,
+    save_student,
+    save_teacher,
+    teacher_config,
+)
 
 
 def convert(
-    teacher: Path, tokenizer: Path | None, student: Path | None, to: Path, form: str, config: dict[str, Any]
+    teacher: Path,
+    tokenizer: Path | None,
+    student: Path | None,
+    to: Path,
+    *,
+    form: str,
+    config: dict[str, Any],
+    about_student: dict[str, Any],
 ) -> list[str]:
     """Read a teacher, and a student if one is given, and write them to the folder `to`; returns what was written.
 
@@ -23,11 +38,12 @@ def convert(
         to: folder of the result; what it holds is not overwritten.
         form: "ddfast": model.safetensors, config.json and student.safetensors; "official": the checkpoints that the
             official repositories load.
+        about_student: `point` and `split`, kept beside the student; None: unknown.
 
     Raises:
         DDFastError: a file cannot be read or does not fit, or `to` holds a result already.
     """
-    names = {"model.safetensors", "config.json", STUDENT_FILE} if form == "ddfast" else _OFFICIAL
+    names = {TEACHER_FILE, "config.json", STUDENT_FILE} if form == "ddfast" else _OFFICIAL
     there = sorted(name for name in names if (to / name).exists())
     if there:
         raise DDFastError(f"--to {to}: {', '.join(there)} exists; choose another folder")
@@ -39,10 +55,11 @@ def convert(
         if made is not None:
             export_student(made, to / "student.pth", live=live)
     else:
-        save_teacher(to / "model.safetensors", source)
+        save_teacher(to / TEACHER_FILE, source)
         write_atomically(to / "config.json", json.dumps(teacher_config(source), indent=2, default=list) + "\n")
         if made is not None:
-            save_student(to / STUDENT_FILE, made, {}, live=live)
+            made.split = made.split if about_student["split"] is None else about_student["split"]
+            save_student(to / STUDENT_FILE, made, {"point": about_student["point"]}, live=live)
     return [
         f"{to / name}: {(to / name).stat().st_size / 2**20:.1f} MiB" for name in sorted(names) if (to / name).exists()
     ]

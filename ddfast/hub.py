@@ -20,7 +20,7 @@ from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 from ddfast.models.digits import DigitsTeacher
 from ddfast.models.digits import save_teacher as save_digits_teacher
-from ddfast.models.loading import STUDENT_FILE, load_student, load_teacher, save_student, save_teacher
+from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load_teacher, save_student, save_teacher
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import noise
@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise DDFastError("ddfast.hub needs huggingface_hub: pip install 'ddfast[hub]'") from error
 
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+CONFIG_FILE = "config.json"
 
 _CARD = """# {title}
 
@@ -119,9 +119,9 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
     def _save_pretrained(self, save_directory: Path) -> None:
         folder = Path(save_directory)
         if isinstance(self.teacher, DigitsTeacher):
-            save_digits_teacher(self.teacher, folder / MODEL_FILE)
+            save_digits_teacher(self.teacher, folder / TEACHER_FILE)
         else:
-            save_teacher(folder / MODEL_FILE, self.teacher)
+            save_teacher(folder / TEACHER_FILE, self.teacher)
         save_student(folder / STUDENT_FILE, self.student, {"point": self.point})
         config = {"ddfast": ddfast.__version__, "point": self.point, "student": self.student.config, "card": self.card}
         config |= {"family": type(self.teacher).__name__, "num_tokens": self.teacher.num_tokens}

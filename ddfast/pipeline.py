@@ -20,7 +20,8 @@ from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
 from ddfast.errors import DDFastError
 from ddfast.evaluation import Evaluator, measure_speed
 from ddfast.files import write_atomically
-from ddfast.models.loading import STUDENT_FILE, load_student, save_student
+from ddfast.models.checkpoint import load_tensors
+from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load_teacher, save_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.recipes import build_teacher, get_recipe
@@ -133,22 +134,41 @@ def add_speed(rows: dict[str, dict[str, Any]], config: TrainConfig, teacher: Tea
 
 
 def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher, Student]:
-    """A finished run's configuration, teacher and student.
+    """Configuration, teacher and student of a finished run, or of a folder of `ddfast convert` or `ddfast.hub`.
 
     Raises:
-        DDFastError: `folder` holds no finished run.
+        DDFastError: `folder` holds none of them.
+    """
+    if not (folder / STUDENT_FILE).exists():
+        raise DDFastError(f"--student {folder}: no {STUDENT_FILE} there; `ddfast train` and `ddfast convert` make it")
+    config, teacher = open_teacher(folder, device, progress)
+    return config, teacher, load_student(folder, teacher)
+
+
+def open_teacher(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher]:
+    """Configuration and teacher of a finished run, or of a folder of `ddfast convert` or `ddfast.hub`.
+
+    The latter two know no more of a configuration than the point of the student's second step.
+
+    Raises:
+        DDFastError: `folder` holds none of them.
     """
     check_device(device)
-    if not (folder / CONFIG).exists() or not (folder / STUDENT_FILE).exists():
-        raise DDFastError(f"--student {folder}: no {CONFIG} and {STUDENT_FILE} there; `ddfast train` makes them")
+    if (folder / TEACHER_FILE).exists():
+        teacher = load_teacher(folder).to(device)
+        config = TrainConfig(recipe=folder.name, device=device)
+        header = load_tensors(folder / STUDENT_FILE)[1] if (folder / STUDENT_FILE).exists() else {}
+        config.dd1.point = header.get("point") or max(len(teacher.groups) // 2, 1)
+        return config, teacher
+    if not (folder / CONFIG).exists():
+        raise DDFastError(f"--student {folder}: no {CONFIG} and no {TEACHER_FILE} there; `ddfast train` makes them")
     values = read_toml(folder / CONFIG)
     if "recipe" not in values:
         raise DDFastError(f"{folder / CONFIG} names no recipe: it is not a run's")
     config = get_recipe(values["recipe"])
     update(config, values)
     config.device = device
-    teacher = build_teacher(config, progress)
-    return config, teacher, load_student(folder, teacher)
+    return config, build_teacher(config, progress)
 
 
 def check_device(device: str) -> None:

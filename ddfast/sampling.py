@@ -26,6 +26,25 @@ class Samples:
 
 
 @dataclass(kw_only=True)
+class Guidance:
+    """Settings of the teacher when it takes part; None: its defaults.
+
+    Attributes:
+        cfg_scale: classifier-free guidance, in the teacher's own sense.
+        cfg_interval: groups after the first + 1 that are guided; negative: all.
+        temperature: of the softmax.
+        top_k: codes kept; 0 is off.
+        top_p: probability mass kept; 1 is off.
+    """
+
+    cfg_scale: float | None = None
+    cfg_interval: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(kw_only=True)
 class _Request:
     """One batch to make: the sample index decides its noise, so a source's samples do not depend on the batch size."""
 
@@ -161,31 +180,36 @@ def sample(
 
 def sample_student(
     teacher: Teacher,
-    student: Student,
+    student: Student | None,
     *,
     count: int,
     seed: int,
     point: int,
     steps: int = 1,
     teacher_steps: int = 0,
+    guidance: Guidance | None = None,
     classes: tuple[int, ...] | None = None,
     batch_size: int = 1000,
 ) -> Samples:
-    """`count` samples of a student in one or two passes.
+    """`count` samples of a student in one or two passes, or of its teacher.
 
     Args:
-        steps: 1, or 2 with the second pass from `point`.
+        steps: 1, or 2 with the second pass from `point`; 0: the teacher alone.
+        guidance: of the teacher's part.
         teacher_steps: groups from `point` on that the teacher regenerates before the student's last pass; 0: none.
         teacher, student, count, seed, point, classes, batch_size: as in `sample`.
 
     Raises:
         ValueError: as in `sample`; or the teacher would run past the last group.
     """
+    given = {name: value for name, value in vars(guidance or Guidance()).items() if value is not None}
     settings: dict[str, object] = {"steps": (0, point) if steps == 2 else (0,)}
     if teacher_steps:
-        settings = {"teacher_range": (point, point + teacher_steps)}
+        settings = {"teacher_range": (point, point + teacher_steps), **given}
 
     def make(request: _Request) -> Tensor:
+        if steps == 0:
+            return teacher.embed(teacher.generate(request.condition, generator=request.generator, **given))
         return request.by_student(**settings)
 
     return _collect(make, teacher, student, count, seed, point, classes, batch_size)

@@ -1,13 +1,13 @@
-"""Caption features for text-conditional teachers: T5's, computed here or read from a file.
+"""Captions of text-conditional teachers: T5 features, padded on the left, encoded, stored and read back.
 
-A text condition is (features float32 [B, C, dim], mask int64 [B, C]): C tokens per caption, padded on the *left*,
-features zero at padding. Dimensions: B captions, C tokens, M captions of a file.
+Dimensions: M captions, C tokens of a caption (120 in LlamaGen), dim of a token's features (2048 in flan-t5-xl).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,42 +17,59 @@ from ddfast.models.checkpoint import load_tensors, save_tensors
 
 
 def left_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move every caption's valid tokens to the end, in their order, and zero what is before them.
+    """Move the valid tokens of every row to its end, in their order, with zeros before them.
 
-    features [B, C, dim], mask [B, C] (nonzero: valid) -> the same shapes, the mask int64.
+    Args:
+        features: [M, C, dim]; what stands at padding is ignored, also where it is not finite.
+        mask: [M, C], int64 or bool, nonzero at valid tokens; a row may have any number of them.
+
+    Returns:
+        Features and mask of the same shapes and dtypes.
+
+    Raises:
+        ValueError: the shapes do not agree.
     """
-    valid = mask.bool()
-    order = valid.int().argsort(dim=1, stable=True)  # padding first, both in their order
-    moved = features.gather(1, order[..., None].expand_as(features))
-    kept = valid.gather(1, order)
-    return moved * kept[..., None], kept.long()
+    problem = _shape_problem(features, mask)
+    if problem:
+        raise ValueError(problem)
+    # A stable sort by validity puts padding first and keeps the order of the tokens.
+    order = (mask != 0).to(torch.uint8).argsort(dim=1, stable=True)
+    mask = mask.gather(1, order)
+    features = features.gather(1, order[..., None].expand_as(features))
+    return features.masked_fill((mask == 0)[..., None], 0), mask
 
 
 @torch.no_grad()
 def encode_captions(
-    captions: Sequence[str],
+    captions: list[str],
     *,
     model: str = "google/flan-t5-xl",
     length: int = 120,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Features and masks of captions, by a T5 encoder of the transformers library (`pip install 'ddfast[text]'`).
+    """Features of captions by the encoder of a T5, which `transformers` loads (and downloads, the first time).
 
     Args:
-        captions: texts.
-        model: name or folder of the encoder; LlamaGen's was trained with flan-t5-xl.
-        length: C, tokens per caption; longer captions are cut.
-        device, dtype: of the encoder.
+        captions: M texts, at least one; tokens beyond `length` are cut off.
+        model: name or folder of the T5.
+        length: C, tokens per caption, the end token included.
+        device: where the encoder runs.
+        dtype: in which it runs; bfloat16 halves its memory, float16 overflows in the larger T5s.
         batch_size: captions at a time.
 
     Returns:
-        features float32 [B, C, dim] and mask int64 [B, C], padded on the left, on the CPU.
+        Features float32 [M, C, dim] and mask int64 [M, C], padded on the left, on the CPU.
 
     Raises:
-        DDFastError: transformers is not installed, or the encoder cannot be had.
+        DDFastError: transformers is not installed, or cannot load the model.
+        ValueError: there is no caption, or the batch size is below 1.
     """
+    if not captions:
+        raise ValueError("captions: got none, expected at least one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError as error:
@@ -61,51 +78,108 @@ def encode_captions(
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        encoder = T5EncoderModel.from_pretrained(model, torch_dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:
-        first = (str(error).splitlines() or ["no reason given"])[0]
-        raise DDFastError(f"captions: cannot load the encoder {model}: {first}") from error
+        encoder = T5EncoderModel.from_pretrained(model)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DDFastError(f"captions: cannot load the T5 encoder {model}: {reason}") from error
+    # By .to, not an argument of from_pretrained: that one's name depends on the version of transformers.
+    encoder = encoder.to(device=device, dtype=dtype).eval()
     features, masks = [], []
     for start in range(0, len(captions), batch_size):
-        texts = list(captions[start : start + batch_size])
-        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        hidden = encoder(
-            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
-        ).last_hidden_state
-        moved, kept = left_padded(hidden.float().cpu(), tokens["attention_mask"])
-        features.append(moved)
-        masks.append(kept)
-    if not features:
-        raise DDFastError("captions: got none, expected at least one text")
-    return torch.cat(features), torch.cat(masks)
+        tokens = tokenizer(
+            captions[start : start + batch_size],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        valid = tokens["attention_mask"].to(device)
+        hidden = encoder(input_ids=tokens["input_ids"].to(device), attention_mask=valid).last_hidden_state
+        # To the CPU batch by batch: a caption of flan-t5-xl takes a megabyte.
+        features.append(hidden.float().cpu())
+        masks.append(valid.cpu())
+    return left_padded(torch.cat(features), torch.cat(masks))
 
 
 def save_captions(path: Path, features: Tensor, mask: Tensor, captions: Sequence[str] | None = None) -> None:
-    """Write features [M, C, dim] and mask [M, C], and optionally the texts, to one safetensors file."""
-    save_tensors(path, {"features": features, "mask": mask}, {"captions": list(captions or [])})
+    """Write caption features to a safetensors file, the texts (where given) to the configuration in its header.
+
+    Args:
+        path: of the file, replaced where it exists.
+        features: float32 [M, C, dim].
+        mask: int64 or bool [M, C].
+        captions: the M texts.
+
+    Raises:
+        ValueError: dtypes or shapes are others, or there is not one text per row.
+    """
+    problem = _problem(features, mask)
+    if problem:
+        raise ValueError(problem)
+    config: dict[str, Any] = {}
+    if captions is not None:
+        if len(captions) != len(features):
+            raise ValueError(f"captions: got {len(captions)} texts, expected {len(features)}, one per row of features")
+        config["captions"] = list(captions)
+    save_tensors(path, {"features": features, "mask": mask}, config)
 
 
 def load_captions(path: Path) -> tuple[Tensor, Tensor]:
-    """Features [M, C, dim] and mask [M, C] of a file that `save_captions` wrote.
+    """Caption features float32 [M, C, dim] and mask int64 or bool [M, C] of a file that `save_captions` wrote.
 
     Raises:
-        DDFastError: the file is missing or damaged, or its tensors are not these.
+        DDFastError: the file is missing, damaged or not safetensors, or its tensors have other names, dtypes or shapes.
     """
     tensors, _ = load_tensors(path)
-    features, mask = tensors.get("features"), tensors.get("mask")
-    if features is None or mask is None:
-        raise DDFastError(f"{path}: got {', '.join(sorted(tensors)) or 'no tensors'}, expected features and mask")
-    fits = features.ndim == 3 and features.is_floating_point() and mask.shape == features.shape[:2] and len(features)
-    if not fits:
-        got = f"features {list(features.shape)} {features.dtype} and mask {list(mask.shape)}"
-        raise DDFastError(f"{path}: got {got}, expected floating-point features [M, C, dim] and mask [M, C]")
-    return features.float(), mask.long()
+    if tensors.keys() != {"features", "mask"}:
+        got = ", ".join(sorted(tensors)) or "nothing"
+        raise DDFastError(f"{path} holds no captions: got {got}, expected features, mask")
+    features, mask = tensors["features"], tensors["mask"]
+    problem = _problem(features, mask)
+    if problem:
+        raise DDFastError(f"{path} holds no captions: {problem}")
+    return features, mask
 
 
-def random_captions(count: int, length: int, dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Stand-ins for features, to test and to profile with random weights: `count` captions of various lengths."""
+def random_captions(count: int, length: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Stand-ins for captions, to profile with random weights: normal features of about unit norm, varied lengths.
+
+    Args:
+        count: M.
+        length: C; about a quarter of it to all of it is valid in a row, at least one token.
+        dim: of the features.
+        seed: the same seed gives the same captions.
+
+    Returns:
+        Features float32 [M, C, dim] and mask int64 [M, C], padded on the left.
+
+    Raises:
+        ValueError: length or dim is below 1.
+    """
+    if length < 1 or dim < 1:
+        raise ValueError(f"length, dim: got {length}, {dim}, expected at least 1")
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(max(length // 4, 1), length + 1, (count,), generator=generator)
-    mask = (torch.arange(length) >= length - lengths[:, None]).long()
+    valid = torch.randint(max(1, length // 4), length + 1, (count, 1), generator=generator)
+    mask = (torch.arange(length) >= length - valid).long()
     features = torch.randn(count, length, dim, generator=generator) * dim**-0.5
-    return features * mask[..., None], mask
+    return features.masked_fill((mask == 0)[..., None], 0), mask
+
+
+def _shape_problem(features: Tensor, mask: Tensor) -> str:
+    """What is wrong with the shapes of caption features and their mask, in one line; "" where nothing is."""
+    if features.ndim != 3 or not len(features):
+        return f"features: got {list(features.shape)}, expected [M >= 1, C, dim]"
+    if mask.shape != features.shape[:2]:
+        return f"mask: got {list(mask.shape)}, expected {list(features.shape[:2])} as of features [M, C, dim]"
+    return ""
+
+
+def _problem(features: Tensor, mask: Tensor) -> str:
+    """What is wrong with the dtypes and shapes of caption features and their mask; "" where nothing is."""
+    if features.dtype != torch.float32:
+        return f"features: got {features.dtype}, expected torch.float32"
+    if mask.dtype not in (torch.int64, torch.bool):
+        return f"mask: got {mask.dtype}, expected torch.int64 or torch.bool"
+    return _shape_problem(features, mask)

@@ -40,6 +40,7 @@ class LlamaGenSizes:
         block_size: image tokens, a square.
         model_type: "c2i" (class labels) or "t2i" (captions).
         num_classes: of labels (c2i).
+        class_dropout_prob: 0: the teacher was trained without guidance, and has no embedding for "no condition".
         cls_token_num: condition tokens.
         caption_dim: of caption features (t2i).
         rope_base: of the rotary embedding.
@@ -54,6 +55,7 @@ class LlamaGenSizes:
     block_size: int = 256
     model_type: str = "c2i"
     num_classes: int = 1000
+    class_dropout_prob: float = 0.1
     cls_token_num: int = 1
     caption_dim: int = 2048
     rope_base: float = 10000
@@ -150,11 +152,11 @@ class LlamaBlock(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """Labels int64 [B] to one token [B, 1, W]; the last row stands for "no condition"."""
+    """Labels int64 [B] to one token [B, 1, W]; a last row may stand for "no condition"."""
 
-    def __init__(self, sizes: LlamaGenSizes) -> None:
+    def __init__(self, sizes: LlamaGenSizes, unconditional: bool) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(sizes.num_classes + 1, sizes.dim)
+        self.embedding_table = nn.Embedding(sizes.num_classes + unconditional, sizes.dim)
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)[:, None]
@@ -186,9 +188,10 @@ class _LlamaGenNetwork(nn.Module):
     sizes: LlamaGenSizes
     rope: Tensor
 
-    def _add_layers(self, sizes: LlamaGenSizes, num_codes: int) -> None:
+    def _add_layers(self, sizes: LlamaGenSizes, num_codes: int, *, unconditional: bool) -> None:
         self.sizes = sizes
-        self.cls_embedding = CaptionEmbedding(sizes) if sizes.model_type == "t2i" else LabelEmbedding(sizes)
+        text = sizes.model_type == "t2i"
+        self.cls_embedding = CaptionEmbedding(sizes) if text else LabelEmbedding(sizes, unconditional)
         self.layers = nn.ModuleList(LlamaBlock(sizes) for _ in range(sizes.n_layer))
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.output = nn.Linear(sizes.dim, num_codes, bias=False)
@@ -211,6 +214,10 @@ class _LlamaGenNetwork(nn.Module):
         sizes = self.sizes
         if sizes.model_type == "c2i":
             assert isinstance(condition, Tensor)
+            if unconditional and sizes.class_dropout_prob == 0:
+                raise ValueError(
+                    "cfg_scale: this teacher has no embedding for 'no condition', expected 1 (no guidance)"
+                )
             labels = torch.full_like(condition, sizes.num_classes) if unconditional else condition
             return self.cls_embedding(labels), None
         features, valid = condition
@@ -297,7 +304,7 @@ class LlamaGenTeacher(_LlamaGenNetwork, Teacher):
         self.defaults = defaults
         num_codes = tokenizer.codebook().shape[0]
         self.tok_embeddings = nn.Embedding(num_codes, sizes.dim)
-        self._add_layers(sizes, num_codes)
+        self._add_layers(sizes, num_codes, unconditional=sizes.class_dropout_prob > 0)
         self.tokenizer = tokenizer
         self.derive_buffers()
 
@@ -393,7 +400,7 @@ class LlamaGenStudent(_LlamaGenNetwork, Student):
         super().__init__(teacher)
         self.tok_embeddings = nn.Linear(teacher.code_dim, own.dim)
         self.n_d_embed = nn.Embedding(2, own.dim)
-        self._add_layers(own, teacher.num_codes)
+        self._add_layers(own, teacher.num_codes, unconditional=True)  # officially always there, and never used
         nn.init.zeros_(self.tok_embeddings.bias)
         self.final_layer_conti = ContinuousHead(own.dim, teacher.code_dim)
 
@@ -417,8 +424,9 @@ class LlamaGenStudent(_LlamaGenNetwork, Student):
             raise TypeError(f"teacher: got {type(teacher).__name__}, expected a LlamaGenTeacher to start from")
         source = teacher.state_dict()
         own = self.state_dict()
-        names = [name for name in own if name in source and not name.startswith("tok_embeddings.")]
-        self.load_state_dict({name: source[name] for name in names}, strict=False)
+        for name, value in own.items():
+            if name in source and not name.startswith("tok_embeddings."):
+                value[: len(source[name])].copy_(source[name])  # a teacher without guidance has one label row fewer
 
     def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         tokens, valid = self._condition_tokens(condition)

@@ -32,7 +32,7 @@ from ddfast.models.vqgan import LLAMAGEN_NAMING, VAR_NAMING, ConvSizes
 
 FAMILIES = ("digits", "var", "llamagen")
 
-STUDENT_FILE = "student.safetensors"
+STUDENT_FILE, TEACHER_FILE = "student.safetensors", "model.safetensors"
 
 _AVERAGE = "ema."
 """Prefix of the averaged weights in a student's file, beside the live ones."""
@@ -54,7 +54,7 @@ _LLAMAGEN_HEADS = {
 # passed as it is.
 _WITHOUT_EFFECT = {
     "cond_drop_rate", "drop_rate", "attn_drop_rate", "drop_path_rate", "flash_if_available", "fused_if_available",
-    "class_dropout_prob", "token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p", "initializer_range",
+    "token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p", "initializer_range",
     "max_batch_size", "max_seq_len", "multiple_of", "ffn_dim_multiplier", "beta", "commit_loss_beta", "test_mode",
     "entropy_loss_ratio", "codebook_show_usage", "dropout", "dropout_p", "n_d_embed_enable", "in_channels",
     "double_z", "using_sa", "using_mid_sa",
@@ -222,7 +222,7 @@ def tokenizer_tensors(content: dict[str, Any], source: object) -> dict[str, Tens
 
 
 def _teacher_file(path: Path) -> Path:
-    return path / "model.safetensors" if path.is_dir() else path
+    return path / TEACHER_FILE if path.is_dir() else path
 
 
 def _network_tensors(content: dict[str, Any], source: object) -> dict[str, Tensor]:
@@ -435,11 +435,12 @@ def _llamagen_teacher(
     except (KeyError, ValueError) as error:
         raise DDFastError(f"{source} is no complete LlamaGen checkpoint: {error} is missing") from error
     depth = _count(tensors, r"layers\.(\d+)\.")
+    labels = condition[0] - (rest.get("class_dropout_prob") != 0)  # the last row stands for "no condition"
     found = {
         "dim": dim, "n_layer": depth, "n_head": None, "n_kv_head": None, "ffn_dim": ffn_dim, "vocab_size": num_codes,
-        "block_size": None, "model_type": "t2i" if text else "c2i", "num_classes": None if text else condition[0] - 1,
+        "block_size": None, "model_type": "t2i" if text else "c2i", "num_classes": None if text else labels,
         "cls_token_num": condition[0] if text else 1, "caption_dim": condition[1] if text else None,
-        "rope_base": None, "norm_eps": None,
+        "rope_base": None, "norm_eps": None, "class_dropout_prob": None,
     }  # fmt: skip
     settled = _settle(found, rest, source, aliases={"ffn_hidden_dim": "ffn_dim"})
     del settled["vocab_size"]
@@ -483,7 +484,7 @@ def teacher_config(teacher: Teacher) -> dict[str, Any]:
         family, known = "var", {"norm_eps": teacher.sizes.norm_eps, "num_heads": teacher.sizes.num_heads}
     elif isinstance(teacher, LlamaGenTeacher):
         family, known = "llamagen", dict(vars(teacher.sizes))
-        known = {name: known[name] for name in ("n_head", "block_size", "rope_base", "norm_eps")}
+        known = {name: known[name] for name in ("n_head", "block_size", "rope_base", "norm_eps", "class_dropout_prob")}
     else:
         raise TypeError(f"teacher: got {type(teacher).__name__}, expected a VAR or LlamaGen teacher")
     config = {**known, **teacher.tokenizer.config}

@@ -372,15 +372,19 @@ class VARStudent(_VARNetwork, Student):
         label = self.class_emb(condition)
         tokens = torch.cat((label[:, None] + self.pos_start, self.word_embed(x.to(self.dtype))), dim=1)
         levels = group_levels((1, *self.groups), x.device)
-        is_data = self.n_d_embed(self.data_levels(t, len(x), 1))
-        hidden = tokens + self.lvl_embed(levels) + self.pos_1LC + is_data
+        is_data = self.data_levels(t, len(x), 1)
+        hidden = tokens + self.lvl_embed(levels) + self.pos_1LC + self.n_d_embed(is_data)
         attend = MaskedAttention(level_mask((1, *self.groups), x.device))
         for layer, (block, modulation) in enumerate(zip(self.blocks, self._modulations(label), strict=True)):
             hidden = block(hidden, modulation, attend, layer, self._layerwise(layer, is_data))
         return (hidden + self._layerwise(-1, is_data))[:, 1:], label
 
     def _layerwise(self, layer: int, is_data: Tensor) -> Tensor:
-        return self.layerwise_n_d_embed[layer](is_data) if hasattr(self, "layerwise_n_d_embed") else is_data
+        """The data/noise embedding [B, 1 + N, W] as one layer adds it, from int64 [B, 1 + N]."""
+        table = self.n_d_embed.weight
+        if hasattr(self, "layerwise_n_d_embed"):
+            table = self.layerwise_n_d_embed[layer](table)  # two rows through the layer, not every token
+        return F.embedding(is_data, table)
 
     def code_logits(self, hidden: Tensor, context: Tensor) -> Tensor:
         return self.head(self.head_nm(hidden, context)).float()

@@ -3,11 +3,15 @@
 import subprocess
 import sys
 
+import matplotlib.image
 import pytest
 import torch
 from golden import Case
+from safetensors.torch import load_file
 
+import ddfast
 from ddfast.models.loading import load_student, load_teacher
+from ddfast.ops import nearest_code
 
 VAR, VAR_DD, GPT, GPT_DD = Case("var_teacher"), Case("dd_var"), Case("llamagen_c2i"), Case("dd_llamagen")
 GIVEN = {
@@ -49,6 +53,40 @@ def test_there_and_back(tmp_path, family):
         live = load_student(folder, teacher, ema=False).predict(student_case["label"], student_case["noise"], 0)[0]
         name = "fwd_t0_logits_var_wo_ddp" if family == "var" else "fwd_t0_logits_model"
         student_case.check(**{name: live})
+
+
+def test_a_converted_folder_is_sampled(tmp_path):
+    """Teacher alone, one step, two steps, and the teacher in between, as the official scripts run them."""
+    folder = tmp_path / "dd"
+    convert(*GIVEN["var"], "--point", 2, "--split", 2, "--to", folder)
+    made = {}
+    for name, options in {
+        "teacher": ["--steps=0", "--guidance.cfg-scale=1.5", "--guidance.top-k=1"],
+        "one": [],
+        "two": ["--steps=2"],
+        "combined": ["--teacher-steps=1", "--guidance.top-k=1", "--point=1"],
+        "images": ["--steps=2", "--format=files"],
+    }.items():
+        call = [sys.executable, "-m", "ddfast.sample", "--student", str(folder), "--count=4", "--classes=1,7"]
+        target = ["--to", str(tmp_path / name)] + ([] if name == "images" else ["--format=codes"])
+        subprocess.run([*call, *options, *target], check=True, capture_output=True)
+        if name != "images":
+            made[name] = load_file(tmp_path / f"{name}.safetensors")["codes"]
+    teacher = load_teacher(folder)
+    student = load_student(folder, teacher)
+    assert student.split == 2
+    label = torch.tensor([1, 7, 1, 7])
+    noise = ddfast.noise(0, torch.arange(4), (30, 8))
+    assert torch.equal(made["teacher"], teacher.generate(label, sampler="greedy", cfg_scale=1.5, top_k=1, top_p=1.0))
+    for name, settings in {
+        "one": {}, "two": {"steps": (0, 2)}, "combined": {"teacher_range": (1, 2), "top_k": 1},
+    }.items():  # fmt: skip
+        assert torch.equal(made[name], nearest_code(student.sample(label, noise, **settings), teacher.codebook))
+    files = sorted((tmp_path / "images").iterdir())
+    assert [path.name for path in files] == [f"0000{i}-class{c}.png" for i, c in enumerate((1, 7, 1, 7))]
+    pixels = torch.from_numpy(matplotlib.image.imread(files[1])[..., :3].copy()).permute(2, 0, 1)
+    expected = teacher.decode(student.sample(label, noise, steps=(0, 2)))[1]
+    assert (pixels - expected).abs().max() <= 1.01 / 255
 
 
 def test_nothing_is_overwritten_and_errors_are_one_line(tmp_path):

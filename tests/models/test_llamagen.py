@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from golden import Case, as_latents
 from official import llamagen_teacher_like, randomised
 
+from ddfast.models.exporting import export_teacher
 from ddfast.models.llamagen import LlamaGenSizes, LlamaGenStudent, LlamaGenTeacher, padded_mask, rope_table, rotate
 from ddfast.models.loading import load_student, load_teacher, load_tokenizer, start_student
 from ddfast.models.tokenizers import LlamaGenTokenizer
@@ -186,6 +187,22 @@ def test_cached_decoding_equals_teacher_forcing(variant):
     assert torch.equal(codes[:, :1], teacher.generate(condition, stop=1, **settings))
     unguided = teacher.generate(condition, sampler="greedy", cfg_scale=1.0, prefix=codes[:, :4])
     assert torch.equal(unguided[:, 4:], teacher.logits(condition, unguided).argmax(-1)[:, 4:])
+
+
+def test_a_teacher_trained_without_guidance(tmp_path):
+    teacher = llamagen_teacher_like(class_dropout_prob=0.0)
+    export_teacher(teacher, tmp_path / "gpt.pt", tmp_path / "vq.pt")
+    sizes = {"n_head": 4, "block_size": 9, "class_dropout_prob": 0.0}
+    loaded = load_teacher(tmp_path / "gpt.pt", tmp_path / "vq.pt", **sizes)
+    assert loaded.num_classes == 5
+    label = torch.tensor([0, 4])
+    greedy = {"sampler": "greedy", "top_k": 0}
+    codes = loaded.generate(label, cfg_scale=1.0, **greedy)
+    assert torch.equal(codes, teacher.logits(label, codes).argmax(-1))
+    with pytest.raises(ValueError, match="cfg_scale: this teacher has no embedding for 'no condition'"):
+        loaded.generate(label, cfg_scale=2.0, **greedy)
+    student = start_student(loaded)
+    assert torch.equal(student.cls_embedding.embedding_table.weight[:5], teacher.cls_embedding.embedding_table.weight)
 
 
 def test_padding_changes_nothing():

@@ -10,9 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", ["README.md", "docs/adding-a-teacher.md"])
+def test_pages(page):
+    """All Python of a page, one block after the other."""
+    names: dict[str, object] = {"__name__": page}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    for code in blocks:
+        exec(compile(code, page, "exec"), names)
 
 
 @pytest.mark.parametrize("module", ["ddfast.ops.nearest_code", "ddfast.ops.noise"])
