@@ -116,21 +116,16 @@ def add_speed(rows: dict[str, dict[str, Any]], config: TrainConfig, teacher: Tea
     """Seconds per image, with and without image decoding, and the speed-ups over this package's AR decoding."""
     names = {"teacher": "ar", "teacher_plain": "ar_plain", "student_1step": "student_1step"}
     names |= {"student_2step": "student_2step", "independent_marginals": "marginals"}
-    for decode, key in ((False, "seconds_per_image"), (True, "seconds_per_image_decoded")):
-        seconds = measure_speed(
-            teacher, student, batch_sizes=config.evaluation.batch_sizes, point=config.dd1.point, decode=decode
-        )
-        for row, source in names.items():
-            if source not in seconds:
-                continue
-            rows.setdefault(row, {})[key] = {str(batch): value for batch, value in seconds[source].items()}
-        if not decode:
-            for row in ("student_1step", "student_2step"):
-                own = seconds[row]
-                rows[row]["speedup_vs_ar"] = {str(batch): seconds["ar"][batch] / own[batch] for batch in own}
-                rows[row]["speedup_vs_plain_ar"] = {
-                    str(batch): seconds["ar_plain"][batch] / own[batch] for batch in own
-                }
+    seconds = measure_speed(teacher, student, batch_sizes=config.evaluation.batch_sizes, point=config.dd1.point)
+    decoder = seconds["image_decoder"]
+    for row, source in names.items():
+        if source in seconds:
+            own = seconds[source]
+            rows.setdefault(row, {})["seconds_per_image"] = {str(batch): value for batch, value in own.items()}
+            rows[row]["seconds_per_image_decoded"] = {str(batch): own[batch] + decoder[batch] for batch in own}
+    for row in ("student_1step", "student_2step"):
+        for baseline, key in (("ar", "speedup_vs_ar"), ("ar_plain", "speedup_vs_plain_ar")):
+            rows[row][key] = {str(batch): seconds[baseline][batch] / own for batch, own in seconds[row].items()}
 
 
 def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher, Student]:

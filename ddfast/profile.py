@@ -27,7 +27,7 @@ class ProfileOptions(TrainConfig):
     Attributes:
         student: folder of a training run.
         random_weights: time untrained networks of the recipe's sizes instead.
-        rounds: repetitions of every measurement.
+        rounds: repetitions of every measurement; fewer of what takes more than 20 seconds in all.
     """
 
     student: Path | None = None
@@ -49,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.dd1 = config.dd1  # the second step starts from the point that this student learnt
         else:
             raise DDFastError("give --student DIR, or --random-weights to time untrained networks")
-        command = command_line("profile")
-        print("\n".join(profile(options, teacher, student, options.out, command=command, rounds=options.rounds)))
+        shown, command = cli.progress_bar("speed"), command_line("profile")
+        lines = profile(options, teacher, student, options.out, command=command, rounds=options.rounds, progress=shown)
+        print("\n".join(lines))
 
     return cli.run("profile", body, arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nvtx
@@ -28,7 +29,14 @@ _LABELS = {
 
 
 def profile(
-    config: TrainConfig, teacher: Teacher, student: Student, out: Path, *, command: str, rounds: int = 7
+    config: TrainConfig,
+    teacher: Teacher,
+    student: Student,
+    out: Path,
+    *,
+    command: str,
+    rounds: int = 7,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[str]:
     """Time AR decoding against the student and write a Chrome trace to `out/trace.json`.
 
@@ -38,18 +46,21 @@ def profile(
         out: folder of the trace.
         command: the command line to give to Nsight.
         rounds: repetitions of every measurement.
+        progress: called with rounds done, rounds in all, and what is being timed.
 
     Returns:
-        The lines of a table (milliseconds per image, ratios to both AR decoders, peak memory) and what to run next.
+        The lines of a table (milliseconds per image without and with image decoding, ratios to both AR decoders, peak
+        memory) and what to run next.
     """
     batches, point = config.evaluation.batch_sizes, config.dd1.point
+    seconds = measure_speed(teacher, student, batch_sizes=batches, point=point, rounds=rounds, progress=progress)
+    decoder = seconds.pop("image_decoder")
     lines = []
-    for decode in (False, True):
-        seconds = measure_speed(teacher, student, batch_sizes=batches, point=point, decode=decode, rounds=rounds)
-        lines += ["", f"milliseconds per image, image decoding {'included' if decode else 'excluded'}"]
+    for decoded in (False, True):
+        lines += ["", f"milliseconds per image, image decoding {'included' if decoded else 'excluded'}"]
         lines.append(f"{'batch':>8s}  " + "  ".join(f"{label:>24s}" for label in _LABELS.values()))
         for batch in batches:
-            values = [seconds[name][batch] * 1e3 for name in _LABELS]
+            values = [1e3 * (seconds[name][batch] + (decoder[batch] if decoded else 0)) for name in _LABELS]
             plain, own = values[:2]
             cells = [f"{value:.3f} ({plain / value:.1f}x, {own / value:.1f}x)" for value in values]
             lines.append(f"{batch:8d}  " + "  ".join(f"{cell:>24s}" for cell in cells))

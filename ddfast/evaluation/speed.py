@@ -16,6 +16,10 @@ from ddfast.models.student import Student
 from ddfast.ops import filter_logits, noise
 from ddfast.sampling import draw_marginals, marginal_tables, sources_for
 
+_WARM_UP_ROUNDS = 2
+_ENOUGH_SECONDS = 20.0
+"""What one source may take of a measurement before its rounds end: 256 steps without a cache take minutes on a CPU."""
+
 
 def generate_plainly(teacher: Teacher, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
     """AR decoding as a first script would write it: no cache, the whole sequence through the model at every step.
@@ -52,53 +56,64 @@ def measure_speed(
     *,
     batch_sizes: tuple[int, ...],
     point: int,
-    decode: bool,
     rounds: int = 7,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Median seconds per image of AR decoding and of the student, every source timed once a round.
+    """Median seconds per image of AR decoding, the student and the image decoder, every source timed once a round.
 
     Args:
         teacher, student: what is timed; guidance and filters are the teacher's defaults.
         batch_sizes: images per call.
         point: t1, the point of the second step.
-        decode: include the image decoder.
-        rounds: repetitions.
+        rounds: repetitions after two that warm up; fewer for a source that takes more than 20 seconds in all.
+        progress: called with rounds done, rounds in all, and the source.
 
     Returns:
         {source: {batch size: seconds per image}} for "ar" (`Teacher.generate`), "ar_plain" (`generate_plainly`),
-        "student_1step", "student_2step" and, where they can be had, "marginals" (one draw from tables made before).
+        "student_1step", "student_2step", where they can be had "marginals" (one draw from tables made before), and
+        "image_decoder" (codes to pixels, which every other source leaves out).
     """
     device = teacher.codebook.device
     tables = None
     if "independent_marginals" in sources_for(teacher):
         tables = marginal_tables(teacher, torch.Generator(device).manual_seed(0), samples_per_class=500)
     result: dict[str, dict[int, float]] = {}
-    for batch in batch_sizes:
+    turns = _WARM_UP_ROUNDS + rounds
+    for number, batch in enumerate(batch_sizes):
         index = torch.arange(batch, device=device) % teacher.num_conditions
         condition = teacher.condition_of(index)
         eps = noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim), device)
+        codes = torch.randint(teacher.num_codes, (batch, teacher.num_tokens), device=device)
         sources: dict[str, Callable[[], Tensor]] = {
             "ar": partial(teacher.generate, condition),
             "ar_plain": partial(generate_plainly, teacher, condition),
             "student_1step": partial(student.sample, condition, eps),
             "student_2step": partial(student.sample, condition, eps, steps=(0, point)),
+            "image_decoder": partial(teacher.decode, codes),
         }
         if tables is not None:
             sources["marginals"] = partial(draw_marginals, tables, index)
         seconds: dict[str, list[float]] = {name: [] for name in sources}
-        for turn in range(rounds + 2):
+        for turn in range(turns):
             for name, make in sources.items():
-                _wait(device)
-                start = time.perf_counter()
-                made = make()
-                if decode:
-                    teacher.decode(made)
-                _wait(device)
-                if turn >= 2:  # the first two rounds warm up
-                    seconds[name].append(time.perf_counter() - start)
+                if progress is not None:
+                    progress(number * turns + turn, len(batch_sizes) * turns, f"{name}, batch {batch}")
+                if sum(seconds[name]) < _ENOUGH_SECONDS:
+                    seconds[name].append(_seconds(make, device))
         for name, values in seconds.items():
-            result.setdefault(name, {})[batch] = statistics.median(values) / batch
+            counted = values[_WARM_UP_ROUNDS:] or values[-1:]
+            result.setdefault(name, {})[batch] = statistics.median(counted) / batch
+    if progress is not None:
+        progress(len(batch_sizes) * turns, len(batch_sizes) * turns, "done")
     return result
+
+
+def _seconds(make: Callable[[], Tensor], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    make()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -1,6 +1,9 @@
+import time
+
 import pytest
 import torch
 
+from ddfast.evaluation import speed
 from ddfast.evaluation.quality import frechet_distance, pair_table_distance
 from ddfast.evaluation.speed import generate_plainly, measure_speed
 from ddfast.models.digits import digit_batch
@@ -99,10 +102,20 @@ def test_errors(arguments, words):
 
 def test_speed_has_every_source_and_batch_size():
     teacher, student = networks()
-    seconds = measure_speed(teacher, student, batch_sizes=(1, 8), point=5, decode=True, rounds=3)
-    assert set(seconds) == {"ar", "ar_plain", "student_1step", "student_2step", "marginals"}
+    seconds = measure_speed(teacher, student, batch_sizes=(1, 8), point=5, rounds=3)
+    assert set(seconds) == {"ar", "ar_plain", "student_1step", "student_2step", "marginals", "image_decoder"}
     assert all(value > 0 for row in seconds.values() for value in row.values())
     assert seconds["ar"][8] < seconds["ar"][1]
+
+
+def test_speed_measures_a_slow_source_once(monkeypatch):
+    teacher, student = networks()
+    calls = []
+    monkeypatch.setattr(speed, "generate_plainly", lambda *_: calls.append(time.sleep(0.02)))
+    monkeypatch.setattr(speed, "_ENOUGH_SECONDS", 0.01)
+    seconds = measure_speed(teacher, student, batch_sizes=(2,), point=5, rounds=3)
+    assert len(calls) == 1
+    assert 0.01 <= seconds["ar_plain"][2] < 1
 
 
 def test_evaluator_tells_real_from_noise(tmp_path, monkeypatch):
