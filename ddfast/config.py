@@ -211,7 +211,7 @@ class LlamaGenTeacherConfig(PretrainedTeacherConfig):
         num_classes: of labels.
         cls_token_num: condition tokens.
         caption_dim: of caption features.
-        captions: safetensors file with the features that training pairs cycle through (t2i; docs/captions.md).
+        captions: safetensors file with the features that training pairs cycle through (t2i; docs/teachers.md).
     """
 
     cfg_scale: float = 2.0
