@@ -24,7 +24,7 @@ class ConvertOptions:
         teacher: a teacher's checkpoint: official, or a folder that this command wrote.
         to: folder for the result.
         tokenizer: its tokenizer's checkpoint, if the teacher's file does not hold it.
-        student: a DD1 student of this teacher, converted with it.
+        student: a DD1 student of this teacher, converted with it; default: the one in the teacher's folder.
         point: where the student's second step starts (VAR-d16: 5, d20 and d24: 4, LlamaGen: 80), for `ddfast sample`.
         split: group from which its samples are the continuous head's (as point; LlamaGen-L: 130).
         form: ddfast (safetensors with settings and config.json) or official (what the official repositories load).

@@ -34,7 +34,7 @@ def convert(
 
     Args:
         teacher, tokenizer, config: as in `load_teacher`.
-        student: as in `load_student`.
+        student: as in `load_student`; None: the one in the folder `teacher`, if there is one.
         to: folder of the result; what it holds is not overwritten.
         form: "ddfast": model.safetensors, config.json and student.safetensors; "official": the checkpoints that the
             official repositories load.
@@ -47,6 +47,8 @@ def convert(
     there = sorted(name for name in names if (to / name).exists())
     if there:
         raise DDFastError(f"--to {to}: {', '.join(there)} exists; choose another folder")
+    if student is None and (teacher / STUDENT_FILE).is_file():
+        student = teacher / STUDENT_FILE
     source = load_teacher(teacher, tokenizer, **config)
     made = None if student is None else load_student(student, source)
     live = None if student is None else _live(student, source)

@@ -395,7 +395,7 @@ def _var_teacher(
     if patch_nums is None:
         if positions != sum(side**2 for side in IMAGENET_SCALES):
             raise DDFastError(
-                f"patch_nums: {source} has {positions} positions and no lvl_1L; give patch_nums=(1, 2, ...)"
+                f"patch_nums: {source} has {positions} positions and no lvl_1L; give patch_nums=(1, 2, ...) (--patch-nums)"
             )
         patch_nums = IMAGENET_SCALES
     if settled["num_heads"] is None:  # officially, and without normalised attention nothing else tells
@@ -446,7 +446,9 @@ def _llamagen_teacher(
     del settled["vocab_size"]
     heads = settled["n_head"] or _LLAMAGEN_HEADS.get((dim, depth))
     if heads is None or dim % heads:
-        raise DDFastError(f"n_head: {source} (dim {dim}, {depth} layers) is no published size; give n_head=...")
+        raise DDFastError(
+            f"n_head: {source} (dim {dim}, {depth} layers) is no published size; give n_head=... (--n-head)"
+        )
     kv_heads, odd = divmod(qkv - dim, 2 * (dim // heads))
     if odd or kv_heads < 1 or settled["n_kv_head"] not in (None, kv_heads):
         raise DDFastError(f"n_head: {heads} heads of {dim // heads} do not fit wqkv's {qkv} rows in {source}")

@@ -34,7 +34,7 @@ def test_there_and_back(tmp_path, family):
     teacher_case, student_case = (VAR, VAR_DD) if family == "var" else (GPT, GPT_DD)
     ours, back, again = tmp_path / "ours", tmp_path / "official", tmp_path / "again"
     assert "model.safetensors: " in convert(*GIVEN[family], "--to", ours).stdout
-    convert("--teacher", ours, "--student", ours, "--to", back, "--form", "official")
+    convert("--teacher", ours, "--to", back, "--form", "official")  # the student in the folder goes along
     extra = [] if family == "var" else ["--n-head", 4, "--image-size", 64]
     convert("--teacher", back / "teacher.pth", "--tokenizer", back / "tokenizer.pth", "--student", back / "student.pth",
             "--to", again, *extra)  # fmt: skip
