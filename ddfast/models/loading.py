@@ -395,7 +395,7 @@ def _var_teacher(
     if patch_nums is None:
         if positions != sum(side**2 for side in IMAGENET_SCALES):
             raise DDFastError(
-                f"patch_nums: {source} has {positions} positions and no lvl_1L; give patch_nums=(1, 2, ...) (--patch-nums)"
+                f"patch_nums: {source} has {positions} positions and no lvl_1L; give patch_nums=... (--patch-nums)"
             )
         patch_nums = IMAGENET_SCALES
     if settled["num_heads"] is None:  # officially, and without normalised attention nothing else tells
