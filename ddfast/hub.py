@@ -8,10 +8,12 @@ images = Generator.from_pretrained("dd1-digits").images([3, 7], steps=2)
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import noise
-from ddfast.pipeline import CONFIG, METRICS_JSON, STAGES, open_student
+from ddfast.pipeline import LOCATION, METRICS_JSON, STAGES, open_student, plain
 from ddfast.report import quality_table
 
 try:
@@ -89,7 +91,8 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         """
         folder = Path(folder)
         config, teacher, student = open_student(folder, device, lambda done, total, text: None)
-        card = {"recipe": f"`{config.recipe}`; every setting:\n\n```toml\n{(folder / CONFIG).read_text()}```"}
+        settings = _shareable({name: value for name, value in plain(config).items() if name not in LOCATION})
+        card = {"recipe": f"`{config.recipe}`; every setting:\n\n```toml\n{tomli_w.dumps(settings)}```"}
         if (folder / STAGES).exists():
             seconds = json.loads((folder / STAGES).read_text())
             card["cost"] = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()) + f" on {device}."
@@ -180,3 +183,15 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             **{name: self.card.get(name, "Unknown.") for name in ("recipe", "cost", "evaluation")},
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _shareable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose paths are reduced to the file's name: a card goes to people who know no folder of this machine."""
+    return {
+        name: _shareable(value)
+        if isinstance(value, dict)
+        else Path(value).name
+        if isinstance(value, str) and os.path.isabs(value)
+        else value
+        for name, value in settings.items()
+    }

@@ -34,7 +34,7 @@ Progress = Callable[[int, int, str], None]
 
 CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
 
-_LOCATION = ("out", "device", "resume")
+LOCATION = ("out", "device", "resume")
 """Fields that decide where and how a run goes on, not what it makes."""
 
 
@@ -189,7 +189,7 @@ def claim_folder(config: TrainConfig) -> None:
         different = [
             f"{name} is {theirs.get(name)!r}, not {value!r}"
             for name, value in _flat(mine).items()
-            if name not in _LOCATION and theirs.get(name) != value
+            if name not in LOCATION and theirs.get(name) != value
         ]
         if different:
             raise DDFastError(f"{out} holds a run with other settings ({'; '.join(different)}); choose another --out")

@@ -135,8 +135,8 @@ _MAKERS: dict[str, Callable[[_Request], Tensor]] = {
 
 SOURCES = tuple(_MAKERS)
 
-_LARGEST_TABLE = 2**28
-"""Entries of `marginal_tables` up to which they are estimated: ImageNet's teachers would need 2.8 billion and more."""
+_LARGEST_TABLE = 2**18
+"""Entries of `marginal_tables` up to which they are estimated: every class takes thousands of the teacher's samples."""
 
 
 def sources_for(teacher: Teacher) -> list[str]:

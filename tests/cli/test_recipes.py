@@ -64,6 +64,7 @@ def test_training(name, tmp_path):
     assert student.split == config.dd1.split
     samples = sample_student(teacher, student, count=3, seed=0, point=opened.dd1.point, steps=2)
     generator = Generator.from_run(tmp_path / "run")
+    assert str(tmp_path) not in generator.card["recipe"]
     images = generator.images([0, 1], steps=2)
     side = 3 * 2
     assert images.shape == (2, 3, side, side)

@@ -10,7 +10,7 @@ from ddfast.models.digits import digit_batch
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.recipes import get_recipe, untrained_teacher
-from ddfast.sampling import SOURCES, draw_marginals, marginal_tables, sample, sample_student
+from ddfast.sampling import SOURCES, draw_marginals, marginal_tables, sample, sample_student, sources_for
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -28,6 +28,14 @@ def test_pair_table_distance():
     assert pair_table_distance(same, same, 2) == 0
     assert pair_table_distance(same, crossed, 2) == 1
     assert pair_table_distance(same, torch.cat((same, crossed)), 2) == 0.5
+
+
+def test_marginals_are_left_out_where_they_would_take_hours():
+    """A table takes thousands of the teacher's samples per class; ImageNet has a thousand."""
+    toy = ToyTeacher()
+    assert "independent_marginals" in sources_for(toy)
+    toy.num_classes = 10_000
+    assert "independent_marginals" not in sources_for(toy)
 
 
 def test_marginals_are_right_and_independent():
