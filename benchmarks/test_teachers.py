@@ -11,10 +11,10 @@ from peers import official_llamagen, official_var
 import ddfast
 from ddfast.models.attention import MaskedAttention, block_mask
 from ddfast.models.exporting import export_teacher
-from ddfast.models.llamagen import LlamaGenTeacher
+from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenTeacher
 from ddfast.models.tokenizers import LlamaGenTokenizer
 from ddfast.models.var import VARTeacher
-from ddfast.recipes import LLAMAGEN_SIZES, get_recipe, untrained_teacher
+from ddfast.recipes import get_recipe, untrained_teacher
 
 PEERS = {"var": official_var, "llamagen": official_llamagen}
 

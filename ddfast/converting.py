@@ -57,8 +57,9 @@ def convert(
         if made is not None:
             export_student(made, to / "student.pth", live=live)
     else:
+        about_teacher = json.dumps(teacher_config(source), indent=2, default=list) + "\n"
         save_teacher(to / TEACHER_FILE, source)
-        write_atomically(to / "config.json", json.dumps(teacher_config(source), indent=2, default=list) + "\n")
+        write_atomically(to / "config.json", about_teacher)
         if made is not None:
             made.split = made.split if about_student["split"] is None else about_student["split"]
             save_student(to / STUDENT_FILE, made, {"point": about_student["point"]}, live=live)

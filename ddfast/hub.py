@@ -20,8 +20,6 @@ from torch import Tensor
 import ddfast
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
-from ddfast.models.digits import DigitsTeacher
-from ddfast.models.digits import save_teacher as save_digits_teacher
 from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load_teacher, save_student, save_teacher
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -121,10 +119,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
 
     def _save_pretrained(self, save_directory: Path) -> None:
         folder = Path(save_directory)
-        if isinstance(self.teacher, DigitsTeacher):
-            save_digits_teacher(self.teacher, folder / TEACHER_FILE)
-        else:
-            save_teacher(folder / TEACHER_FILE, self.teacher)
+        save_teacher(folder / TEACHER_FILE, self.teacher)
         save_student(folder / STUDENT_FILE, self.student, {"point": self.point})
         config = {"ddfast": ddfast.__version__, "point": self.point, "student": self.student.config, "card": self.card}
         config |= {"family": type(self.teacher).__name__, "num_tokens": self.teacher.num_tokens}

@@ -21,6 +21,7 @@ from ddfast.errors import DDFastError
 from ddfast.evaluation import Evaluator, measure_speed
 from ddfast.files import write_atomically
 from ddfast.models.checkpoint import load_tensors
+from ddfast.models.digits import Progress
 from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load_teacher, save_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -29,8 +30,6 @@ from ddfast.report import quality_table, write_pictures, write_report
 from ddfast.sampling import sample, sources_for
 from ddfast.trajectories.generate import generate_trajectories, store_settings
 from ddfast.trajectories.store import TrajectoryStore
-
-Progress = Callable[[int, int, str], None]
 
 CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
 

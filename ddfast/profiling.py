@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import nvtx
@@ -16,6 +15,7 @@ from torch.profiler import ProfilerActivity
 from ddfast.config import TrainConfig
 from ddfast.errors import DDFastError
 from ddfast.evaluation.speed import measure_speed
+from ddfast.models.digits import Progress
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import noise
@@ -36,7 +36,7 @@ def profile(
     *,
     command: str,
     rounds: int = 7,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Time AR decoding against the student and write a Chrome trace to `out/trace.json`.
 

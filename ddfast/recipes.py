@@ -24,24 +24,12 @@ from ddfast.config import (
 from ddfast.errors import DDFastError
 from ddfast.models.captions import load_captions, random_captions
 from ddfast.models.digits import Progress, load_or_train, untrained_digits_teacher
-from ddfast.models.llamagen import LlamaGenSizes, LlamaGenTeacher
+from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenSizes, LlamaGenTeacher
 from ddfast.models.loading import load_teacher
 from ddfast.models.protocol import SamplingDefaults, Teacher
 from ddfast.models.tokenizers import LlamaGenTokenizer, VARTokenizer
 from ddfast.models.var import VARSizes, VARTeacher
 from ddfast.models.vqgan import ConvSizes
-
-# width, blocks, heads and feed-forward width of the published models
-_LLAMAGEN = {
-    "B": (768, 12, 12, 2048), "L": (1024, 24, 16, 2816), "XL": (1280, 36, 20, 3584), "XXL": (1536, 48, 24, 4096),
-    "XXXL": (2560, 48, 40, 6912), "1B": (2048, 22, 32, 5632), "3B": (3200, 24, 32, 8704), "7B": (4096, 32, 32, 11008),
-}  # fmt: skip
-
-LLAMAGEN_SIZES = {
-    name: LlamaGenSizes(dim=dim, n_layer=blocks, n_head=heads, n_kv_head=heads, ffn_dim=hidden)
-    for name, (dim, blocks, heads, hidden) in _LLAMAGEN.items()
-}
-"""The published LlamaGen models by name."""
 
 
 def digits() -> TrainConfig:
@@ -96,8 +84,8 @@ def var_d24() -> TrainConfig:
 
 
 def _llamagen(name: str, size: str, split: int, **options: Any) -> TrainConfig:
-    dim, blocks, heads, _ = _LLAMAGEN[size]
-    teacher = LlamaGenTeacherConfig(dim=dim, n_layer=blocks, n_head=heads, **options)
+    sizes = LLAMAGEN_SIZES[size]
+    teacher = LlamaGenTeacherConfig(dim=sizes.dim, n_layer=sizes.n_layer, n_head=sizes.n_head, **options)
     tokenizer = VQTokenizerConfig(num_codes=16384, code_dim=8, channels=128, latent_channels=256)
     return _published(name, teacher, tokenizer, point=80, split=split, batch=512)
 

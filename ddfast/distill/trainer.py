@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,13 +15,12 @@ from ddfast.distill.dd1 import DD1
 from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors, save_tensors
+from ddfast.models.digits import Progress
 from ddfast.models.loading import start_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.schedule import warmup_cosine
 from ddfast.trajectories.store import Trajectories
-
-Progress = Callable[[int, int, str], None]
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ddfast.models.digits import Progress
 from ddfast.models.protocol import Condition, Teacher, condition_size
 from ddfast.models.student import Student
 from ddfast.ops import filter_logits, noise
@@ -57,7 +58,7 @@ def measure_speed(
     batch_sizes: tuple[int, ...],
     point: int,
     rounds: int = 7,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[int, float]]:
     """Median seconds per image of AR decoding, the student and the image decoder, every source timed once a round.
 

@@ -25,8 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write tensors and their configuration to `path`, which is either the old file or the whole new one, always."""
-    separate = unshared({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_atomically(Path(path), save(separate, _header(config)))
+    write_atomically(Path(path), save(storable(tensors), _header(config)))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -93,6 +92,18 @@ def only_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file takes them: on the CPU, contiguous, none inside another's memory."""
+    return unshared({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def cast_floats(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors with the floating-point ones in `dtype`; None: as they are."""
+    if dtype is None:
+        return tensors
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, copied where two of them share memory: editing one must not change another."""
     owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel())
@@ -139,7 +150,6 @@ def build_around(
     source: object,
     *,
     derived: Iterable[str] = (),
-    dtype: torch.dtype | None = None,
 ) -> Model:
     """A module whose parameters *are* the given tensors: nothing is drawn, allocated or copied first.
 
@@ -151,7 +161,6 @@ def build_around(
         tensors: its state; every name and shape must fit.
         source: where they come from, for the error.
         derived: names (or ends of names, from the last dot on) of buffers in official files that the module computes.
-        dtype: of the floating-point tensors; None: as they are.
 
     Raises:
         DDFastError: tensors are missing, unexpected or of another shape; each is listed.
@@ -160,10 +169,7 @@ def build_around(
     kept = {n: value for n, value in tensors.items() if not n.endswith(endings)} if endings else tensors
     with torch.device("meta"):
         module = make()
-    kept = unshared(kept)
-    if dtype is not None:
-        kept = {name: value.to(dtype) if value.is_floating_point() else value for name, value in kept.items()}
-    load_state(module, kept, source, assign=True)
+    load_state(module, unshared(kept), source, assign=True)
     for child in module.modules():
         derive = getattr(child, "derive_buffers", None)
         if derive is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 from ddfast.models.attention import block_mask, group_levels, level_mask
-from ddfast.models.checkpoint import unshared
+from ddfast.models.checkpoint import storable
 from ddfast.models.llamagen import LlamaGenStudent, LlamaGenTeacher
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -30,10 +30,10 @@ def export_teacher(teacher: Teacher, weights: Path, tokenizer: Path) -> None:
         assert mask is not None
         buffers = {"lvl_1L": levels[None], "attn_bias_for_masking": _bias(mask)}
         _save(weights, {**_network(teacher), **buffers, **_zero_biases(teacher)})
-        _save(tokenizer, _contiguous(teacher.tokenizer.state_dict()))
+        _save(tokenizer, storable(teacher.tokenizer.state_dict()))
     elif isinstance(teacher, LlamaGenTeacher):
         _save(weights, {"model": _network(teacher)})
-        _save(tokenizer, {"model": _contiguous(teacher.tokenizer.state_dict())})
+        _save(tokenizer, {"model": storable(teacher.tokenizer.state_dict())})
     else:
         raise DDFastError(f"{type(teacher).__name__} has no official layout; only VAR and LlamaGen have")
 
@@ -49,8 +49,8 @@ def export_student(student: Student, weights: Path, *, live: dict[str, Tensor] |
     Raises:
         DDFastError: the student is of another family, which has no official layout.
     """
-    averaged = _contiguous(student.state_dict())
-    current = averaged if live is None else _contiguous(live)
+    averaged = storable(student.state_dict())
+    current = averaged if live is None else storable(live)
     if isinstance(student, VARStudent):
         groups = (1, *student.groups)
         mask = level_mask(groups)
@@ -67,11 +67,7 @@ def export_student(student: Student, weights: Path, *, live: dict[str, Tensor] |
 def _network(teacher: Teacher) -> dict[str, Tensor]:
     """The transformer's tensors: all but the tokenizer's."""
     tensors = {n: value for n, value in teacher.state_dict().items() if not n.startswith("tokenizer.")}
-    return _contiguous(tensors)
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return unshared({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    return storable(tensors)
 
 
 def _zero_biases(network: VARTeacher | VARStudent) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.models.student import ContinuousHead, Student
-from ddfast.models.tokenizers import LlamaGenTokenizer
+from ddfast.models.tokenizers import LlamaGenTokenizer, TokenizedTeacher
 from ddfast.ops import nearest_code
 
 if TYPE_CHECKING:
@@ -70,6 +70,19 @@ class LlamaGenSizes:
         if self.dim % self.n_head or self.n_head % self.n_kv_head:
             got = f"dim {self.dim}, n_head {self.n_head}, n_kv_head {self.n_kv_head}"
             raise ValueError(f"n_head: got {got}, expected n_head to divide dim and n_kv_head to divide n_head")
+
+
+# width, blocks, heads and feed-forward width of the published models
+_PUBLISHED = {
+    "B": (768, 12, 12, 2048), "L": (1024, 24, 16, 2816), "XL": (1280, 36, 20, 3584), "XXL": (1536, 48, 24, 4096),
+    "XXXL": (2560, 48, 40, 6912), "1B": (2048, 22, 32, 5632), "3B": (3200, 24, 32, 8704), "7B": (4096, 32, 32, 11008),
+}  # fmt: skip
+
+LLAMAGEN_SIZES = {
+    name: LlamaGenSizes(dim=dim, n_layer=blocks, n_head=heads, n_kv_head=heads, ffn_dim=hidden)
+    for name, (dim, blocks, heads, hidden) in _PUBLISHED.items()
+}
+"""The published LlamaGen models by name."""
 
 
 class RMSNorm(nn.Module):
@@ -273,7 +286,7 @@ class LlamaGenState:
     guided: bool
 
 
-class LlamaGenTeacher(_LlamaGenNetwork, Teacher):
+class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
     """LlamaGen's GPT: one token per step, conditioned on a class or on a caption.
 
     `codebook` is the tokenizer's, normalised as it is used. Guidance needs `cfg_scale` above 1, as officially; a
@@ -288,6 +301,7 @@ class LlamaGenTeacher(_LlamaGenNetwork, Teacher):
         captions: features [M, C, dim] and masks [M, C] that training pairs of a text teacher cycle through.
     """
 
+    tokenizer: LlamaGenTokenizer
     captions: tuple[Tensor, Tensor] | None = None
 
     def __init__(
@@ -336,13 +350,6 @@ class LlamaGenTeacher(_LlamaGenNetwork, Teacher):
             super().check_condition(condition)
         else:
             self._check_condition(condition)
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(2 * images - 1)
-
-    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
-        images = self.tokenizer.decode(self.embed(codes))
-        return ((images + 1) / 2).clamp(0, 1) if clamp else images
 
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
         self.check_condition(condition)

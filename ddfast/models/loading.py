@@ -18,12 +18,14 @@ from torch import Tensor
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import (
     build_around,
+    cast_floats,
     only_tensors,
     read_checkpoint,
     save_tensors,
 )
-from ddfast.models.digits import load_digits_teacher
-from ddfast.models.llamagen import LlamaGenSizes, LlamaGenStudent, LlamaGenTeacher
+from ddfast.models.digits import DigitsTeacher, load_digits_teacher
+from ddfast.models.digits import save_teacher as save_digits_teacher
+from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenSizes, LlamaGenStudent, LlamaGenTeacher
 from ddfast.models.protocol import SamplingDefaults, Teacher
 from ddfast.models.student import Student, TransformerStudent
 from ddfast.models.tokenizers import IMAGENET_SCALES, ImageTokenizer, LlamaGenTokenizer, VARTokenizer
@@ -44,11 +46,8 @@ _VAR_DERIVED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
 _LLAMAGEN_DERIVED = ("freqs_cis", "causal_mask", "k_cache", "v_cache")
 """Buffers of official files that follow from the sizes: recomputed, not read."""
 
-# (dim, n_layer): n_head of the published models, GPT-B to GPT-XXXL and GPT-1B to GPT-7B; no tensor tells it.
-_LLAMAGEN_HEADS = {
-    (768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24, (2560, 48): 40, (2048, 22): 32, (3200, 24): 32,
-    (4096, 32): 32,
-}  # fmt: skip
+_LLAMAGEN_HEADS = {(sizes.dim, sizes.n_layer): sizes.n_head for sizes in LLAMAGEN_SIZES.values()}
+"""n_head of the published models by (dim, n_layer): no tensor tells it."""
 
 # Official arguments that change no output of a trained model: accepted, so that a model's own configuration can be
 # passed as it is.
@@ -193,7 +192,7 @@ def load_student(
             config = {"layerwise_n_d_embed": "layerwise_n_d_embed.0.weight" in tensors}
         derived = _VAR_DERIVED + _LLAMAGEN_DERIVED
     try:
-        student = build_around(lambda: kind(teacher, **config), tensors, path, derived=derived, dtype=dtype)
+        student = build_around(lambda: kind(teacher, **config), cast_floats(tensors, dtype), path, derived=derived)
     except TypeError as error:
         raise DDFastError(f"{path} does not fit {kind.__name__}: {error}") from error
     student.split = header.get("split")
@@ -472,12 +471,11 @@ def _teacher(
     defaults: SamplingDefaults | None,
 ) -> Any:
     """A teacher around its tensors and its finished tokenizer."""
-    if dtype is not None:
-        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-    whole = {**tensors, **{_TOKENIZER + name: value for name, value in tokenizer.state_dict().items()}}
-    teacher = build_around(lambda: kind(tokenizer, sizes, defaults=defaults), whole, source, derived=derived)
-    teacher.requires_grad_(False)
-    return teacher
+    whole = {
+        **cast_floats(tensors, dtype),
+        **{_TOKENIZER + name: value for name, value in tokenizer.state_dict().items()},
+    }
+    return build_around(lambda: kind(tokenizer, sizes, defaults=defaults), whole, source, derived=derived)
 
 
 def teacher_config(teacher: Teacher) -> dict[str, Any]:
@@ -494,5 +492,8 @@ def teacher_config(teacher: Teacher) -> dict[str, Any]:
 
 
 def save_teacher(path: str | Path, teacher: Teacher) -> None:
-    """Write a VAR or LlamaGen teacher with its tokenizer to one safetensors file that `load_teacher` reads."""
+    """Write a teacher with its tokenizer to one safetensors file that `load_teacher` reads."""
+    if isinstance(teacher, DigitsTeacher):
+        save_digits_teacher(teacher, Path(path))
+        return
     save_tensors(Path(path), teacher.state_dict(), teacher_config(teacher))

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ddfast.models.attention import group_levels
 from ddfast.ops import filter_logits, sample_codes
 from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS
 
@@ -160,11 +161,11 @@ class Teacher(nn.Module, ABC):
         scales = [self.group_cfg_scale(defaults.cfg_scale, group) for group in range(len(self.groups))]
         if all(scale == 1.0 for scale in scales):
             return filter_logits(logits, temperature=defaults.temperature, top_k=top_k, top_p=top_p)
-        sizes = torch.tensor(self.groups, device=logits.device)
+        level = group_levels(self.groups, logits.device)
         return filter_logits(
             logits,
             uncond=self.logits(condition, codes, unconditional=True),
-            cfg_scale=torch.tensor(scales, device=logits.device).repeat_interleave(sizes)[None],
+            cfg_scale=torch.tensor(scales, device=logits.device)[level][None],
             temperature=defaults.temperature,
             top_k=top_k,
             top_p=top_p,

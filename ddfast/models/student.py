@@ -37,6 +37,7 @@ class Student(nn.Module, ABC):
 
     codebook: Tensor
     level: Tensor
+    mask: Tensor | None
     split: int | None = None
 
     def __init__(self, teacher: Teacher) -> None:
@@ -50,7 +51,10 @@ class Student(nn.Module, ABC):
         teacher = self.teacher
         self.register_buffer("codebook", teacher.codebook.detach().clone(), persistent=False)
         # The group of every token.
-        self.register_buffer("level", group_levels(self.groups, teacher.codebook.device), persistent=False)
+        device = teacher.codebook.device
+        self.register_buffer("level", group_levels(self.groups, device), persistent=False)
+        # Who sees whom in the sequence of one condition token and X_t; None: plain causal.
+        self.register_buffer("mask", level_mask((1, *self.groups), device), persistent=False)
 
     # What a student implements -----------------------------------------------------------------------------------
 
@@ -266,8 +270,7 @@ class TransformerStudent(Student):
         label = self.class_embedding(condition)
         tokens = torch.cat((label[:, None], self.input(x)), dim=1)
         tokens = tokens + self.position_embedding + self.data_embedding(self.data_levels(t, len(x), 1))
-        mask = level_mask((1, *self.groups), x.device)
-        return self.body(tokens, mask, mask is None)[:, 1:], label
+        return self.body(tokens, self.mask, self.mask is None)[:, 1:], label
 
     def code_logits(self, hidden: Tensor, context: Tensor) -> Tensor:
         return self.head(hidden)

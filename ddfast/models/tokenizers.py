@@ -6,6 +6,7 @@ Dimensions: B batch, N tokens, V codes, D code dimension, H height, W width, P s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ddfast.models.protocol import Teacher
 from ddfast.models.vqgan import LLAMAGEN_NAMING, VAR_NAMING, ConvSizes, Decoder, Encoder, Naming
 from ddfast.ops.nearest_code import nearest_code
 
@@ -88,6 +90,19 @@ class ImageTokenizer(nn.Module, ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Quantised latents [B, D, h, w] to raw images."""
         return self.decoder(self.post_quant_conv(latents))
+
+
+class TokenizedTeacher(Teacher):
+    """A teacher whose codebook, and whose way to images in [0, 1] and back, is an `ImageTokenizer`'s."""
+
+    tokenizer: ImageTokenizer
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(2 * images - 1)
+
+    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
+        images = self.tokenizer.decode(self.embed(codes))
+        return (images.clamp(-1, 1) + 1) / 2 if clamp else images
 
 
 class Phi(nn.Conv2d):
@@ -200,17 +215,16 @@ class VARTokenizer(ImageTokenizer):
 
     def embed_to_fhat(self, embeddings: Tensor) -> list[Tensor]:
         """Latents after every scale, from embeddings [B, N, D]: a list of [B, D, side, side]."""
-        parts = (self.contribution(scale, part) for scale, part in enumerate(self.split_scales(embeddings)))
-        return list(accumulate(parts))
+        return list(self._latents_after(self.split_scales(embeddings)))
+
+    def _latents_after(self, parts: list[Tensor]) -> Iterator[Tensor]:
+        return accumulate(self.contribution(scale, part) for scale, part in enumerate(parts))
 
     def teacher_forcing_input(self, embeddings: Tensor) -> Tensor:
         """What the AR model reads at every scale but the first, from embeddings [B, N, D]: [B, N - P_0^2, D]."""
-        scales = len(self.patch_nums)
-        if scales == 1:
-            return embeddings[:, :0]
-        known = embeddings[:, : -(self.side**2)].split([side**2 for side in self.patch_nums[:-1]], dim=1)
-        f_hats = accumulate(self.contribution(scale, part) for scale, part in enumerate(known))
-        return torch.cat([self.next_input(scale + 1, f_hat) for scale, f_hat in enumerate(f_hats)], dim=1)
+        f_hats = self._latents_after(self.split_scales(embeddings)[:-1])
+        inputs = [self.next_input(scale + 1, f_hat) for scale, f_hat in enumerate(f_hats)]
+        return torch.cat([embeddings[:, :0], *inputs], dim=1)
 
     def quantise(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Latents [B, D, side, side] to codes int64 [B, N] and the latents that every scale reaches."""

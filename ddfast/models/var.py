@@ -9,7 +9,9 @@ Dimensions: B batch, R rows (B, or 2B with guidance), L sequence, N tokens, V co
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,11 +25,10 @@ from ddfast.models.attention import (
     KVCache,
     MaskedAttention,
     group_levels,
-    level_mask,
 )
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.models.student import ContinuousHead, Student
-from ddfast.models.tokenizers import VARTokenizer
+from ddfast.models.tokenizers import TokenizedTeacher, VARTokenizer
 
 MAX_LOG_SCALE = math.log(100)
 """Attention with normalised queries and keys has a learned scale per head, at most 100."""
@@ -172,6 +173,14 @@ class _VARNetwork(nn.Module):
             shared = self.shared_ada_lin(label).view(len(label), 1, 6, -1)
         return [cast(VARBlock, block).modulation(label, shared) for block in self.blocks]
 
+    def _run(
+        self, x: Tensor, modulations: list[Tensor], attend: Attend, extra: Callable[[int], Tensor | None] | None = None
+    ) -> Tensor:
+        """All blocks; `extra(layer)` is what a student adds inside each."""
+        for layer, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
+            x = block(x, modulation, attend, layer, extra(layer) if extra else None)
+        return x
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; inputs are cast to it, logits come back in float32."""
@@ -201,11 +210,9 @@ class VARState:
     cache: KVCache
     f_hat: Tensor
     masked_prefix: bool
-    scales_known: int = 0
-    inputs_fed: int = 0
 
 
-class VARTeacher(_VARNetwork, Teacher):
+class VARTeacher(_VARNetwork, TokenizedTeacher):
     """Visual autoregressive model: the input of scale k is the latents of all earlier scales, resized to scale k.
 
     Guidance follows the official sampling: at scale k of S, `(1 + t) cond - t uncond` with `t = cfg_scale k / (S - 1)`,
@@ -217,6 +224,7 @@ class VARTeacher(_VARNetwork, Teacher):
         defaults: sampling settings.
     """
 
+    tokenizer: VARTokenizer
     level: Tensor
 
     def __init__(self, tokenizer: VARTokenizer, sizes: VARSizes, *, defaults: SamplingDefaults | None = None) -> None:
@@ -235,13 +243,6 @@ class VARTeacher(_VARNetwork, Teacher):
 
     def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
         return 1.0 + cfg_scale * group / max(len(self.groups) - 1, 1)
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(2 * images - 1)
-
-    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
-        images = self.tokenizer.decode(self.embed(codes))
-        return (images.clamp(-1, 1) + 1) / 2 if clamp else images
 
     def labels(self, condition: Condition, unconditional: bool = False) -> Tensor:
         """Class embeddings [B, W]."""
@@ -267,9 +268,7 @@ class VARTeacher(_VARNetwork, Teacher):
         label = self.labels(condition, unconditional)
         inputs = self.tokenizer.teacher_forcing_input(self.embed(codes))
         x = self._tokens(label, inputs, 0, len(self.groups) - 1)
-        attend = BlockCausalAttention(self.groups)
-        for layer, (block, modulation) in enumerate(zip(self.blocks, self._modulations(label), strict=True)):
-            x = block(x, modulation, attend, layer)
+        x = self._run(x, self._modulations(label), BlockCausalAttention(self.groups))
         return self.head(self.head_nm(x, label)).float()
 
     def generate(self, condition: Condition, *, top_p: float | None = None, **settings: Any) -> Tensor:
@@ -299,23 +298,20 @@ class VARTeacher(_VARNetwork, Teacher):
     def advance(self, state: VARState, codes: Tensor) -> Tensor:
         starts = self.group_starts()
         embeddings, offset, inputs = self.embed(codes), 0, []
+        first = starts.index(state.cache.length)
+        last = max(first - 1, 0)  # the codes of the newest scale in the cache are what this call brings
         while offset < codes.shape[1]:
-            scale = state.scales_known
-            size = self.groups[scale]
-            state.f_hat = state.f_hat + self.tokenizer.contribution(scale, embeddings[:, offset : offset + size])
-            state.scales_known, offset = scale + 1, offset + size
-            inputs.append(self.tokenizer.next_input(scale + 1, state.f_hat))
-        first, last = state.inputs_fed, state.scales_known
-        state.inputs_fed = last + 1
+            size = self.groups[last]
+            state.f_hat = state.f_hat + self.tokenizer.contribution(last, embeddings[:, offset : offset + size])
+            last, offset = last + 1, offset + size
+            inputs.append(self.tokenizer.next_input(last, state.f_hat))
         given = torch.cat(inputs, dim=1) if inputs else embeddings
         x = self._tokens(state.label, given, first, last)
         mask = None  # one scale sees everything before it and itself
         if first != last and state.masked_prefix:
             level = self.level[: starts[last + 1]]
             mask = level[starts[first] :, None] >= level[None, :]
-        attend = CachedAttention(state.cache, mask)
-        for layer, (block, modulation) in enumerate(zip(self.blocks, state.modulations, strict=True)):
-            x = block(x, modulation, attend, layer)
+        x = self._run(x, state.modulations, CachedAttention(state.cache, mask))
         state.cache.length += x.shape[1]
         return self.head(self.head_nm(x[:, -self.groups[last] :], state.label)).float()
 
@@ -371,12 +367,11 @@ class VARStudent(_VARNetwork, Student):
         assert isinstance(condition, Tensor)
         label = self.class_emb(condition)
         tokens = torch.cat((label[:, None] + self.pos_start, self.word_embed(x.to(self.dtype))), dim=1)
-        levels = group_levels((1, *self.groups), x.device)
+        levels = F.pad(self.level + 1, (1, 0))  # the condition is level 0
         is_data = self.data_levels(t, len(x), 1)
         hidden = tokens + self.lvl_embed(levels) + self.pos_1LC + self.n_d_embed(is_data)
-        attend = MaskedAttention(level_mask((1, *self.groups), x.device))
-        for layer, (block, modulation) in enumerate(zip(self.blocks, self._modulations(label), strict=True)):
-            hidden = block(hidden, modulation, attend, layer, self._layerwise(layer, is_data))
+        attend, extra = MaskedAttention(self.mask), partial(self._layerwise, is_data=is_data)
+        hidden = self._run(hidden, self._modulations(label), attend, extra)
         return (hidden + self._layerwise(-1, is_data))[:, 1:], label
 
     def _layerwise(self, layer: int, is_data: Tensor) -> Tensor:

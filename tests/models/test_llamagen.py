@@ -7,12 +7,19 @@ from golden import Case, as_latents
 from official import llamagen_teacher_like, randomised
 
 from ddfast.models.exporting import export_teacher
-from ddfast.models.llamagen import LlamaGenSizes, LlamaGenStudent, LlamaGenTeacher, padded_mask, rope_table, rotate
+from ddfast.models.llamagen import (
+    LLAMAGEN_SIZES,
+    LlamaGenSizes,
+    LlamaGenStudent,
+    LlamaGenTeacher,
+    padded_mask,
+    rope_table,
+    rotate,
+)
 from ddfast.models.loading import load_student, load_teacher, load_tokenizer, start_student
 from ddfast.models.tokenizers import LlamaGenTokenizer
 from ddfast.models.vqgan import ConvSizes
 from ddfast.ops import filter_logits
-from ddfast.recipes import LLAMAGEN_SIZES
 
 CASE, TEXT, STUDENT = Case("llamagen_c2i"), Case("llamagen_t2i"), Case("dd_llamagen")
 POINTS = {"t0": 0, "tmid": STUDENT.config["t_mid"], "tmix": torch.tensor(STUDENT.config["t_mix"])}
