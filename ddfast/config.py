@@ -257,41 +257,28 @@ class TrajectoryConfig:
 
 
 @dataclass(kw_only=True)
-class DD1Config:
-    """DD1 distillation.
+class OptimisationConfig:
+    """What every training stage has.
 
     Attributes:
-        point: t1, the trajectory point beside 0 that is trained, and where the second step starts.
-        point_probability: share of sequences that start from it.
         iterations: training steps.
-        batch_size: pairs per step.
+        batch_size: sequences per step.
         learning_rate: peak, of AdamW.
-        warmup: steps of linear warm-up before the cosine decay.
+        warmup: steps of linear warm-up.
+        decay: let the rate fall to 0 by a cosine after the warm-up; without: it stays.
         weight_decay: of AdamW.
-        ema_decay: of the averaged weights that are sampled from.
-        embedding_weight: weight of the continuous head's distance beside the cross-entropy: LPIPS of the decoded images
-            where its weights are given, else L1 of the embeddings.
-        split: group from which the student's samples are the continuous head's, not the most likely code's; -1: none.
-        lpips_vgg: torchvision's VGG16 weights, for LPIPS; empty: no LPIPS.
-        lpips_linear: the lpips package's vgg.pth.
-        precision: of the student's forward and backward pass: float32, or bfloat16 by autocast.
+        precision: of the forward and backward pass: float32, or bfloat16 by autocast.
         gradient_clip: largest norm of the gradient.
         log_every: steps between lines of metrics.jsonl.
         checkpoint_every: steps between checkpoints.
     """
 
-    point: int = 5
-    point_probability: float = 0.3
     iterations: int = 3000
     batch_size: int = 128
     learning_rate: float = 1e-3
     warmup: int = 100
+    decay: bool = True
     weight_decay: float = 0.01
-    ema_decay: float = 0.999
-    embedding_weight: float = 1.0
-    split: int = -1
-    lpips_vgg: str = ""
-    lpips_linear: str = ""
     precision: str = "float32"
     gradient_clip: float = 1.0
     log_every: int = 50
@@ -299,15 +286,175 @@ class DD1Config:
 
     def __post_init__(self) -> None:
         _require_positive(
-            self, "point", "iterations", "batch_size", "learning_rate", "gradient_clip", "log_every", "checkpoint_every"
+            self, "iterations", "batch_size", "learning_rate", "gradient_clip", "log_every", "checkpoint_every"
         )
+        _require(self.precision in DTYPES[:2], "precision", self.precision, f"one of {', '.join(DTYPES[:2])}")
+
+
+@dataclass(kw_only=True)
+class DD1Config(OptimisationConfig):
+    """DD1 distillation.
+
+    Attributes:
+        point: t1, the trajectory point beside 0 that is trained, and where the second step starts.
+        point_probability: share of sequences that start from it.
+        ema_decay: of the averaged weights that are sampled from.
+        embedding_weight: weight of the continuous head's distance beside the cross-entropy: LPIPS of the decoded images
+            where its weights are given, else L1 of the embeddings.
+        split: group from which the student's samples are the continuous head's, not the most likely code's; -1: none.
+        lpips_vgg: torchvision's VGG16 weights, for LPIPS; empty: no LPIPS.
+        lpips_linear: the lpips package's vgg.pth.
+    """
+
+    point: int = 5
+    point_probability: float = 0.3
+    ema_decay: float = 0.999
+    embedding_weight: float = 1.0
+    split: int = -1
+    lpips_vgg: str = ""
+    lpips_linear: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "point")
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
         _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
-        _require(self.precision in DTYPES[:2], "precision", self.precision, f"one of {', '.join(DTYPES[:2])}")
         both = bool(self.lpips_vgg) == bool(self.lpips_linear)
         _require(
             both, "lpips_linear", self.lpips_linear, "both of LPIPS's files, lpips_vgg and lpips_linear, or neither"
         )
+
+
+@dataclass(kw_only=True)
+class AdaptConfig(OptimisationConfig):
+    """DD2's stage 0, for teachers that look their tokens up (LlamaGen): an MLP on R^d in the table's place.
+
+    Attributes:
+        fit_iterations: the first of the iterations, which fit the table alone; the others train everything by the
+            teacher's loss on its own samples.
+    """
+
+    fit_iterations: int = 1000
+
+
+@dataclass(kw_only=True)
+class TuneConfig(OptimisationConfig):
+    """DD2's stage 1: the teacher's backbone learns the velocity of its next token's flow.
+
+    Attributes:
+        head_iterations: the first of the iterations, which train the velocity head alone.
+        draws: noisy versions of every token per step (m).
+        loss: gts (the teacher's closed-form velocity) or monte_carlo (noise minus token).
+        source: teacher (sequences sampled on the fly) or store (those of the run's trajectories).
+        top_k, top_p, cfg_scale: of the teacher's distribution; negative: its own.
+    """
+
+    head_iterations: int = 0
+    draws: int = 4
+    loss: str = "gts"
+    source: str = "teacher"
+    top_k: int = -1
+    top_p: float = -1.0
+    cfg_scale: float = -1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "draws")
+        _require(self.loss in ("gts", "monte_carlo"), "loss", self.loss, "gts or monte_carlo")
+        _require(self.source in ("teacher", "store"), "source", self.source, "teacher or store")
+
+
+@dataclass(kw_only=True)
+class MatchConfig(OptimisationConfig):
+    """DD2's stage 2: the generator learns to have the teacher's conditional scores (docs/dd2.md).
+
+    `iterations` counts the generator's updates beside the guidance network's, `warmup` updates of each network.
+
+    Attributes:
+        start_iterations: updates of the generator by anchor and look-ahead alone, before the guidance network joins.
+        guidance_warmup: updates of the guidance network alone, after them.
+        guidance_updates: K, updates of the guidance network before each of the generator.
+        guidance_learning_rate: peak, of the guidance network's AdamW.
+        form: of the score distance: sid or kl.
+        alpha: of the SiD form.
+        draws: noisy versions of every token per step (m).
+        score_weight: of the score distance; 0 leaves the guidance network out.
+        anchor_weight: of the L1 distance to the code that the teacher's flow, given the generator's own earlier tokens,
+            takes each token's noise to.
+        lookahead_weight: of the cross-entropy between the teacher's next-token distribution, given the generator's
+            own tokens, and the one that the teacher's head reads off the generator's features.
+        prefix: what teacher and guidance network see of a generated sequence: codes or continuous (then the
+            teacher still reads codes where it looks them up).
+        guidance_start: stage1 or scratch.
+        ema_decay: of the averaged weights that are sampled from.
+        align_iterations: performance alignment: after `iterations`, the averaged weights go into the generator and the
+            guidance network trains alone for so many updates.
+        later_iterations: updates of the generator after the alignment.
+        later_guidance_updates: K after the alignment.
+        top_k, top_p, cfg_scale: of the teacher's distribution; negative: its own.
+        watch_every: steps between looks at the samples: likelihood, diversity, distance of averaged and live weights.
+    """
+
+    iterations: int = 500
+    start_iterations: int = 3000
+    guidance_warmup: int = 100
+    guidance_updates: int = 2
+    guidance_learning_rate: float = 1e-3
+    form: str = "kl"
+    alpha: float = 1.0
+    draws: int = 2
+    score_weight: float = 1.0
+    anchor_weight: float = 1.0
+    lookahead_weight: float = 1.0
+    prefix: str = "codes"
+    guidance_start: str = "stage1"
+    ema_decay: float = 0.999
+    align_iterations: int = 0
+    later_iterations: int = 0
+    later_guidance_updates: int = 2
+    top_k: int = -1
+    top_p: float = -1.0
+    cfg_scale: float = -1.0
+    watch_every: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "guidance_updates", "later_guidance_updates", "draws", "watch_every")
+        _require(self.form in ("sid", "kl"), "form", self.form, "sid or kl")
+        _require(self.prefix in ("codes", "continuous"), "prefix", self.prefix, "codes or continuous")
+        _require(self.guidance_start in ("stage1", "scratch"), "guidance_start", self.guidance_start, "stage1, scratch")
+        weights = (self.score_weight, self.anchor_weight, self.lookahead_weight)
+        _require(min(weights) >= 0 < max(weights), "score_weight", self.score_weight, "one weight that is not 0")
+        anchored = self.start_iterations == 0 or max(weights[1:]) > 0
+        _require(anchored, "start_iterations", self.start_iterations, "0 without anchor and look-ahead")
+
+
+@dataclass(kw_only=True)
+class DD2Config:
+    """DD2 distillation.
+
+    Attributes:
+        head_width: of the velocity head.
+        head_depth: its blocks.
+        time: flow time at which the generator's head takes the noise.
+        split: group from which the student's samples are its continuous values, not their nearest codes; -1: none.
+        adapt: stage 0, for LlamaGen.
+        tune: stage 1, AR-diffusion tuning.
+        match: stage 2, score matching.
+    """
+
+    head_width: int = 96
+    head_depth: int = 2
+    time: float = 1.0
+    split: int = -1
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "head_width", "head_depth")
+        _require(0.0 < self.time <= 1.0, "time", self.time, "in (0, 1]")
+        _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
 
 
 @dataclass(kw_only=True)
@@ -338,7 +485,8 @@ class TrainConfig:
 
     Attributes:
         recipe: where the defaults come from.
-        method: dd1.
+        method: dd1 or dd2.
+        init: where DD2's generator starts: stage1, teacher, scratch, or dd1:PATH (a DD1 run's folder).
         out: folder of the run.
         seed: of everything that is random.
         device: cpu or cuda.
@@ -346,12 +494,14 @@ class TrainConfig:
         tokenizer: image tokenizer.
         teacher: AR teacher.
         trajectories: training pairs.
-        dd1: distillation.
+        dd1: distillation by DD1.
+        dd2: distillation by DD2.
         evaluation: figures.
     """
 
     recipe: str = "digits"
     method: str = "dd1"
+    init: str = "stage1"
     out: Path = Path("runs/digits")
     seed: int = 0
     device: str = "cpu"
@@ -360,6 +510,7 @@ class TrainConfig:
     teacher: TeacherConfig = field(default_factory=DigitsTeacherConfig)
     trajectories: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     dd1: DD1Config = field(default_factory=DD1Config)
+    dd2: DD2Config = field(default_factory=DD2Config)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 

@@ -114,8 +114,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         index = torch.arange(first_index, first_index + len(classes))
         start = noise(seed, index, (teacher.num_tokens, teacher.code_dim), device)
         condition = teacher.condition_of(torch.tensor(list(classes), dtype=torch.int64, device=device))
-        points = (0, self.point) if steps == 2 else (0,)
-        return teacher.decode(self.student.sample(condition, start, steps=points))
+        return teacher.decode(self.student.sample(condition, start, **self.student.settings(steps, self.point)))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         folder = Path(save_directory)

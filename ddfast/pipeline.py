@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import time
@@ -16,12 +17,15 @@ import torch
 
 from ddfast.config import TrainConfig, read_toml, update
 from ddfast.distill.dd1 import check_point
-from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
+from ddfast.distill.stages import adapt, distill, match, new_network, tune
+from ddfast.distill.trainer import CHECKPOINT, METRICS
 from ddfast.errors import DDFastError
 from ddfast.evaluation import Evaluator, measure_speed
 from ddfast.files import write_atomically
-from ddfast.models.checkpoint import load_tensors
+from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.digits import Progress
+from ddfast.models.flow_network import FlowNetwork
+from ddfast.models.llamagen import LlamaGenFlowNetwork
 from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load_teacher, save_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -33,11 +37,18 @@ from ddfast.trajectories.store import TrajectoryStore
 
 CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
 
+ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
+ADAPTATION_JSON = "adaptation.json"
+DD1_PREFIX = "dd1:"
+
+ProgressBar = Callable[[str], Progress]
+"""Makes the progress callback of a stage from its title."""
+
 LOCATION = ("out", "device", "resume")
 """Fields that decide where and how a run goes on, not what it makes."""
 
 
-def train(config: TrainConfig, *, progress_bar: Callable[[str], Progress]) -> dict[str, Any]:
+def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
     """Run what is missing in `config.out`, and return the content of metrics.json.
 
     A folder whose config.toml has other settings is refused before anything is written; a run of the same settings
@@ -50,27 +61,17 @@ def train(config: TrainConfig, *, progress_bar: Callable[[str], Progress]) -> di
     Raises:
         DDFastError: the folder cannot be used, the method is unknown, or a stage fails; what was done is kept.
     """
-    if config.method != "dd1":
-        raise DDFastError(f"unknown method {config.method!r}; known: dd1")
+    if config.method not in ("dd1", "dd2"):
+        raise DDFastError(f"unknown method {config.method!r}; known: dd1, dd2")
+    check_init(config)
     check_device(config.device)
     out = config.out
     claim_folder(config)
-    stages = _Stages(out / STAGES)
+    stages = Stages(out / STAGES)
 
     with stages.timed("teacher"):
         teacher = build_teacher(config, progress_bar("teacher"))
-    check_point(config.dd1, teacher)
-    with stages.timed("trajectories"):
-        store = make_trajectories(config, teacher, progress_bar("trajectories"))
-    if (out / STUDENT_FILE).exists():
-        print(f"student: {out / STUDENT_FILE} exists, skipped")
-        student = load_student(out, teacher)
-    else:
-        with stages.timed("distillation"):
-            trajectories = store.load(config.trajectories.count)
-            student, live = distill(config, teacher, trajectories, out, progress=progress_bar("distillation"))
-        save_student(out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
-        (out / CHECKPOINT).unlink(missing_ok=True)
+    student = (train_dd1 if config.method == "dd1" else train_dd2)(config, teacher, stages, progress_bar)
     if (out / METRICS_JSON).exists():
         print(f"evaluation: {out / METRICS_JSON} exists, skipped")
         return _read_json(out / METRICS_JSON)
@@ -82,6 +83,100 @@ def train(config: TrainConfig, *, progress_bar: Callable[[str], Progress]) -> di
     print("\n".join(["", *quality_table(config, metrics), ""]))
     print(f"report: {out / 'report.md'}, pictures: {out / 'samples.png'}, log: {out / METRICS}")
     return metrics
+
+
+def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_bar: ProgressBar) -> Student:
+    """DD1's stages: trajectories, distillation."""
+    out = config.out
+    check_point(config.dd1, teacher)
+    with stages.timed("trajectories"):
+        store = make_trajectories(config, teacher, progress_bar("trajectories"))
+    if (out / STUDENT_FILE).exists():
+        print(f"student: {out / STUDENT_FILE} exists, skipped")
+        return load_student(out, teacher)
+    with stages.timed("distillation"):
+        trajectories = store.load(config.trajectories.count)
+        student, live = distill(config, teacher, trajectories, out, progress=progress_bar("distillation"))
+    save_student(out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return student
+
+
+def train_dd2(config: TrainConfig, teacher: Teacher, stages: Stages, progress_bar: ProgressBar) -> Student:
+    """DD2's stages: trajectories where stage 1 reads a store, adaptation (LlamaGen), tuning, matching."""
+    out, dd2 = config.out, config.dd2
+    trajectories = None
+    if dd2.tune.source == "store" and needs_tuning(config):
+        with stages.timed("trajectories"):
+            store = make_trajectories(config, teacher, progress_bar("trajectories"))
+            trajectories = store.load(config.trajectories.count)
+    if (out / STUDENT_FILE).exists():
+        print(f"student: {out / STUDENT_FILE} exists, skipped")
+        return load_student(out, teacher)
+    base = new_network(config, teacher)
+    if isinstance(base, LlamaGenFlowNetwork):
+        with stages.timed("adaptation"), _artefact(base, out / ADAPTED_FILE) as todo:
+            if todo:
+                likelihoods = adapt(config, teacher, base, out, progress=progress_bar("adaptation"))
+                print("adaptation, nats per token: " + json.dumps(likelihoods))
+                write_atomically(out / ADAPTATION_JSON, json.dumps(likelihoods, indent=2) + "\n")
+    tuned = copy.deepcopy(base)
+    if needs_tuning(config):
+        with stages.timed("tuning"), _artefact(tuned, out / TUNED_FILE) as todo:
+            if todo:
+                tune(config, teacher, tuned, trajectories, out, progress=progress_bar("tuning"))
+    student = {"stage1": tuned, "teacher": base, "scratch": None}.get(config.init)
+    student = new_network(config, teacher, from_teacher=False) if student is None else copy.deepcopy(student)
+    if config.init.startswith(DD1_PREFIX):
+        student.start_from_student(load_student(config.init.removeprefix(DD1_PREFIX), teacher))
+    guidance: FlowNetwork | None = None
+    if dd2.match.score_weight:
+        guidance = tuned if dd2.match.guidance_start == "stage1" else new_network(config, teacher, from_teacher=False)
+    with stages.timed("matching"):
+        live = match(config, teacher, student, guidance, out, progress=progress_bar("matching"))
+    if guidance is not None:
+        save_network(out / GUIDANCE_FILE, guidance)
+    save_student(out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return student
+
+
+def needs_tuning(config: TrainConfig) -> bool:
+    """Whether generator or guidance network starts from stage 1."""
+    match = config.dd2.match
+    return config.init == "stage1" or (match.score_weight > 0 and match.guidance_start == "stage1")
+
+
+def check_init(config: TrainConfig) -> None:
+    """Raise unless `config.init` names a start that the method has."""
+    init = config.init
+    if init in ("stage1", "teacher", "scratch"):
+        return
+    if not init.startswith(DD1_PREFIX):
+        raise DDFastError(f"--init: got {init!r}, expected stage1, teacher, scratch or dd1:PATH")
+    path = Path(init.removeprefix(DD1_PREFIX))
+    if config.method != "dd2":
+        raise DDFastError(f"--init {init}: only --method dd2 starts from a DD1 student")
+    if not (path.exists() if path.is_file() else (path / STUDENT_FILE).exists()):
+        raise DDFastError(f"--init {init}: no {STUDENT_FILE} at {path}; `ddfast train --method dd1` makes it")
+
+
+@contextlib.contextmanager
+def _artefact(network: FlowNetwork, path: Path) -> Iterator[bool]:
+    """Load a stage's network if its file is there (yields False), else save it after the body (yields True)."""
+    if path.exists():
+        print(f"{path} exists, skipped")
+        load_state(network, load_tensors(path)[0], path)
+        yield False
+        return
+    yield True
+    save_network(path, network)
+
+
+def save_network(path: Path, network: FlowNetwork) -> None:
+    """Write a stage's network; its checkpoint is no longer needed."""
+    save_tensors(path, network.state_dict(), {"network": network.config})
+    (path.parent / CHECKPOINT).unlink(missing_ok=True)
 
 
 def make_trajectories(config: TrainConfig, teacher: Teacher, progress: Progress) -> TrajectoryStore:
@@ -98,13 +193,18 @@ def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: 
     evaluator = Evaluator(config, teacher)
     rows: dict[str, dict[str, Any]] = {}
     point, count = config.dd1.point, config.evaluation.samples
-    sources = sources_for(teacher)
+    sources = sources_for(teacher, student)
     seed, batch_size = config.seed + 2_000_003, config.evaluation.batch_size
     for done, source in enumerate(sources):
         progress(done, len(sources) + 1, source)
         with nvtx.annotate(f"evaluate {source}"):
             samples = sample(source, teacher, student, count=count, seed=seed, point=point, batch_size=batch_size)
             rows[source] = dict(evaluator.measure(samples))
+    if (config.out / TUNED_FILE).exists():
+        tuned = new_network(config, teacher)
+        load_state(tuned, load_tensors(config.out / TUNED_FILE)[0], config.out / TUNED_FILE)
+        samples = sample("ar_diffusion", teacher, tuned, count=count, seed=seed, point=point, batch_size=batch_size)
+        rows["ar_diffusion"] = dict(evaluator.measure(samples))
     progress(len(sources), len(sources) + 1, "speed")
     add_speed(rows, config, teacher, student)
     progress(len(sources) + 1, len(sources) + 1, "done")
@@ -183,7 +283,8 @@ def claim_folder(config: TrainConfig) -> None:
     """Make `config.out`, or accept it if what it holds was made with the same settings; then write config.toml."""
     out, path = config.out, config.out / CONFIG
     mine = plain(config)
-    if any((out / name).exists() for name in ("trajectories", CHECKPOINT, STUDENT_FILE)) and path.exists():
+    artefacts = ("trajectories", CHECKPOINT, STUDENT_FILE, ADAPTED_FILE, TUNED_FILE)
+    if any((out / name).exists() for name in artefacts) and path.exists():
         theirs = _flat(read_toml(path))
         different = [
             f"{name} is {theirs.get(name)!r}, not {value!r}"
@@ -212,7 +313,7 @@ def _listed(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Stages:
+class Stages:
     """Seconds that every stage took, kept over interruptions."""
 
     def __init__(self, path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ddfast import cli
 from ddfast.config import TrainConfig
+from ddfast.distill.stages import untrained_student
 from ddfast.errors import DDFastError
-from ddfast.models.loading import start_student
 from ddfast.pipeline import check_device, open_student
 from ddfast.profiling import profile
 from ddfast.recipes import untrained_teacher
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_device(options.device)
         if options.random_weights:
             teacher = untrained_teacher(options).to(options.device)
-            student = start_student(teacher).to(options.device).eval()
+            student = untrained_student(options, teacher)
         elif options.student:
             config, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
             options.dd1 = config.dd1  # the second step starts from the point that this student learnt

@@ -88,7 +88,7 @@ def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path
         "teacher AR": lambda: teacher.generate(condition, stop=stop),
         "teacher flow": lambda: teacher.generate(condition, sampler="flow", noise=eps, stop=stop),
         "student 1 step": lambda: student.sample(condition, eps),
-        "student 2 steps": lambda: student.sample(condition, eps, steps=(0, point)),
+        "student 2 steps": lambda: student.sample(condition, eps, **student.settings(2, point)),
     }
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     made: Tensor | None = None

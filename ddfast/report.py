@@ -27,17 +27,18 @@ from ddfast.sampling import Samples, sample, sources_for
 _ROWS = {
     "teacher": ("teacher, AR decoding", "{n}"),
     "ode_pairs": ("teacher, flow from noise (the training pairs)", "{n}"),
-    "student_1step": ("DD1 student", "1"),
-    "student_2step": ("DD1 student", "2"),
-    "teacher_involved": ("DD1 student, teacher-involved", "2 + {quarter} AR"),
+    "ar_diffusion": ("AR-diffusion model (stage 1)", "{n} x 10"),
+    "student_1step": ("{method} student", "1"),
+    "student_2step": ("{method} student", "{two}"),
+    "teacher_involved": ("{method} student, teacher-involved", "2 + {quarter} AR"),
     "skip_last": ("baseline skip-last", "{kept} AR"),
     "independent_marginals": ("baseline onestep* (independent marginals)", "1"),
 }
 
 _PICTURES = {
     "teacher": "teacher",
-    "student_1step": "DD1, 1 step",
-    "student_2step": "DD1, 2 steps",
+    "student_1step": "{method}, 1 step",
+    "student_2step": "{method}, 2 steps",
     "independent_marginals": "independent marginals",
 }
 
@@ -92,7 +93,8 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
         if key not in metrics:
             continue
         row = metrics[key]
-        cells = [label, steps.format(**_steps(metrics["num_groups"]))]
+        names = {"method": metrics["method"].upper(), "two": "2" if metrics["method"] == "dd1" else "1 + 1 AR"}
+        cells = [label.format(**names), steps.format(**names, **_steps(metrics["num_groups"]))]
         forms = {"frechet": ".2f", "class_accuracy": ".3f", "teacher_nll": ".3f", "pair_tv": ".3f"}
         cells += [format(row[name], form) if name in row else "" for name, form in forms.items()]
         for timing, scale, form in (
@@ -160,7 +162,7 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
     from matplotlib import pyplot
 
     classes = min(teacher.num_conditions, 10)
-    pictures = {source: title for source, title in _PICTURES.items() if source in sources_for(teacher)}
+    pictures = {source: title for source, title in _PICTURES.items() if source in sources_for(teacher, student)}
     figure, axes = pyplot.subplots(1, len(pictures), figsize=(4.2 * len(pictures), 0.68 * classes + 0.5))
     for axis, (source, title) in zip(axes, pictures.items(), strict=True):
         made = sample(
@@ -176,7 +178,7 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
         grid = _grid(_images(teacher, made.embeddings), classes)
         height = (len(grid) + 1) // classes
         axis.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(title)
+        axis.set_title(title.format(method=config.method.upper()))
         axis.set_xticks([])
         axis.set_yticks([label * height + height / 2 for label in range(classes)], range(classes))
         axis.tick_params(length=0)

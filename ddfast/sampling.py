@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.student import Student
 from ddfast.ops import nearest_code, noise
@@ -79,13 +81,21 @@ def _one_step(request: _Request) -> Tensor:
 
 
 def _two_steps(request: _Request) -> Tensor:
-    return request.by_student(steps=(0, request.point))
+    assert request.student is not None
+    return request.by_student(**request.student.settings(2, request.point))
 
 
 def _teacher_involved(request: _Request) -> Tensor:
     """The teacher regenerates the second quarter of the groups, the student finishes."""
     groups = len(request.teacher.groups)
     return request.by_student(teacher_range=(max(groups // 4, 1), max(groups // 2, 2)))
+
+
+def _ar_diffusion(request: _Request) -> Tensor:
+    """Stage 1 of DD2: every token's flow integrated in ten steps, one group of tokens after another."""
+    if not isinstance(request.student, FlowNetwork):
+        raise ValueError("student: got none of DD2's networks, expected one for the source 'ar_diffusion'")
+    return request.teacher.embed(request.student.sample_ar(request.condition, request.noise))
 
 
 def _skip_last(request: _Request) -> Tensor:
@@ -129,6 +139,7 @@ _MAKERS: dict[str, Callable[[_Request], Tensor]] = {
     "student_1step": _one_step,
     "student_2step": _two_steps,
     "teacher_involved": _teacher_involved,
+    "ar_diffusion": _ar_diffusion,
     "skip_last": _skip_last,
     "independent_marginals": _independent_marginals,
 }
@@ -139,10 +150,17 @@ _LARGEST_TABLE = 2**18
 """Entries of `marginal_tables` up to which they are estimated: every class takes thousands of the teacher's samples."""
 
 
-def sources_for(teacher: Teacher) -> list[str]:
-    """The sources that can be had of this teacher: all, or all but the marginals where their tables are too large."""
+def sources_for(teacher: Teacher, student: Student | None = None) -> list[str]:
+    """The sources that can be had of this teacher and student (None: any).
+
+    All but the marginals where their tables are too large, DD2's first stage, which is another network's, and a middle
+    part by the teacher where the student cannot finish what it began: DD2's starts from noise alone.
+    """
     entries = teacher.num_conditions * teacher.num_tokens * teacher.num_codes
-    return [source for source in SOURCES if source != "independent_marginals" or entries <= _LARGEST_TABLE]
+    without = {"ar_diffusion"} | ({"independent_marginals"} if entries > _LARGEST_TABLE else set())
+    if isinstance(student, FlowNetwork):
+        without.add("teacher_involved")
+    return [source for source in SOURCES if source not in without]
 
 
 def sample(
@@ -203,7 +221,9 @@ def sample_student(
         ValueError: as in `sample`; or the teacher would run past the last group.
     """
     given = {name: value for name, value in vars(guidance or Guidance()).items() if value is not None}
-    settings: dict[str, object] = {"steps": (0, point) if steps == 2 else (0,)}
+    settings: dict[str, Any] = student.settings(steps, point) if student is not None and steps else {}
+    if "teacher_range" in settings:
+        settings |= given
     if teacher_steps:
         settings = {"teacher_range": (point, point + teacher_steps), **given}
 

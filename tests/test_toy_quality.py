@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddfast.config import DD1Config, TrainConfig, TrajectoryConfig
-from ddfast.distill.trainer import distill
+from ddfast.distill.stages import distill
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.sampling import sample

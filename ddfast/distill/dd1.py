@@ -11,8 +11,9 @@ from torch import Tensor
 from ddfast.config import DD1Config
 from ddfast.distill.losses import embedding_distance, perceptual_distance, token_cross_entropy
 from ddfast.distill.lpips import LPIPS
-from ddfast.distill.method import Batch, Method, Roles
+from ddfast.distill.method import Batch, Method, Roles, scheduled_rate
 from ddfast.models.protocol import Teacher
+from ddfast.models.student import DD1Student
 
 
 def check_point(config: DD1Config, teacher: Teacher) -> None:
@@ -38,7 +39,9 @@ class DD1(Method):
     def __init__(self, roles: Roles, config: DD1Config) -> None:
         super().__init__(roles)
         check_point(config, roles.teacher)
-        self.config = config
+        assert isinstance(roles.student, DD1Student)
+        self.student, self.config = roles.student, config
+        self.networks, self.total = {"student": roles.student}, config.iterations
         self.lpips: LPIPS | None = None
         if config.lpips_vgg:
             loaded = LPIPS.load(Path(config.lpips_vgg), Path(config.lpips_linear))
@@ -48,9 +51,14 @@ class DD1(Method):
         """DD1 has one network to train."""
         return "student"
 
-    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def learning_rate(self, phase: str, update: int) -> float:
+        """Linear warm-up, then cosine decay."""
+        return scheduled_rate(self.config, update, self.total)
+
+    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on the tokens that each sequence's point leaves open."""
-        student, config = self.roles.student, self.config
+        student, config = self.student, self.config
+        assert batch.codes is not None
         later = torch.rand(len(batch.codes), generator=generator) < config.point_probability
         points = (later.long() * config.point).to(batch.codes.device)
         target = student.codebook[batch.codes]
@@ -65,4 +73,4 @@ class DD1(Method):
             decode = partial(self.roles.teacher.decode, clamp=False)
             name, distance = "lpips", perceptual_distance(embeddings, target, ~is_data, decode, self.lpips)
         loss = cross_entropy + config.embedding_weight * distance
-        return loss, {"cross_entropy": float(cross_entropy.detach()), name: float(distance.detach())}
+        return loss, {"cross_entropy": cross_entropy.detach(), name: distance.detach()}

@@ -1,6 +1,6 @@
 """The losses of distillation: pure functions of tensors.
 
-Dimensions: B batch, N tokens, V codes, D code dimension.
+Dimensions: m noise draws, B batch, N tokens, V codes, D code dimension.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ def token_cross_entropy(logits: Tensor, codes: Tensor, open_tokens: Tensor) -> T
     return F.cross_entropy(logits[open_tokens], codes[open_tokens])
 
 
-def embedding_distance(embeddings: Tensor, target: Tensor, open_tokens: Tensor) -> Tensor:
-    """Mean absolute distance of embeddings [B, N, D] to their targets at the open tokens (bool [B, N]).
+def embedding_distance(embeddings: Tensor, target: Tensor, open_tokens: Tensor | None = None) -> Tensor:
+    """Mean absolute distance of embeddings [B, N, D] to their targets at the open tokens (bool [B, N]; None: all).
 
-    It stands in for DD1's perceptual distance where no LPIPS weights are at hand (METHOD.md section 2).
+    It stands in for DD1's perceptual distance where no LPIPS weights are at hand (METHOD.md section 2), and anchors
+    DD2's generator to the teacher's flow.
     """
-    return F.l1_loss(embeddings[open_tokens], target[open_tokens])
+    if open_tokens is not None:
+        embeddings, target = embeddings[open_tokens], target[open_tokens]
+    return F.l1_loss(embeddings, target)
 
 
 def perceptual_distance(
@@ -53,3 +56,48 @@ def perceptual_distance(
     with torch.no_grad():
         reference = decode(target)
     return distance(decode(torch.where(open_tokens[..., None], embeddings, target)), reference).mean()
+
+
+def velocity_distance(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance of velocities [m, B, N, D]: to the teacher's closed form, or to noise minus token.
+
+    Source: DD2's Ground Truth Score loss and the flow-matching loss, METHOD.md section 3.
+    """
+    return (velocity - target).square().sum(-1).mean()
+
+
+def score_distance_kl(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """Value whose gradient in x is the KL (DMD) form of CSD: the fake score minus the real one, in x_0 predictions.
+
+    Both scores at x_t are -(x_t - (1-t) x_0) / t^2, so their difference is (fake - real) (1-t) / t^2; the factor is
+    left out (omega(t) constant in x_0 space was best in METHOD.md section 6).
+
+    Args:
+        x: generated tokens [B, N, D], with a gradient.
+        real, fake: x_0 predictions [m, B, N, D] of the teacher and of the guidance network.
+    """
+    return (x * (fake - real).detach()).sum(-1).mean()
+
+
+def score_distance_sid(x: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
+    """CSD in SiD form: (1-alpha) |real - fake|^2 + (real - fake) . (fake - x), in x_0 predictions.
+
+    Args:
+        x: generated tokens [B, N, D].
+        real, fake: x_0 predictions [m, B, N, D] at noisy x; gradients flow through x and both predictions.
+        alpha: the papers use 1.
+
+    Source: METHOD.md section 3; Zhou et al. 2024 (SiD, arXiv 2404.04057).
+    """
+    difference = real - fake
+    return ((1 - alpha) * difference.square() + difference * (fake - x)).sum(-1).mean()
+
+
+def next_token_divergence(logits: Tensor, log_probs: Tensor) -> Tensor:
+    """Mean cross-entropy of the teacher's next-token distributions and logits read off the generator's features.
+
+    Args:
+        logits: [B, N, V].
+        log_probs: the teacher's, given the generator's own tokens [B, N, V]; -inf where filtered.
+    """
+    return F.cross_entropy(logits.flatten(0, 1), log_probs.exp().flatten(0, 1))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ddfast.config import OptimisationConfig
+from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.student import Student
+from ddfast.schedule import warmup_cosine
 
 
 @dataclass(kw_only=True)
@@ -18,31 +23,51 @@ class Roles:
 
     student: Student
     teacher: Teacher
-    guidance: nn.Module | None = None
+    guidance: FlowNetwork | None = None
 
 
 @dataclass(kw_only=True)
 class Batch:
-    """Trajectories: noise [B, N, D], the codes int64 [B, N] it flows to, and the condition."""
+    """Noise [B, N, D], conditions, and where a method learns from data the codes int64 [B, N] that go with them."""
 
     noise: Tensor
-    codes: Tensor
     condition: Condition
+    codes: Tensor | None = None
 
 
 class Method(ABC):
-    """A distillation method; it knows losses, not optimizers."""
+    """One stage of a distillation; it knows losses, not optimizers.
+
+    Attributes:
+        networks: the network that each phase updates.
+        total: steps, all phases together.
+    """
+
+    networks: dict[str, nn.Module]
+    total: int
 
     def __init__(self, roles: Roles) -> None:
         self.roles = roles
 
     @abstractmethod
     def phase(self, step: int) -> str:
-        """Whose turn it is: the name of the role that step `step` updates."""
+        """Whose turn it is in step `step`: a key of `networks`."""
 
     @abstractmethod
-    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one update of `phase`, and what to log; all randomness comes from `generator`."""
+
+    @abstractmethod
+    def learning_rate(self, phase: str, update: int) -> float:
+        """Of a network's update number `update` (0-based)."""
+
+    def starts_from_average(self, step: int) -> bool:
+        """Whether the student takes on its moving average before step `step`."""
+        return False
+
+    def watch(self, step: int, average: ExponentialMovingAverage) -> tuple[dict[str, float], str | None]:
+        """Figures of the samples after step `step`, and what is alarming about them, if anything."""
+        return {}, None
 
 
 class ExponentialMovingAverage:
@@ -62,8 +87,28 @@ class ExponentialMovingAverage:
         averages = list(self.average.values())
         torch._foreach_lerp_(averages, list(network.parameters()), 1 - rate)
 
+    @contextlib.contextmanager
+    def applied_to(self, network: nn.Module) -> Iterator[None]:
+        """Within, the network has the averaged parameters."""
+        live = [parameter.detach().clone() for parameter in network.parameters()]
+        self.copy_to(network)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(network.parameters(), live, strict=True):
+                    parameter.copy_(value)
+
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
         """Overwrite the network's parameters by the average."""
         for name, parameter in network.named_parameters():
             parameter.copy_(self.average[name])
+
+
+def scheduled_rate(config: OptimisationConfig, update: int, total: int, *, peak: float | None = None) -> float:
+    """Learning rate of update number `update` of `total`; `peak` None is the configuration's."""
+    peak = config.learning_rate if peak is None else peak
+    if config.decay:
+        return peak * warmup_cosine(update, total=total, warmup=config.warmup)
+    return peak * min(1.0, (update + 1) / max(config.warmup, 1))

@@ -1,161 +1,250 @@
-"""The training loop of distillation: optimizer, schedule, moving average, log and exact resume."""
+"""The training loop of every distillation stage: optimizers, moving average, log, alarms and exact resume."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ddfast.config import TrainConfig, config_hash
-from ddfast.distill.dd1 import DD1
-from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
+from ddfast.config import OptimisationConfig
+from ddfast.distill.method import Batch, ExponentialMovingAverage, Method
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.digits import Progress
-from ddfast.models.loading import start_student
 from ddfast.models.protocol import Teacher
-from ddfast.models.student import Student
-from ddfast.schedule import warmup_cosine
+from ddfast.ops import noise
 from ddfast.trajectories.store import Trajectories
 
 CHECKPOINT = "checkpoint.safetensors"
+ALARM_CHECKPOINT = "checkpoint-before-alarm.safetensors"
 METRICS = "metrics.jsonl"
 
+Draw = Callable[[int, torch.Generator], Batch]
+"""Makes a batch of the size given; all randomness comes from the generator."""
 
-def distill(
-    config: TrainConfig,
-    teacher: Teacher,
-    trajectories: Trajectories,
+
+def optimise(
+    method: Method,
+    config: OptimisationConfig,
+    draw: Draw,
     out: Path,
     *,
-    student: Student | None = None,
+    stage: str,
+    seed: int,
+    identity: str,
+    ema_decay: float = 0.0,
+    watch_every: int = 0,
     progress: Progress | None = None,
-) -> tuple[Student, dict[str, Tensor]]:
-    """Train a DD1 student (None: one that starts as the teacher); returns it averaged, and the live weights.
+) -> ExponentialMovingAverage:
+    """Run a stage; returns the moving average of the student (with `ema_decay` 0: its weights as they are).
 
     Every `checkpoint_every` steps, and when interrupted, the whole state goes to `out/checkpoint.safetensors`; a later
     call with the same settings continues from there and ends with the same weights, bit for bit on a CPU. Step k's
     batch and randomness depend on (seed, k) alone. `out/metrics.jsonl` gets a line every `log_every` steps.
 
+    Args:
+        method: its networks are trained in place.
+        config: optimizer, batches, log and checkpoints.
+        draw: makes the batches.
+        out: folder of the run.
+        stage: its name, in the log and in the checkpoint.
+        seed: of every step's randomness.
+        identity: of the settings; a checkpoint of others is refused.
+        ema_decay: of the student's moving average.
+        watch_every: steps between the method's looks at its samples; 0: none. What it finds alarming is printed, and
+            the last checkpoint before it is kept as `checkpoint-before-alarm.safetensors`.
+        progress: called as progress(done, total, text).
+
     Raises:
         DDFastError: the checkpoint is of other settings, or the loss is no longer finite.
     """
-    torch.manual_seed(config.seed)
-    if student is None:
-        student = start_student(teacher)
-    if config.dd1.split >= 0:
-        student.split = config.dd1.split
-    student = student.to(config.device, torch.float32).train().requires_grad_(True)
-    method = DD1(Roles(student=student, teacher=teacher), config.dd1)
-    run = _Run(student, config)
+    run = _Run(method, config, stage, identity, ema_decay)
     run.restore(out / CHECKPOINT)
-    _truncate_metrics(out / METRICS, run.step)
-    started, first_step = time.perf_counter(), run.step
-    total, reduced = config.dd1.iterations, config.dd1.precision == "bfloat16"
+    _truncate_metrics(out / METRICS, stage, run.step)
+    started, first_step, alarmed = time.perf_counter(), run.step, False
+    device = method.roles.teacher.codebook.device
+    reduced = config.precision == "bfloat16"
+    latest: dict[str, Tensor | float] = {}
     try:
-        while run.step < total:
-            generator = torch.Generator().manual_seed(_step_seed(config.seed, run.step))
-            batch = _draw(trajectories, teacher, config.dd1.batch_size, generator, config.device)
-            with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=reduced):
-                loss, logged = method.step(method.phase(run.step), batch, generator)
+        while run.step < method.total:
+            generator = torch.Generator().manual_seed(_step_seed(seed, run.step))
+            if method.starts_from_average(run.step):
+                run.average.copy_to(run.averaged)
+            phase = method.phase(run.step)
+            batch = draw(config.batch_size, generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+                loss, logged = method.step(phase, batch, generator)
             if not math.isfinite(loss.item()):
                 raise DDFastError(
-                    f"the loss became {loss.item()} at step {run.step}; the last checkpoint is kept: "
-                    "try a lower dd1.learning_rate"
+                    f"{stage}: the loss became {loss.item()} at step {run.step}; the last checkpoint is kept: "
+                    "try a lower learning rate"
                 )
-            gradient_norm = run.update(loss)
-            if run.step % config.dd1.log_every == 0 or run.step == total:
+            norm = run.update(phase, loss)
+            figures: dict[str, Tensor | float] = {
+                "loss": loss.detach(),
+                "gradient_norm": norm,
+                "learning_rate": run.learning_rate,
+            }
+            latest |= {_named(what, phase, method): value for what, value in figures.items()}
+            latest |= logged
+            if watch_every and (run.step % watch_every == 0 or run.step == method.total):
+                seen, alarm = method.watch(run.step, run.average)
+                latest |= seen
+                if alarm and not alarmed:
+                    alarmed = True
+                    kept = run.keep(out / CHECKPOINT, out / ALARM_CHECKPOINT)
+                    print(f"warning: {stage}, step {run.step}: {alarm}; {kept} is kept", file=sys.stderr, flush=True)
+            if run.step % config.log_every == 0 or run.step == method.total:
                 rate = (run.step - first_step) / (time.perf_counter() - started)
-                line = {"step": run.step, "loss": loss.item(), **logged, "gradient_norm": gradient_norm}
-                line |= {"learning_rate": run.learning_rate, "steps_per_second": round(rate, 2)}
+                line = {"stage": stage, "step": run.step, **{name: _number(value) for name, value in latest.items()}}
                 with (out / METRICS).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps(line | {"steps_per_second": round(rate, 2)}) + "\n")
+                latest = {}
             if progress:
-                progress(run.step, total, f"loss {loss.item():.3f}")
-            if run.step % config.dd1.checkpoint_every == 0 or run.step == total:
+                progress(run.step, method.total, f"loss {loss.item():.3f}")
+            if run.step % config.checkpoint_every == 0 or run.step == method.total:
                 run.save(out / CHECKPOINT)
     except KeyboardInterrupt:
         run.save(out / CHECKPOINT)
         raise
-    live = {name: value.detach().clone() for name, value in student.state_dict().items()}
-    run.average.copy_to(student)
-    return student.eval().requires_grad_(False), live
+    return run.average
+
+
+def from_store(trajectories: Trajectories, teacher: Teacher) -> Draw:
+    """Batches of a store's pairs."""
+    device = teacher.codebook.device
+
+    def draw(size: int, generator: torch.Generator) -> Batch:
+        rows = torch.randint(len(trajectories.codes), (size,), generator=generator)
+        return Batch(
+            noise=trajectories.noise(rows).to(device),
+            codes=trajectories.codes[rows].long().to(device),
+            condition=teacher.condition_of(trajectories.condition[rows].to(device)),
+        )
+
+    return draw
+
+
+def from_noise(teacher: Teacher, *, codes: bool = False) -> Draw:
+    """Batches of fresh noise and conditions; with `codes`, the teacher decodes sequences beside them."""
+    device = teacher.codebook.device
+
+    def draw(size: int, generator: torch.Generator) -> Batch:
+        condition = teacher.condition_of(torch.randint(teacher.num_conditions, (size,), generator=generator).to(device))
+        seed = int(torch.randint(2**62, (), generator=generator))
+        eps = noise(seed, torch.arange(size), (teacher.num_tokens, teacher.code_dim), device)
+        drawn = None
+        if codes:
+            drawn = teacher.generate(condition, generator=torch.Generator(device).manual_seed(seed))
+        return Batch(noise=eps, condition=condition, codes=drawn)
+
+    return draw
 
 
 class _Run:
     """Everything a resumed run must find again."""
 
-    def __init__(self, student: Student, config: TrainConfig) -> None:
-        self.student, self.config = student, config.dd1
-        self.optimizer = torch.optim.AdamW(
-            student.parameters(), lr=config.dd1.learning_rate, weight_decay=config.dd1.weight_decay, betas=(0.9, 0.95)
-        )
-        self.average = ExponentialMovingAverage(student, config.dd1.ema_decay)
-        self.identity = config_hash(config.dd1, config.trajectories, config.teacher, config.tokenizer, config.seed)
+    def __init__(self, method: Method, config: OptimisationConfig, stage: str, identity: str, ema_decay: float) -> None:
+        self.method, self.config, self.stage, self.identity = method, config, stage, identity
+        # One optimizer per network, whichever phases update it.
+        self.roles = {id(network): name for name, network in method.networks.items()}
+        self.networks = {name: method.networks[name] for name in self.roles.values()}
+        self.optimizers = {
+            name: torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.95))
+            for name, network in self.networks.items()
+        }
+        self.averaged = method.roles.student
+        self.average = ExponentialMovingAverage(self.averaged, ema_decay)
         self.step = 0
+        self.updates = dict.fromkeys(self.networks, 0)
         self.learning_rate = 0.0
 
-    def update(self, loss: Tensor) -> float:
-        """One optimizer step and the average's move after it; returns the gradient's norm before clipping."""
-        factor = warmup_cosine(self.step, total=self.config.iterations, warmup=self.config.warmup)
-        self.learning_rate = self.config.learning_rate * factor
-        for group in self.optimizer.param_groups:
+    def update(self, phase: str, loss: Tensor) -> Tensor:
+        """One optimizer step, and the average's move if it was the student's; the gradient's norm before clipping."""
+        network = self.method.networks[phase]
+        name = self.roles[id(network)]
+        self.learning_rate = self.method.learning_rate(phase, self.updates[name])
+        optimizer = self.optimizers[name]
+        for group in optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.gradient_clip)
-        self.optimizer.step()
-        self.average.update(self.student, self.step)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.gradient_clip)
+        optimizer.step()
+        if network is self.averaged:
+            self.average.update(network, self.updates[name])
+        self.updates[name] += 1
         self.step += 1
-        return norm.item()
+        return norm
 
     def save(self, path: Path) -> None:
         """Write the state; the old file stays until the new one is complete."""
-        tensors: dict[str, Tensor] = {f"student.{name}": value for name, value in self.student.named_parameters()}
-        tensors |= {f"average.{name}": value for name, value in self.average.average.items()}
-        for name, parameter in self.student.named_parameters():
-            for moment, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{moment}.{name}"] = value
-        save_tensors(path, tensors, {"identity": self.identity, "step": self.step})
+        tensors: dict[str, Tensor] = {f"average.{name}": value for name, value in self.average.average.items()}
+        for role, network in self.networks.items():
+            for name, parameter in network.named_parameters():
+                tensors[f"{role}.{name}"] = parameter
+                for moment, value in self.optimizers[role].state.get(parameter, {}).items():
+                    tensors[f"{moment}.{role}.{name}"] = value
+        header = {"stage": self.stage, "identity": self.identity, "step": self.step, "updates": self.updates}
+        save_tensors(path, tensors, header)
+
+    def keep(self, path: Path, copy: Path) -> Path:
+        """Keep the last checkpoint (none yet: the state of now) under another name."""
+        if path.exists():
+            shutil.copyfile(path, copy)
+        else:
+            self.save(copy)
+        return copy
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
-        """Continue from `path` if it exists."""
+        """Continue from `path` if it exists and is of this stage."""
         if not path.exists():
             return
         tensors, header = load_tensors(path)
+        if header.get("stage") != self.stage:  # of an earlier stage, whose result is there: interrupted in between
+            return
         if header.get("identity") != self.identity:
             raise DDFastError(f"{path} belongs to a run with other settings; choose another --out or delete the file")
-        self.step = header["step"]
-        for name, parameter in self.student.named_parameters():
-            parameter.copy_(tensors[f"student.{name}"])
-            self.average.average[name].copy_(tensors[f"average.{name}"])
-            self.optimizer.state[parameter] = {
-                moment: tensors[f"{moment}.{name}"].to("cpu" if moment == "step" else parameter.device)
-                for moment in ("step", "exp_avg", "exp_avg_sq")
-            }
+        self.step, self.updates = header["step"], header["updates"]
+        for role, network in self.networks.items():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(tensors[f"{role}.{name}"])
+                moments = {
+                    moment: tensors[f"{moment}.{role}.{name}"].to("cpu" if moment == "step" else parameter.device)
+                    for moment in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{moment}.{role}.{name}" in tensors
+                }
+                if moments:  # a parameter that no loss reached yet has none
+                    self.optimizers[role].state[parameter] = moments
+        for name, value in self.average.average.items():
+            value.copy_(tensors[f"average.{name}"])
+
+
+def _named(what: str, phase: str, method: Method) -> str:
+    """The log's name for a figure of one phase; the phase is left out where there is no other."""
+    return what if len(method.networks) == 1 else f"{phase}_{what}"
+
+
+def _number(value: Tensor | float) -> float:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) % 2**63
 
 
-def _draw(trajectories: Trajectories, teacher: Teacher, size: int, generator: torch.Generator, device: str) -> Batch:
-    rows = torch.randint(len(trajectories.codes), (size,), generator=generator)
-    return Batch(
-        noise=trajectories.noise(rows).to(device),
-        codes=trajectories.codes[rows].long().to(device),
-        condition=teacher.condition_of(trajectories.condition[rows].to(device)),
-    )
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
+def _truncate_metrics(path: Path, stage: str, step: int) -> None:
     """Drop log lines of steps that will be run again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        complete = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        path.write_text("".join(line + "\n" for line in complete if json.loads(line)["step"] <= step))
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if line.get("stage") != stage or line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))

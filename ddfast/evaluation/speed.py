@@ -89,7 +89,7 @@ def measure_speed(
             "ar": partial(teacher.generate, condition),
             "ar_plain": partial(generate_plainly, teacher, condition),
             "student_1step": partial(student.sample, condition, eps),
-            "student_2step": partial(student.sample, condition, eps, steps=(0, point)),
+            "student_2step": partial(student.sample, condition, eps, **student.settings(2, point)),
             "image_decoder": partial(teacher.decode, codes),
         }
         if tables is not None:

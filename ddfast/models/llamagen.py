@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention
+from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
-from ddfast.models.student import ContinuousHead, Student
+from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import LlamaGenTokenizer, TokenizedTeacher
 from ddfast.ops import nearest_code
 
@@ -246,6 +247,13 @@ class _LlamaGenNetwork(nn.Module):
             x = block(x, table, attend, layer)
         return x
 
+    def hidden(self, condition: Condition, tokens: Tensor, unconditional: bool = False) -> Tensor:
+        """What the head over codes reads, [B, N, W], from the condition and embedded tokens 0..N-2 [B, N - 1, W]."""
+        first, valid = self._condition_tokens(condition, unconditional)
+        x = torch.cat((first, tokens), dim=1)
+        x = self._run(x, slice(0, x.shape[1]), MaskedAttention(padded_mask(valid, x.shape[1])))
+        return self.norm(x[:, first.shape[1] - 1 :])
+
     def _check_condition(self, condition: Condition) -> None:
         """Raise unless a text condition has the shapes that this network reads."""
         sizes = self.sizes
@@ -355,10 +363,7 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         self.check_condition(condition)
         if codes.is_floating_point():
             codes = nearest_code(codes, self.codebook)
-        tokens, valid = self._condition_tokens(condition, unconditional)
-        x = torch.cat((tokens, self.tok_embeddings(codes[:, :-1])), dim=1)
-        hidden = self._run(x, slice(0, x.shape[1]), MaskedAttention(padded_mask(valid, x.shape[1])))
-        return self.output(self.norm(hidden[:, tokens.shape[1] - 1 :])).float()
+        return self.output(self.hidden(condition, self.tok_embeddings(codes[:, :-1]), unconditional)).float()
 
     def begin(self, condition: Condition, *, guided: bool) -> LlamaGenState:
         tokens, valid = self._condition_tokens(condition)
@@ -390,7 +395,7 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         return self.output(self.norm(hidden[:, -1:])).float()
 
 
-class LlamaGenStudent(_LlamaGenNetwork, Student):
+class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
     """DD1's student of LlamaGen: reads the condition and X_t, sees what is before a position and the position itself.
 
     The embedding of "data" and "noise" is added once, at the input. The continuous head reads the hidden states
@@ -454,3 +459,49 @@ class LlamaGenStudent(_LlamaGenNetwork, Student):
 
     def continuous(self, hidden: Tensor, context: Tensor) -> Tensor:
         return self.final_layer_conti(hidden, context).float()
+
+
+class LlamaGenFlowNetwork(_LlamaGenNetwork, FlowNetwork):
+    """DD2's generator or guidance network of LlamaGen.
+
+    An MLP on R^d stands where the teacher looks tokens up, so that noise and continuous tokens can be read
+    (`embedding_error` is what DD2's stage 0 fits first).
+
+    Args:
+        teacher: as in `Student`, with a LlamaGen tokenizer.
+        head_width, head_depth, time: as in `FlowNetwork`.
+        sizes: of the transformer, by their official names; those left out are the teacher's.
+    """
+
+    def __init__(
+        self, teacher: LlamaGenTeacher, *, head_width: int = 1024, head_depth: int = 3, time: float = 1.0, **sizes: Any
+    ) -> None:
+        own = LlamaGenSizes(**{**vars(teacher.sizes), **sizes})
+        self.sizes = own
+        super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time)
+        self._add_layers(own, teacher.num_codes, unconditional=own.class_dropout_prob > 0)
+        self.tok_embeddings = nn.Sequential(
+            nn.Linear(teacher.code_dim, own.dim), nn.GELU(approximate="tanh"), nn.Linear(own.dim, own.dim)
+        )
+        self.add_head(own.dim)
+
+    def derive_buffers(self) -> None:
+        """Fill what follows from the teacher and the sizes and is in no file."""
+        super().derive_buffers()
+        self._derive_rope(self.codebook.device)
+
+    @property
+    def sizes_config(self) -> dict[str, Any]:
+        return dict(vars(self.sizes))
+
+    def features(self, condition: Condition, tokens: Tensor) -> Tensor:
+        self.teacher.check_condition(condition)
+        return self.hidden(condition, self.tok_embeddings(tokens[:, :-1].to(self.dtype)))
+
+    def code_logits(self, features: Tensor) -> Tensor:
+        return self.output(features).float()
+
+    def embedding_error(self) -> Tensor:
+        """Mean squared distance of every code's MLP value to the teacher's table: what stage 0 fits first."""
+        table = cast(LlamaGenTeacher, self.teacher).tok_embeddings.weight
+        return F.mse_loss(self.tok_embeddings(self.codebook.to(self.dtype)).float(), table.float())

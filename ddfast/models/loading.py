@@ -25,11 +25,12 @@ from ddfast.models.checkpoint import (
 )
 from ddfast.models.digits import DigitsTeacher, load_digits_teacher
 from ddfast.models.digits import save_teacher as save_digits_teacher
-from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenSizes, LlamaGenStudent, LlamaGenTeacher
+from ddfast.models.flow_network import FlowNetwork, TransformerFlowNetwork
+from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenFlowNetwork, LlamaGenSizes, LlamaGenStudent, LlamaGenTeacher
 from ddfast.models.protocol import SamplingDefaults, Teacher
-from ddfast.models.student import Student, TransformerStudent
+from ddfast.models.student import DD1Student, Student, TransformerStudent
 from ddfast.models.tokenizers import IMAGENET_SCALES, ImageTokenizer, LlamaGenTokenizer, VARTokenizer
-from ddfast.models.var import VARSizes, VARStudent, VARTeacher
+from ddfast.models.var import VARFlowNetwork, VARSizes, VARStudent, VARTeacher
 from ddfast.models.vqgan import LLAMAGEN_NAMING, VAR_NAMING, ConvSizes
 
 FAMILIES = ("digits", "var", "llamagen")
@@ -133,15 +134,22 @@ def load_tokenizer(path: str | Path, **config: Any) -> ImageTokenizer:
     return _llamagen_tokenizer(tensors, path, config)
 
 
-def student_class(teacher: Teacher) -> type[Student]:
-    """The kind of student that learns from a teacher."""
+def student_class(teacher: Teacher) -> type[DD1Student]:
+    """The kind of DD1 student that learns from a teacher."""
     if isinstance(teacher, VARTeacher):
         return VARStudent
     return LlamaGenStudent if isinstance(teacher, LlamaGenTeacher) else TransformerStudent
 
 
-def start_student(teacher: Teacher) -> Student:
-    """A new student that starts from its teacher's weights."""
+def flow_network_class(teacher: Teacher) -> type[FlowNetwork]:
+    """The kind of DD2 network that learns from a teacher."""
+    if isinstance(teacher, VARTeacher):
+        return VARFlowNetwork
+    return LlamaGenFlowNetwork if isinstance(teacher, LlamaGenTeacher) else TransformerFlowNetwork
+
+
+def start_student(teacher: Teacher) -> DD1Student:
+    """A new DD1 student that starts from its teacher's weights."""
     return student_class(teacher).from_teacher(teacher)
 
 
@@ -158,17 +166,18 @@ def save_student(
     """
     tensors = {_AVERAGE + name: value for name, value in student.state_dict().items()}
     tensors |= live or {}
-    save_tensors(Path(path), tensors, {"student": student.config, "split": student.split, **config})
+    method = "dd2" if isinstance(student, FlowNetwork) else "dd1"
+    save_tensors(Path(path), tensors, {"method": method, "student": student.config, "split": student.split, **config})
 
 
 def load_student(
     weights: str | Path, teacher: Teacher, *, ema: bool = True, dtype: torch.dtype | None = None
 ) -> Student:
-    """A DD1 student from its official file, from a file of ours, or from the folder that holds one.
+    """A student from DD1's official file, from a file of ours (DD1 or DD2), or from the folder that holds one.
 
     Args:
         weights: `var-d16.pth`, `LlamaGen-DD-L.pt`, ..., or `student.safetensors`, or a folder with that file.
-        teacher: whose trajectories it learnt.
+        teacher: from which it learnt.
         ema: the averaged weights; False: the live ones, where the file has them.
         dtype: of the weights; None: as stored.
 
@@ -178,10 +187,12 @@ def load_student(
     path = Path(weights)
     path = path / STUDENT_FILE if path.is_dir() else path
     content, header = read_checkpoint(path)
-    kind = student_class(teacher)
+    kind: type[Student] = student_class(teacher)
     derived: tuple[str, ...] = ()
     if "student" in header:
         config = header["student"]
+        if header.get("method") == "dd2":
+            kind = flow_network_class(teacher)
         tensors = {n.removeprefix(_AVERAGE): t for n, t in content.items() if n.startswith(_AVERAGE) == ema}
     else:
         tensors = student_tensors(content, ema=ema)

@@ -149,13 +149,20 @@ class Teacher(nn.Module, ABC):
             labels = f"{int(condition.min())}..{int(condition.max())}"
             raise ValueError(f"condition: got labels {labels}, expected 0..{self.num_classes - 1}")
 
-    def log_probs(self, condition: Condition, codes: Tensor, *, filtered: bool = True) -> Tensor:
+    def log_probs(
+        self,
+        condition: Condition,
+        codes: Tensor,
+        *,
+        filtered: bool = True,
+        defaults: SamplingDefaults | None = None,
+    ) -> Tensor:
         """Teacher-forced log-probabilities [B, N, V] of the distribution that the teacher samples from.
 
-        Guidance and temperature are those of `defaults`; with `filtered=False` top-k and top-p are left out, so every
-        code keeps a finite log-probability (a likelihood of foreign samples needs that).
+        Guidance and temperature are those of `defaults` (None: the teacher's); with `filtered=False` top-k and top-p
+        are left out, so every code keeps a finite log-probability (a likelihood of foreign samples needs that).
         """
-        defaults = self.defaults
+        defaults = defaults or self.defaults
         top_k, top_p = (defaults.top_k, defaults.top_p) if filtered else (0, 1.0)
         logits = self.logits(condition, codes)
         scales = [self.group_cfg_scale(defaults.cfg_scale, group) for group in range(len(self.groups))]

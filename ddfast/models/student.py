@@ -1,4 +1,4 @@
-"""The DD1 student: noise in, all tokens out, in one causal pass over [condition, X_t].
+"""Students: what DD1's and DD2's share, and DD1's: noise in, all tokens out, in one causal pass over [condition, X_t].
 
 A trajectory point t counts groups: the first t groups of X_t are data, the others noise (METHOD.md section 2).
 Dimensions: B batch, N tokens, V codes, D code dimension, W width.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddfast.models.attention import group_levels, level_mask
 from ddfast.models.protocol import Condition, Teacher
-from ddfast.models.transformer import Transformer, TransformerTeacher
+from ddfast.models.transformer import Transformer, TransformerTeacher, transformer_sizes
 from ddfast.ops import nearest_code
 
 if TYPE_CHECKING:
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 class Student(nn.Module, ABC):
-    """Network that predicts the end of a trajectory from any of its points.
+    """Network that turns noise into all tokens in one pass: DD1's and DD2's.
 
-    A subclass builds its layers and implements `features`, `code_logits`, `continuous`, `config` and `start_from`.
+    A subclass builds its layers and implements `complete`, `predict`, `settings`, `config` and `start_from`.
 
     Args:
         teacher: gives the codebook, the groups and the classes; teacher-involved sampling calls it. It is referred to,
             not contained: it is no part of the student's parameters, state or device moves.
 
     Attributes:
-        split: group from which samples are the continuous head's, where `sample` is not told; None: nowhere.
+        split: group from which samples are the network's continuous values, not codes, where `sample` is not told;
+            None: nowhere.
     """
 
     codebook: Tensor
     level: Tensor
-    mask: Tensor | None
     split: int | None = None
 
     def __init__(self, teacher: Teacher) -> None:
@@ -51,24 +51,30 @@ class Student(nn.Module, ABC):
         teacher = self.teacher
         self.register_buffer("codebook", teacher.codebook.detach().clone(), persistent=False)
         # The group of every token.
-        device = teacher.codebook.device
-        self.register_buffer("level", group_levels(self.groups, device), persistent=False)
-        # Who sees whom in the sequence of one condition token and X_t; None: plain causal.
-        self.register_buffer("mask", level_mask((1, *self.groups), device), persistent=False)
+        self.register_buffer("level", group_levels(self.groups, teacher.codebook.device), persistent=False)
 
     # What a student implements -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Any]:
-        """Hidden states [B, N, W] at the tokens of the point X_t, and what the heads need of the condition."""
+    def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor | None, Tensor]:
+        """Predict the data from one trajectory point.
+
+        Args:
+            condition: int64 [B], or text.
+            x: float32 [B, N, D], the point X_t: t groups of code embeddings, then noise.
+            t: the point, an int or int64 [B].
+
+        Returns:
+            logits over codes [B, N, V], where the student has them, and embeddings [B, N, D].
+        """
 
     @abstractmethod
-    def code_logits(self, hidden: Tensor, context: Any) -> Tensor:
-        """The head over codes: [B, m, W] to [B, m, V]."""
+    def complete(self, condition: Condition, x: Tensor, noise: Tensor, point: int, split: int | None) -> Tensor:
+        """One pass: the first `point` groups of x [B, N, D] are kept, the others made from noise [B, N, D]."""
 
     @abstractmethod
-    def continuous(self, hidden: Tensor, context: Any) -> Tensor:
-        """The continuous head: [B, m, W] to [B, m, D]."""
+    def settings(self, steps: int, point: int) -> dict[str, Any]:
+        """Arguments of `sample` for a number of steps; `point` is t1, where a method has one."""
 
     @property
     @abstractmethod
@@ -82,49 +88,22 @@ class Student(nn.Module, ABC):
     # What every student inherits ---------------------------------------------------------------------------------
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher) -> Self:
-        """A student of the teacher's size that starts from its weights."""
-        student = cls(teacher).to(teacher.codebook.device)
+    def from_teacher(cls, teacher: Teacher, **config: Any) -> Self:
+        """A student of the teacher's size that starts from its weights; `config` as the class takes it."""
+        student = cls(teacher, **config).to(teacher.codebook.device)
         student.start_from(teacher)
         return student
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher whose trajectories this student learnt."""
+        """The teacher that this student learnt from."""
         return self._teacher[0]
-
-    def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Predict the data from one trajectory point.
-
-        Args:
-            condition: int64 [B], or text.
-            x: float32 [B, N, D], the point X_t: t groups of code embeddings, then noise.
-            t: the point, an int or int64 [B].
-
-        Returns:
-            logits [B, N, V] and embeddings [B, N, D]; position i sees the condition, the groups before i's and itself.
-        """
-        self.check_point(x)
-        hidden, context = self.features(condition, x, t)
-        return self.code_logits(hidden, context), self.continuous(hidden, context)
 
     def check_point(self, x: Tensor) -> None:
         """Raise `ValueError` unless x is [B, N, D]."""
         if x.ndim != 3 or x.shape[1:] != (self.teacher.num_tokens, self.teacher.code_dim):
             expected = f"[B, {self.teacher.num_tokens}, {self.teacher.code_dim}]"
             raise ValueError(f"x: got shape {list(x.shape)}, expected {expected}")
-
-    def data_levels(self, t: int | Tensor, batch: int, condition_tokens: int) -> Tensor:
-        """int64 [B, C + N]: 1 where the sequence of C condition tokens and X_t holds data, 0 where noise."""
-        return F.pad(self.data_mask(t, batch).long(), (condition_tokens, 0), value=1)  # the condition counts as data
-
-    def data_mask(self, t: int | Tensor, batch: int) -> Tensor:
-        """Boolean [B, N]: True where X_t holds data."""
-        low, high = (t, t) if isinstance(t, int) else (int(bound) for bound in torch.aminmax(t))
-        if not 0 <= low <= high <= len(self.groups):
-            raise ValueError(f"t: got points {low} to {high}, expected trajectory points in 0..{len(self.groups)}")
-        points = t if isinstance(t, int) else t[:, None]
-        return (self.level < points).expand(batch, -1)
 
     def sample(
         self,
@@ -168,30 +147,14 @@ class Student(nn.Module, ABC):
         with torch.inference_mode():
             points, x = steps[1:], noise
             if teacher_range is None or teacher_range[0] > 0:  # else the teacher starts from nothing
-                x = self._complete(condition, noise, noise, 0, split)
+                x = self.complete(condition, noise, noise, 0, split)
             if teacher_range is not None:
                 x = self.involve_teacher(condition, noise, x, teacher_range, cfg_scale=cfg_scale, **generation)
                 last = teacher_range[1]
                 points = (last, *(point for point in points if point > last))
             for point in points:
-                x = self._complete(condition, x, noise, point, split)
+                x = self.complete(condition, x, noise, point, split)
         return x.clone()  # outside inference mode, so that samples can enter a training graph
-
-    def _complete(self, condition: Condition, x: Tensor, noise: Tensor, point: int, split: int | None) -> Tensor:
-        """One pass from the point whose data are the first groups of x."""
-        starts = self.teacher.group_starts()
-        first, count = starts[point], self.teacher.num_tokens
-        if first == count:
-            return x
-        border = count if split is None else max(starts[split], first)
-        given = torch.cat((x[:, :first], noise[:, first:]), dim=1) if first else noise
-        hidden, context = self.features(condition, given, point)
-        parts = [x[:, :first]] if first else []
-        if border > first:
-            parts.append(self.codebook[self.code_logits(hidden[:, first:border], context).argmax(-1)])
-        if border < count:
-            parts.append(self.continuous(hidden[:, border:], context))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def involve_teacher(
         self, condition: Condition, noise: Tensor, x: Tensor, teacher_range: tuple[int, int], **generation: Any
@@ -209,8 +172,74 @@ class Student(nn.Module, ABC):
         return self.codebook[codes]
 
 
-class TransformerStudent(Student):
-    """A student with the small transformer of `TransformerTeacher`, for any teacher.
+class DD1Student(Student):
+    """DD1's student: [condition, X_t] in one causal pass, from any point of a trajectory.
+
+    A subclass builds its layers and implements `features`, `code_logits`, `continuous`, `config` and `start_from`.
+
+    Args:
+        teacher: as in `Student`.
+    """
+
+    mask: Tensor | None
+
+    def derive_buffers(self) -> None:
+        """Fill what follows from the teacher and is in no file."""
+        super().derive_buffers()
+        # Who sees whom in the sequence of one condition token and X_t; None: plain causal.
+        self.register_buffer("mask", level_mask((1, *self.groups), self.codebook.device), persistent=False)
+
+    @abstractmethod
+    def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Any]:
+        """Hidden states [B, N, W] at the tokens of the point X_t, and what the heads need of the condition."""
+
+    @abstractmethod
+    def code_logits(self, hidden: Tensor, context: Any) -> Tensor:
+        """The head over codes: [B, m, W] to [B, m, V]."""
+
+    @abstractmethod
+    def continuous(self, hidden: Tensor, context: Any) -> Tensor:
+        """The continuous head: [B, m, W] to [B, m, D]."""
+
+    def settings(self, steps: int, point: int) -> dict[str, Any]:
+        return {"steps": (0, point) if steps == 2 else (0,)}
+
+    def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """As `Student.predict`; position i sees the condition, the groups before i's and itself."""
+        self.check_point(x)
+        hidden, context = self.features(condition, x, t)
+        return self.code_logits(hidden, context), self.continuous(hidden, context)
+
+    def data_levels(self, t: int | Tensor, batch: int, condition_tokens: int) -> Tensor:
+        """int64 [B, C + N]: 1 where the sequence of C condition tokens and X_t holds data, 0 where noise."""
+        return F.pad(self.data_mask(t, batch).long(), (condition_tokens, 0), value=1)  # the condition counts as data
+
+    def data_mask(self, t: int | Tensor, batch: int) -> Tensor:
+        """Boolean [B, N]: True where X_t holds data."""
+        low, high = (t, t) if isinstance(t, int) else (int(bound) for bound in torch.aminmax(t))
+        if not 0 <= low <= high <= len(self.groups):
+            raise ValueError(f"t: got points {low} to {high}, expected trajectory points in 0..{len(self.groups)}")
+        points = t if isinstance(t, int) else t[:, None]
+        return (self.level < points).expand(batch, -1)
+
+    def complete(self, condition: Condition, x: Tensor, noise: Tensor, point: int, split: int | None) -> Tensor:
+        starts = self.teacher.group_starts()
+        first, count = starts[point], self.teacher.num_tokens
+        if first == count:
+            return x
+        border = count if split is None else max(starts[split], first)
+        given = torch.cat((x[:, :first], noise[:, first:]), dim=1) if first else noise
+        hidden, context = self.features(condition, given, point)
+        parts = [x[:, :first]] if first else []
+        if border > first:
+            parts.append(self.codebook[self.code_logits(hidden[:, first:border], context).argmax(-1)])
+        if border < count:
+            parts.append(self.continuous(hidden[:, border:], context))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class TransformerStudent(DD1Student):
+    """A DD1 student with the small transformer of `TransformerTeacher`, for any teacher.
 
     Args:
         teacher: as in `Student`.
@@ -221,11 +250,7 @@ class TransformerStudent(Student):
         self, teacher: Teacher, *, width: int | None = None, depth: int | None = None, heads: int | None = None
     ) -> None:
         super().__init__(teacher)
-        if isinstance(teacher, TransformerTeacher):
-            body = teacher.body
-            width, depth, heads = width or body.width, depth or body.depth, heads or body.heads
-        if width is None or depth is None or heads is None:
-            raise ValueError(f"width, depth, heads: {type(teacher).__name__} does not give them, expected three sizes")
+        width, depth, heads = transformer_sizes(teacher, width, depth, heads)
         self.class_embedding = nn.Embedding(self.num_classes + 1, width)
         self.position_embedding = nn.Parameter(torch.empty(teacher.num_tokens + 1, width))
         self.input = nn.Linear(teacher.code_dim, width)

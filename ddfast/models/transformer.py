@@ -6,6 +6,7 @@ Dimensions: R rows, S sequence, N tokens, G tokens of one group, W width, H head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,68 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
+class TransformerNetwork(nn.Module):
+    """The layers and the forward pass that the teacher and DD2's networks have in common.
+
+    The input of the first group is the class token; the input of group k is group k-1, resized to its own number of
+    tokens. With groups of one token that is the usual shifted sequence.
+    """
+
+    groups: tuple[int, ...]
+    num_classes: int
+
+    def _add_layers(self, code_dim: int, num_codes: int, width: int, depth: int, heads: int) -> None:
+        self.class_embedding = nn.Embedding(self.num_classes + 1, width)
+        self.position_embedding = nn.Parameter(torch.empty(sum(self.groups), width).normal_(std=0.02))
+        self.input = nn.Linear(code_dim, width)
+        self.body = Transformer(width, depth, heads)
+        self.head = nn.Linear(width, num_codes)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def labels(self, condition: Condition, *, unconditional: bool = False) -> Tensor:
+        """Labels as the class embedding wants them: `num_classes` where there is no condition."""
+        if not isinstance(condition, Tensor):
+            raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
+        return torch.full_like(condition, self.num_classes) if unconditional else condition
+
+    def group_inputs(self, labels: Tensor, embeddings: Tensor, first: int, last: int) -> Tensor:
+        """Input tokens [R, S, W] of groups first..last; `embeddings` starts at group `first - 1` (0 at the start)."""
+        starts = [0, *accumulate(self.groups)]
+        parts, offset = [], 0
+        for group in range(first, last + 1):
+            size = self.groups[group]
+            if group == 0:
+                parts.append(self.class_embedding(labels)[:, None].expand(-1, size, -1))
+                continue
+            previous = self.groups[group - 1]
+            token = self.input(embeddings[:, offset : offset + previous])
+            if previous != size:
+                token = F.interpolate(token.transpose(1, 2), size=size, mode="linear").transpose(1, 2)
+            parts.append(token)
+            offset += previous
+        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return tokens + self.position_embedding[starts[first] : starts[last + 1]]
+
+    def hidden(self, labels: Tensor, embeddings: Tensor) -> Tensor:
+        """Hidden states [R, N, W] of whole sequences, embeddings [R, N, D]; what the head over codes reads."""
+        tokens = self.group_inputs(labels, embeddings, 0, len(self.groups) - 1)
+        mask = block_mask(self.groups, tokens.device)
+        return self.body(tokens, mask, mask is None)
+
+
+def transformer_sizes(
+    teacher: Teacher, width: int | None, depth: int | None, heads: int | None
+) -> tuple[int, int, int]:
+    """Width, depth and heads, each from a `TransformerTeacher` where it is None; `ValueError` where none gives it."""
+    if isinstance(teacher, TransformerTeacher):
+        body = teacher.body
+        width, depth, heads = width or body.width, depth or body.depth, heads or body.heads
+    if width is None or depth is None or heads is None:
+        raise ValueError(f"width, depth, heads: {type(teacher).__name__} does not give them, expected three sizes")
+    return width, depth, heads
+
+
 @dataclass
 class DecodeState:
     """Progress of one `TransformerTeacher.generate`."""
@@ -74,11 +137,8 @@ class DecodeState:
     groups_fed: int = 0
 
 
-class TransformerTeacher(Teacher):
+class TransformerTeacher(TransformerNetwork, Teacher):
     """Class-conditional AR transformer that reads code embeddings.
-
-    The input of the first group is the class token; the input of group k is group k-1, resized to its own number of
-    tokens. With groups of one token that is the usual shifted sequence.
 
     Args:
         codebook: float32 [V, D].
@@ -103,37 +163,7 @@ class TransformerTeacher(Teacher):
         self.register_buffer("codebook", codebook.detach().clone().float())
         self.groups, self.num_classes = tuple(groups), num_classes
         self.defaults = defaults or SamplingDefaults()
-        self.class_embedding = nn.Embedding(num_classes + 1, width)
-        self.position_embedding = nn.Parameter(torch.empty(self.num_tokens, width).normal_(std=0.02))
-        self.input = nn.Linear(self.code_dim, width)
-        self.body = Transformer(width, depth, heads)
-        self.head = nn.Linear(width, self.num_codes)
-        nn.init.normal_(self.class_embedding.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
-
-    def labels(self, condition: Condition, *, unconditional: bool = False) -> Tensor:
-        """Labels as the class embedding wants them: `num_classes` where there is no condition."""
-        if not isinstance(condition, Tensor):
-            raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
-        return torch.full_like(condition, self.num_classes) if unconditional else condition
-
-    def group_inputs(self, labels: Tensor, embeddings: Tensor, first: int, last: int) -> Tensor:
-        """Input tokens [R, S, W] of groups first..last; `embeddings` starts at group `first - 1` (0 at the start)."""
-        starts = self.group_starts()
-        parts, offset = [], 0
-        for group in range(first, last + 1):
-            size = self.groups[group]
-            if group == 0:
-                parts.append(self.class_embedding(labels)[:, None].expand(-1, size, -1))
-                continue
-            previous = self.groups[group - 1]
-            token = self.input(embeddings[:, offset : offset + previous])
-            if previous != size:
-                token = F.interpolate(token.transpose(1, 2), size=size, mode="linear").transpose(1, 2)
-            parts.append(token)
-            offset += previous
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return tokens + self.position_embedding[starts[first] : starts[last + 1]]
+        self._add_layers(self.code_dim, self.num_codes, width, depth, heads)
 
     def begin(self, condition: Condition, *, guided: bool) -> DecodeState:
         labels = self.labels(condition)
@@ -163,7 +193,4 @@ class TransformerTeacher(Teacher):
         return self.group_starts()[max(state.groups_fed - 1, 0)]
 
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
-        labels = self.labels(condition, unconditional=unconditional)
-        tokens = self.group_inputs(labels, self.embed(codes), 0, len(self.groups) - 1)
-        mask = block_mask(self.groups, tokens.device)
-        return self.head(self.body(tokens, mask, mask is None))
+        return self.head(self.hidden(self.labels(condition, unconditional=unconditional), self.embed(codes)))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -26,8 +27,9 @@ from ddfast.models.attention import (
     MaskedAttention,
     group_levels,
 )
+from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
-from ddfast.models.student import ContinuousHead, Student
+from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import TokenizedTeacher, VARTokenizer
 
 MAX_LOG_SCALE = math.log(100)
@@ -145,6 +147,9 @@ class _VARNetwork(nn.Module):
     """The layers that teacher and student have in common, under their official names."""
 
     sizes: VARSizes
+    groups: tuple[int, ...]
+    num_classes: int
+    level: Tensor
     shared_ada_lin: nn.Sequential
     blocks: nn.ModuleList
 
@@ -180,6 +185,31 @@ class _VARNetwork(nn.Module):
         for layer, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
             x = block(x, modulation, attend, layer, extra(layer) if extra else None)
         return x
+
+    def labels(self, condition: Condition, unconditional: bool = False) -> Tensor:
+        """Class embeddings [B, W]."""
+        assert isinstance(condition, Tensor)
+        return self.class_emb(torch.full_like(condition, self.num_classes) if unconditional else condition)
+
+    def _tokens(self, label: Tensor, inputs: Tensor, first: int, last: int) -> Tensor:
+        """Input tokens [R, L, W] of scales first..last; `inputs` [R or B, L, D] are those after scale 0."""
+        starts = [0, *accumulate(self.groups)]
+        parts = []
+        if first == 0:
+            parts.append(label[:, None] + self.pos_start)
+        if inputs.shape[1]:
+            parts.append(self.word_embed(inputs.to(self.dtype)))
+            if len(parts[-1]) != len(label):  # guidance: both halves read the same codes
+                parts[-1] = parts[-1].repeat(2, 1, 1)
+        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        here = slice(starts[first], starts[last + 1])
+        return tokens + (self.lvl_embed(self.level[here]) + self.pos_1LC[0, here])
+
+    def hidden(self, label: Tensor, inputs: Tensor) -> Tensor:
+        """What the head over codes reads, [B, N, W]; label [B, W], inputs [B, N', D] are those after scale 0."""
+        x = self._tokens(label, inputs, 0, len(self.groups) - 1)
+        x = self._run(x, self._modulations(label), BlockCausalAttention(self.groups))
+        return self.head_nm(x, label)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,7 +255,6 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
     """
 
     tokenizer: VARTokenizer
-    level: Tensor
 
     def __init__(self, tokenizer: VARTokenizer, sizes: VARSizes, *, defaults: SamplingDefaults | None = None) -> None:
         super().__init__()
@@ -244,32 +273,11 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
     def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
         return 1.0 + cfg_scale * group / max(len(self.groups) - 1, 1)
 
-    def labels(self, condition: Condition, unconditional: bool = False) -> Tensor:
-        """Class embeddings [B, W]."""
-        assert isinstance(condition, Tensor)
-        return self.class_emb(torch.full_like(condition, self.num_classes) if unconditional else condition)
-
-    def _tokens(self, label: Tensor, inputs: Tensor, first: int, last: int) -> Tensor:
-        """Input tokens [R, L, W] of scales first..last; `inputs` [R or B, L, D] are those after scale 0."""
-        starts = self.group_starts()
-        parts = []
-        if first == 0:
-            parts.append(label[:, None] + self.pos_start)
-        if inputs.shape[1]:
-            parts.append(self.word_embed(inputs.to(self.dtype)))
-            if len(parts[-1]) != len(label):  # guidance: both halves read the same codes
-                parts[-1] = parts[-1].repeat(2, 1, 1)
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        here = slice(starts[first], starts[last + 1])
-        return tokens + (self.lvl_embed(self.level[here]) + self.pos_1LC[0, here])
-
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
         self.check_condition(condition)
         label = self.labels(condition, unconditional)
         inputs = self.tokenizer.teacher_forcing_input(self.embed(codes))
-        x = self._tokens(label, inputs, 0, len(self.groups) - 1)
-        x = self._run(x, self._modulations(label), BlockCausalAttention(self.groups))
-        return self.head(self.head_nm(x, label)).float()
+        return self.head(self.hidden(label, inputs)).float()
 
     def generate(self, condition: Condition, *, top_p: float | None = None, **settings: Any) -> Tensor:
         """As `Teacher.generate`; `top_p` 0 is off, and `masked_prefix=False` lets the prefix's scales see each other.
@@ -316,7 +324,7 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
         return self.head(self.head_nm(x[:, -self.groups[last] :], state.label)).float()
 
 
-class VARStudent(_VARNetwork, Student):
+class VARStudent(_VARNetwork, DD1Student):
     """DD1's student of VAR: one more level, the condition token, in front of the teacher's scales.
 
     A position sees all strictly earlier levels and itself. The embedding of "data" and "noise" enters at the input,
@@ -391,3 +399,32 @@ class VARStudent(_VARNetwork, Student):
         self, condition: Condition, noise: Tensor, x: Tensor, teacher_range: tuple[int, int], **generation: Any
     ) -> Tensor:
         return super().involve_teacher(condition, noise, x, teacher_range, **{"masked_prefix": False, **generation})
+
+
+class VARFlowNetwork(_VARNetwork, FlowNetwork):
+    """DD2's generator or guidance network of VAR: scale k reads the tokens, or the noise, of the scales before it.
+
+    Args:
+        teacher: as in `Student`, with a VAR tokenizer.
+        head_width, head_depth, time: as in `FlowNetwork`.
+        sizes: of the transformer, by their official names; those left out are the teacher's.
+    """
+
+    def __init__(
+        self, teacher: VARTeacher, *, head_width: int = 1024, head_depth: int = 3, time: float = 1.0, **sizes: Any
+    ) -> None:
+        super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time)
+        self._add_layers(VARSizes(**{**vars(teacher.sizes), **sizes}), teacher.code_dim, teacher.num_codes, self.groups)
+        self.add_head(self.sizes.embed_dim)
+
+    @property
+    def sizes_config(self) -> dict[str, Any]:
+        return dict(vars(self.sizes))
+
+    def features(self, condition: Condition, tokens: Tensor) -> Tensor:
+        self.teacher.check_condition(condition)
+        inputs = cast(VARTeacher, self.teacher).tokenizer.teacher_forcing_input(tokens)
+        return self.hidden(self.labels(condition), inputs)
+
+    def code_logits(self, features: Tensor) -> Tensor:
+        return self.head(features).float()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddfast.ops import common, native
+from ddfast.ops.forms import score_from_x0, velocity_from_x0
 
 
 def codebook_posterior(
@@ -54,19 +55,12 @@ def codebook_posterior(
 
 def velocity(x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
     """Velocity of the flow, v = dx/dt = (x - x0_hat) / t; arguments as `codebook_posterior` [..., d] -> [..., d]."""
-    x0_hat = codebook_posterior(x, t, log_probs, codebook, backend=backend)
-    return (x - x0_hat) / _column(t)
+    return velocity_from_x0(x, t, codebook_posterior(x, t, log_probs, codebook, backend=backend))
 
 
 def score(x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
     """Score of the noisy marginal, s = -(x - (1-t) x0_hat) / t^2; arguments as `codebook_posterior`."""
-    x0_hat = codebook_posterior(x, t, log_probs, codebook, backend=backend)
-    t = _column(t)
-    return -(x - (1 - t) * x0_hat) / t**2
-
-
-def _column(t: Tensor | float) -> Tensor | float:
-    return t[..., None] if isinstance(t, Tensor) else t
+    return score_from_x0(x, t, codebook_posterior(x, t, log_probs, codebook, backend=backend))
 
 
 def _times(t: Tensor | float, x: Tensor) -> Tensor:

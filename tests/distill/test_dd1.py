@@ -14,7 +14,8 @@ from ddfast.config import DD1Config, TrainConfig
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.losses import embedding_distance, token_cross_entropy
 from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
-from ddfast.distill.trainer import CHECKPOINT, METRICS, distill
+from ddfast.distill.stages import distill
+from ddfast.distill.trainer import CHECKPOINT, METRICS
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors
 from ddfast.models.student import TransformerStudent

@@ -87,7 +87,7 @@ def test_public_names_are_documented(path):
     inherited = {
         "forward", "begin", "advance", "logits", "encode", "decode", "num_tokens", "group_cfg_scale", "condition_of",
         "num_conditions", "check_condition", "codebook", "config", "features", "code_logits", "continuous",
-        "involve_teacher",
+        "involve_teacher", "settings", "sizes_config",
     }  # fmt: skip
     missing = [
         name

@@ -1,0 +1,93 @@
+"""What a generator's samples look like while it trains: likelihood, diversity, and how far its average has got."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddfast.distill.method import ExponentialMovingAverage
+from ddfast.models.flow_network import FlowNetwork
+from ddfast.models.protocol import Teacher
+from ddfast.ops import nearest_code, noise
+
+_SAMPLES, _DIRECTIONS, _SEED = 256, 16, 20_251_021
+_LEAST_DIVERSITY = 0.5
+_LARGEST_DISTANCE = 1.0
+
+
+class Watcher:
+    """Looks at a fixed batch of samples of the live and of the averaged weights.
+
+    Args:
+        student: the generator.
+        teacher: judges its samples, and gives those that diversity is measured against.
+    """
+
+    def __init__(self, student: FlowNetwork, teacher: Teacher) -> None:
+        self.student, self.teacher = student, teacher
+        device = teacher.codebook.device
+        index = torch.arange(_SAMPLES)
+        shape = (teacher.num_tokens, teacher.code_dim)
+        self.noise = noise(_SEED, index, shape, device)
+        self.condition = teacher.condition_of((index % max(teacher.num_conditions, 1)).to(device))
+        flat = teacher.num_tokens * teacher.code_dim
+        self.directions = noise(_SEED + 1, torch.arange(_DIRECTIONS), (flat,), device).T / flat**0.5
+        self.reference: Tensor | None = None
+
+    @torch.no_grad()
+    def look(self, average: ExponentialMovingAverage) -> tuple[dict[str, float], str | None]:
+        """Figures of the samples, and what is alarming about them, if anything.
+
+        - teacher_nll: nats per token of the live samples under the teacher, unfiltered.
+        - diversity: entropy of the codes at every position, as a share of the teacher's own samples'.
+        - ema_distance: Fréchet distance of averaged and live samples in 16 fixed random directions, as a share of the
+          teacher's samples' variance there.
+        """
+        teacher, student = self.teacher, self.student
+        if self.reference is None:
+            generator = torch.Generator(teacher.codebook.device).manual_seed(_SEED)
+            self.reference = teacher.generate(self.condition, generator=generator)
+        live = student.generate(self.condition, self.noise)[0]
+        with average.applied_to(student):
+            averaged = student.generate(self.condition, self.noise)[0]
+        codes = nearest_code(live, student.codebook)
+        log_probs = teacher.log_probs(self.condition, codes, filtered=False).gather(-1, codes[..., None])
+        spread = float(self._features(teacher.embed(self.reference)).var(0).sum())
+        seen = {
+            "teacher_nll": -float(log_probs.mean()),
+            "diversity": _entropy(codes, teacher.num_codes) / _entropy(self.reference, teacher.num_codes),
+            "ema_distance": _frechet(self._features(live), self._features(averaged)) / spread,
+        }
+        return seen, _alarm(seen)
+
+    def _features(self, tokens: Tensor) -> Tensor:
+        return (tokens.flatten(1) @ self.directions).double()
+
+
+def _alarm(seen: dict[str, float]) -> str | None:
+    if seen["diversity"] < _LEAST_DIVERSITY:
+        return (
+            f"the samples' diversity collapsed to {seen['diversity']:.0%} of the teacher's: "
+            "lower the generator's learning rate, or raise anchor_weight or guidance_updates"
+        )
+    if not seen["ema_distance"] < _LARGEST_DISTANCE:
+        return (
+            f"live and averaged weights make different samples (distance {seen['ema_distance']:.2f} of the teacher's "
+            "variance), the training diverges: lower the generator's learning rate"
+        )
+    return None
+
+
+def _entropy(codes: Tensor, num_codes: int) -> float:
+    """Mean over positions of the entropy, in nats, of codes int64 [B, N]."""
+    table = torch.zeros(codes.shape[1], num_codes, device=codes.device)
+    table.scatter_add_(1, codes.T, torch.full(codes.T.shape, 1 / len(codes), device=codes.device))
+    return max(float(torch.special.entr(table).sum(-1).mean()), 1e-6)
+
+
+def _frechet(x: Tensor, y: Tensor) -> float:
+    """Fréchet distance of the Gaussians fitted to x [B, F] and y [B', F]."""
+    cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
+    # tr (S1 S2)^(1/2) by the eigenvalues of S1 S2, which are real and not negative.
+    root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp_min(0).sqrt().sum()
+    return float((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root)

@@ -1,0 +1,177 @@
+"""The stages of a distillation as a run goes through them: DD1's one, DD2's three."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddfast.config import DD2Config, TrainConfig, config_hash
+from ddfast.distill.dd1 import DD1
+from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
+from ddfast.distill.method import Roles
+from ddfast.distill.trainer import from_noise, from_store, optimise
+from ddfast.models.digits import Progress
+from ddfast.models.flow_network import FlowNetwork
+from ddfast.models.loading import flow_network_class, start_student
+from ddfast.models.protocol import Teacher
+from ddfast.models.student import DD1Student, Student
+from ddfast.trajectories.store import Trajectories
+
+Live = dict[str, Tensor]
+"""State of a student's weights without averaging."""
+
+
+def distill(
+    config: TrainConfig,
+    teacher: Teacher,
+    trajectories: Trajectories,
+    out: Path,
+    *,
+    student: DD1Student | None = None,
+    progress: Progress | None = None,
+) -> tuple[DD1Student, Live]:
+    """Train a DD1 student (None: one that starts as the teacher); returns it averaged, and the live weights.
+
+    Interruption, resume, log and errors: `ddfast.distill.trainer.optimise`.
+    """
+    torch.manual_seed(config.seed)
+    if student is None:
+        student = start_student(teacher)
+    if config.dd1.split >= 0:
+        student.split = config.dd1.split
+    student = student.to(config.device, torch.float32).train().requires_grad_(True)
+    average = optimise(
+        DD1(Roles(student=student, teacher=teacher), config.dd1),
+        config.dd1,
+        from_store(trajectories, teacher),
+        out,
+        stage="distillation",
+        seed=config.seed,
+        identity=config_hash(config.dd1, *_data(config)),
+        ema_decay=config.dd1.ema_decay,
+        progress=progress,
+    )
+    live = {name: value.detach().clone() for name, value in student.state_dict().items()}
+    average.copy_to(student)
+    return student.eval().requires_grad_(False), live
+
+
+def new_network(config: TrainConfig, teacher: Teacher, *, from_teacher: bool = True) -> FlowNetwork:
+    """A DD2 network of the configuration's size: the teacher's backbone, or one drawn anew, and a new head."""
+    torch.manual_seed(config.seed)
+    dd2 = config.dd2
+    kind, sizes = flow_network_class(teacher), {"head_width": dd2.head_width, "head_depth": dd2.head_depth}
+    network = kind.from_teacher(teacher, **sizes) if from_teacher else kind(teacher, **sizes)
+    return network.to(config.device, torch.float32)
+
+
+def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
+    """A student of the configuration's method before its training, to profile it."""
+    student = new_network(config, teacher) if config.method == "dd2" else start_student(teacher)
+    return student.to(config.device).eval()
+
+
+def adapt(
+    config: TrainConfig, teacher: Teacher, network: FlowNetwork, out: Path, *, progress: Progress | None = None
+) -> dict[str, dict[str, float]]:
+    """DD2's stage 0: train the network's input in place.
+
+    Returns:
+        nats per token on fresh samples of the teacher, {"before" | "after": {"teacher", "adapted"}}; "before" is the
+        table's start, an MLP that was fitted to nothing.
+    """
+    held_out = from_noise(teacher, codes=True)(64, torch.Generator().manual_seed(config.seed + 5_000_003))
+    assert held_out.codes is not None
+    before = code_likelihoods(network, held_out.condition, held_out.codes)
+    network.train().requires_grad_(True)
+    optimise(
+        Adaptation(Roles(student=network, teacher=teacher), config.dd2.adapt),
+        config.dd2.adapt,
+        from_noise(teacher, codes=True),
+        out,
+        stage="adaptation",
+        seed=config.seed,
+        identity=config_hash(*_shape(config.dd2), config.dd2.adapt, *_data(config)),
+        progress=progress,
+    )
+    network.eval().requires_grad_(False)
+    return {"before": before, "after": code_likelihoods(network, held_out.condition, held_out.codes)}
+
+
+def tune(
+    config: TrainConfig,
+    teacher: Teacher,
+    network: FlowNetwork,
+    trajectories: Trajectories | None,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """DD2's stage 1: turn the network, in place, into an AR-diffusion model of the teacher's tokens.
+
+    Args:
+        trajectories: sequences to learn from; None: the teacher makes them on the fly.
+    """
+    network.train().requires_grad_(True)
+    dd2 = config.dd2
+    optimise(
+        Tuning(Roles(student=network, teacher=teacher), dd2.tune),
+        dd2.tune,
+        from_noise(teacher, codes=True) if trajectories is None else from_store(trajectories, teacher),
+        out,
+        stage="tuning",
+        seed=config.seed,
+        identity=config_hash(*_shape(dd2), dd2.adapt, dd2.tune, *_data(config)),
+        progress=progress,
+    )
+    network.eval().requires_grad_(False)
+
+
+def match(
+    config: TrainConfig,
+    teacher: Teacher,
+    student: FlowNetwork,
+    guidance: FlowNetwork | None,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+) -> Live:
+    """DD2's stage 2: train generator and guidance network in place.
+
+    The generator ends with its averaged weights; returned are the live ones.
+    """
+    dd2 = config.dd2
+    for network in (student, guidance):
+        if network is not None:
+            network.train().requires_grad_(True)
+    student.time = dd2.time
+    student.split = dd2.split if dd2.split >= 0 else None
+    average = optimise(
+        Matching(Roles(student=student, teacher=teacher, guidance=guidance), dd2.match),
+        dd2.match,
+        from_noise(teacher),
+        out,
+        stage="matching",
+        seed=config.seed,
+        identity=config_hash(dd2, config.init, *_data(config)),
+        ema_decay=dd2.match.ema_decay,
+        watch_every=dd2.match.watch_every,
+        progress=progress,
+    )
+    live = {name: value.detach().clone() for name, value in student.state_dict().items()}
+    average.copy_to(student)
+    for network in (student, guidance):
+        if network is not None:
+            network.eval().requires_grad_(False)
+    return live
+
+
+def _shape(dd2: DD2Config) -> tuple[int, int]:
+    return dd2.head_width, dd2.head_depth
+
+
+def _data(config: TrainConfig) -> tuple[object, ...]:
+    """What decides the data of every stage."""
+    return config.trajectories, config.teacher, config.tokenizer, config.seed
