@@ -368,13 +368,15 @@ class TuneConfig(OptimisationConfig):
 class MatchConfig(OptimisationConfig):
     """DD2's stage 2: the generator learns to have the teacher's conditional scores (docs/dd2.md).
 
-    `iterations` counts the generator's updates beside the guidance network's, `warmup` updates of each network.
+    `iterations` counts the generator's updates that alternate with the guidance network's.
 
     Attributes:
         start_iterations: updates of the generator by anchor and look-ahead alone, before the guidance network joins.
-        guidance_warmup: updates of the guidance network alone, after them.
+        guidance_first: updates of the guidance network alone, after them.
         guidance_updates: K, updates of the guidance network before each of the generator.
         guidance_learning_rate: peak, of the guidance network's AdamW.
+        guidance_warmup: updates of its linear warm-up (`warmup` counts the generator's).
+        first_learning_rate: of both networks, where their warm-up begins.
         form: of the score distance: sid or kl.
         alpha: of the SiD form.
         draws: noisy versions of every token per step (m).
@@ -397,9 +399,11 @@ class MatchConfig(OptimisationConfig):
 
     iterations: int = 500
     start_iterations: int = 3000
-    guidance_warmup: int = 100
+    guidance_first: int = 100
     guidance_updates: int = 2
     guidance_learning_rate: float = 1e-3
+    guidance_warmup: int = 100
+    first_learning_rate: float = 0.0
     form: str = "kl"
     alpha: float = 1.0
     draws: int = 2

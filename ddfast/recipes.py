@@ -10,14 +10,18 @@ from typing import Any
 import torch
 
 from ddfast.config import (
+    AdaptConfig,
     DD1Config,
+    DD2Config,
     DigitsTeacherConfig,
     DigitsTokenizerConfig,
     EvaluationConfig,
     LlamaGenTeacherConfig,
+    MatchConfig,
     PretrainedTeacherConfig,
     TrainConfig,
     TrajectoryConfig,
+    TuneConfig,
     VARTeacherConfig,
     VQTokenizerConfig,
 )
@@ -38,9 +42,16 @@ def digits() -> TrainConfig:
 
 
 def _published(
-    name: str, teacher: PretrainedTeacherConfig, tokenizer: VQTokenizerConfig, *, point: int, split: int, batch: int
+    name: str,
+    teacher: PretrainedTeacherConfig,
+    tokenizer: VQTokenizerConfig,
+    *,
+    point: int,
+    split: int,
+    batch: int,
+    dd2: DD2Config,
 ) -> TrainConfig:
-    """DD1 as its paper used it: 1.2 million pairs, the second step's point and the head's split of METHOD.md."""
+    """The papers' settings: DD1's 1.2 million pairs, second step's point and head's split; DD2's tables."""
     return TrainConfig(
         recipe=name,
         out=Path("runs") / name,
@@ -59,49 +70,136 @@ def _published(
             checkpoint_every=5000,
             precision="bfloat16",
         ),
+        dd2=dd2,
         evaluation=EvaluationConfig(samples=5000, batch_size=64, batch_sizes=(1, 64)),
     )
 
 
-def _var(depth: int, point: int) -> TrainConfig:
+def _published_dd2(
+    *,
+    tune: dict[str, Any],
+    batch: int,
+    rates: tuple[float, float],
+    guidance_warmup: int,
+    updates: tuple[int, int],
+    **match: Any,
+) -> DD2Config:
+    """DD2 as its paper trains it (METHOD.md section 3): CSD in SiD form alone, from stage 1, on continuous prefixes.
+
+    Args:
+        tune: settings of stage 1.
+        batch: of stage 2.
+        rates: peaks of the guidance network's and the generator's learning rates.
+        guidance_warmup: in its updates.
+        updates: K, and the generator's updates before the alignment.
+        match: other settings of stage 2.
+    """
+    per_update, iterations = updates
+    shared: dict[str, Any] = {"decay": False, "weight_decay": 0.0, "log_every": 100, "checkpoint_every": 5000}
+    shared["precision"] = "bfloat16"
+    return DD2Config(
+        head_width=1024,
+        head_depth=3,
+        adapt=AdaptConfig(iterations=200_000, fit_iterations=5000, batch_size=512, learning_rate=1e-4, **shared),
+        tune=TuneConfig(batch_size=512, warmup=1000, **{**shared, **tune}),
+        match=MatchConfig(
+            form="sid",
+            alpha=1.0,
+            prefix="continuous",
+            batch_size=batch,
+            guidance_learning_rate=rates[0],
+            learning_rate=rates[1],
+            first_learning_rate=1e-6,
+            guidance_warmup=guidance_warmup,
+            warmup=guidance_warmup // per_update,
+            guidance_updates=per_update,
+            iterations=iterations,
+            start_iterations=0,
+            guidance_first=0,
+            anchor_weight=0.0,
+            lookahead_weight=0.0,
+            ema_decay=0.9999,
+            **shared,
+            **match,
+        ),
+    )
+
+
+def _var(depth: int, point: int, dd2: DD2Config) -> TrainConfig:
     teacher = VARTeacherConfig(depth=depth)
-    return _published(f"var-d{depth}", teacher, VQTokenizerConfig(), point=point, split=point, batch=512)
+    return _published(f"var-d{depth}", teacher, VQTokenizerConfig(), point=point, split=point, batch=512, dd2=dd2)
+
+
+def _var_tuning(head_iterations: int) -> dict[str, Any]:
+    """Stage 1 of the VAR recipes: the head alone, then 30k iterations of everything; no top-p."""
+    return {
+        "learning_rate": 2e-4, "head_iterations": head_iterations, "iterations": head_iterations + 30_000, "top_p": 1.0,
+    }  # fmt: skip
 
 
 def var_d16() -> TrainConfig:
-    """DD1 on VAR-d16, ImageNet 256 x 256."""
-    return _var(16, 5)
+    """VAR-d16, ImageNet 256 x 256."""
+    dd2 = _published_dd2(
+        tune=_var_tuning(300_000),
+        batch=512,
+        rates=(2e-4, 2e-4),
+        guidance_warmup=40_000,
+        updates=(5, 8000),
+        align_iterations=8000,
+        later_iterations=7500,
+    )
+    return _var(16, 5, dd2)
 
 
 def var_d20() -> TrainConfig:
-    """DD1 on VAR-d20, ImageNet 256 x 256."""
-    return _var(20, 4)
+    """VAR-d20, ImageNet 256 x 256."""
+    dd2 = _published_dd2(
+        tune=_var_tuning(300_000),
+        batch=512,
+        rates=(2e-4, 2e-4),
+        guidance_warmup=40_000,
+        updates=(5, 16_000),
+        align_iterations=8000,
+        later_iterations=18_000,
+    )
+    return _var(20, 4, dd2)
 
 
 def var_d24() -> TrainConfig:
-    """DD1 on VAR-d24, ImageNet 256 x 256."""
-    return _var(24, 4)
+    """VAR-d24, ImageNet 256 x 256."""
+    dd2 = _published_dd2(
+        tune=_var_tuning(200_000), batch=1024, rates=(4e-4, 5e-5), guidance_warmup=20_000, updates=(2, 15_000)
+    )
+    return _var(24, 4, dd2)
 
 
 def _llamagen(name: str, size: str, split: int, **options: Any) -> TrainConfig:
     sizes = LLAMAGEN_SIZES[size]
     teacher = LlamaGenTeacherConfig(dim=sizes.dim, n_layer=sizes.n_layer, n_head=sizes.n_head, **options)
     tokenizer = VQTokenizerConfig(num_codes=16384, code_dim=8, channels=128, latent_channels=256)
-    return _published(name, teacher, tokenizer, point=80, split=split, batch=512)
+    dd2 = _published_dd2(
+        tune={"learning_rate": 1e-4, "iterations": 100_000},
+        batch=1024,
+        rates=(2e-4, 1e-4),
+        guidance_warmup=40_000,
+        updates=(5, 12_000),
+        top_k=900,
+    )
+    return _published(name, teacher, tokenizer, point=80, split=split, batch=512, dd2=dd2)
 
 
 def llamagen_b() -> TrainConfig:
-    """DD1 on LlamaGen-B, ImageNet 256 x 256."""
+    """LlamaGen-B, ImageNet 256 x 256."""
     return _llamagen("llamagen-b", "B", 80)
 
 
 def llamagen_l() -> TrainConfig:
-    """DD1 on LlamaGen-L, ImageNet 256 x 256."""
+    """LlamaGen-L, ImageNet 256 x 256."""
     return _llamagen("llamagen-l", "L", 130)
 
 
 def llamagen_xl_t2i() -> TrainConfig:
-    """DD1 on LlamaGen-XL, text to image at 256 x 256."""
+    """LlamaGen-XL, text to image at 256 x 256."""
     text = {"model_type": "t2i", "cls_token_num": 120, "cfg_scale": 7.5, "top_k": 1000}
     return _llamagen("llamagen-xl-t2i", "XL", 130, **text)
 

@@ -173,11 +173,12 @@ class Matching(Method):
         raise ValueError(f"step: got one past the end, expected less than {self.total}")
 
     def learning_rate(self, phase: str, update: int) -> float:
-        """Every network has its own peak and its own count of updates."""
+        """Every network has its own peak, warm-up and count of updates."""
+        config, total = self.config, self.student_updates
         if phase == "guidance":
-            peak = self.config.guidance_learning_rate
-            return scheduled_rate(self.config, update, self.guidance_updates, peak=peak)
-        return scheduled_rate(self.config, update, self.student_updates)
+            rate, warmup = config.guidance_learning_rate, config.guidance_warmup
+            config, total = dataclasses.replace(config, learning_rate=rate, warmup=warmup), self.guidance_updates
+        return max(scheduled_rate(config, update, total), config.first_learning_rate if update < config.warmup else 0.0)
 
     def starts_from_average(self, step: int) -> bool:
         """Performance alignment: the averaged weights become the generator where that part of the schedule begins."""
@@ -193,9 +194,9 @@ class Matching(Method):
             return self._guidance_step(batch, generator), {}
         config, student, teacher = self.config, self.student, self.roles.teacher
         x, features = student.generate(batch.condition, batch.noise)
-        made, codes = self._prefix(x)
+        prefix = self._prefix(x)
         with torch.no_grad():
-            log_probs = teacher.log_probs(batch.condition, codes, defaults=self.sampling)
+            log_probs = teacher.log_probs(batch.condition, prefix, defaults=self.sampling)
         loss, logged = x.new_zeros(()), {}
         if config.anchor_weight:
             with torch.no_grad():
@@ -206,16 +207,15 @@ class Matching(Method):
             logged["lookahead"] = next_token_divergence(student.code_logits(features), log_probs)
             loss = loss + config.lookahead_weight * logged["lookahead"]
         if config.score_weight and phase == "student":
-            distance, by_time = self._score_distance(x, made, log_probs, batch.condition, generator)
+            distance, by_time = self._score_distance(x, prefix, log_probs, batch.condition, generator)
             logged |= {"score_distance": distance, **by_time}
             loss = loss + config.score_weight * distance
         return loss, {name: value.detach() for name, value in logged.items()}
 
-    def _prefix(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What teacher and guidance network read of generated tokens x [B, N, D], without gradient, and its codes."""
+    def _prefix(self, x: Tensor) -> Tensor:
+        """What teacher and guidance network read of generated tokens x [B, N, D]: [B, N, D] without gradient."""
         x = x.detach()
-        codes = nearest_code(x, self.student.codebook)
-        return (self.student.codebook[codes] if self.config.prefix == "codes" else x), codes
+        return self.student.codebook[nearest_code(x, self.student.codebook)] if self.config.prefix == "codes" else x
 
     def _guidance_step(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Flow matching on generated tokens, given the generated tokens before them."""
@@ -223,7 +223,7 @@ class Matching(Method):
         assert guidance is not None
         with torch.no_grad():
             x, _ = self.student.generate(batch.condition, batch.noise)
-            prefix, _ = self._prefix(x)
+            prefix = self._prefix(x)
         t, eps = _draws(self.config.draws, x, generator, _FIRST_TIME, 1.0)
         features = guidance.features(batch.condition, prefix)
         return velocity_distance(guidance.velocity(add_noise(x, eps, t), t, features), eps - x)
@@ -262,7 +262,7 @@ def _schedule(config: MatchConfig) -> list[tuple[str, int, int]]:
     updates, later = config.guidance_updates, config.later_guidance_updates
     return [
         ("start", config.start_iterations, 0),
-        ("guidance", config.guidance_warmup, 0),
+        ("guidance", config.guidance_first, 0),
         ("alternate", config.iterations * (updates + 1), updates),
         ("guidance", config.align_iterations, 0),
         ("alternate", config.later_iterations * (later + 1), later),

@@ -106,9 +106,8 @@ class ExponentialMovingAverage:
             parameter.copy_(self.average[name])
 
 
-def scheduled_rate(config: OptimisationConfig, update: int, total: int, *, peak: float | None = None) -> float:
-    """Learning rate of update number `update` of `total`; `peak` None is the configuration's."""
-    peak = config.learning_rate if peak is None else peak
-    if config.decay:
-        return peak * warmup_cosine(update, total=total, warmup=config.warmup)
-    return peak * min(1.0, (update + 1) / max(config.warmup, 1))
+def scheduled_rate(config: OptimisationConfig, update: int, total: int) -> float:
+    """Learning rate of update number `update` of `total`: linear warm-up, then a cosine to 0 or no change."""
+    if config.decay or update < config.warmup:
+        return config.learning_rate * warmup_cosine(update, total=total, warmup=config.warmup)
+    return config.learning_rate

@@ -82,14 +82,14 @@ def adapt(
         nats per token on fresh samples of the teacher, {"before" | "after": {"teacher", "adapted"}}; "before" is the
         table's start, an MLP that was fitted to nothing.
     """
-    held_out = from_noise(teacher, codes=True)(64, torch.Generator().manual_seed(config.seed + 5_000_003))
+    held_out = from_noise(teacher, codes=teacher.defaults)(64, torch.Generator().manual_seed(config.seed + 5_000_003))
     assert held_out.codes is not None
     before = code_likelihoods(network, held_out.condition, held_out.codes)
     network.train().requires_grad_(True)
     optimise(
         Adaptation(Roles(student=network, teacher=teacher), config.dd2.adapt),
         config.dd2.adapt,
-        from_noise(teacher, codes=True),
+        from_noise(teacher, codes=teacher.defaults),
         out,
         stage="adaptation",
         seed=config.seed,
@@ -116,10 +116,11 @@ def tune(
     """
     network.train().requires_grad_(True)
     dd2 = config.dd2
+    method = Tuning(Roles(student=network, teacher=teacher), dd2.tune)
     optimise(
-        Tuning(Roles(student=network, teacher=teacher), dd2.tune),
+        method,
         dd2.tune,
-        from_noise(teacher, codes=True) if trajectories is None else from_store(trajectories, teacher),
+        from_noise(teacher, codes=method.sampling) if trajectories is None else from_store(trajectories, teacher),
         out,
         stage="tuning",
         seed=config.seed,

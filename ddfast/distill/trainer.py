@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ from ddfast.distill.method import Batch, ExponentialMovingAverage, Method
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.digits import Progress
-from ddfast.models.protocol import Teacher
+from ddfast.models.protocol import SamplingDefaults, Teacher
 from ddfast.ops import noise
 from ddfast.trajectories.store import Trajectories
 
@@ -132,8 +133,8 @@ def from_store(trajectories: Trajectories, teacher: Teacher) -> Draw:
     return draw
 
 
-def from_noise(teacher: Teacher, *, codes: bool = False) -> Draw:
-    """Batches of fresh noise and conditions; with `codes`, the teacher decodes sequences beside them."""
+def from_noise(teacher: Teacher, *, codes: SamplingDefaults | None = None) -> Draw:
+    """Batches of fresh noise and conditions; with `codes`, the teacher decodes sequences beside them, with these."""
     device = teacher.codebook.device
 
     def draw(size: int, generator: torch.Generator) -> Batch:
@@ -141,8 +142,9 @@ def from_noise(teacher: Teacher, *, codes: bool = False) -> Draw:
         seed = int(torch.randint(2**62, (), generator=generator))
         eps = noise(seed, torch.arange(size), (teacher.num_tokens, teacher.code_dim), device)
         drawn = None
-        if codes:
-            drawn = teacher.generate(condition, generator=torch.Generator(device).manual_seed(seed))
+        if codes is not None:
+            own = torch.Generator(device).manual_seed(seed)
+            drawn = teacher.generate(condition, generator=own, **dataclasses.asdict(codes))
         return Batch(noise=eps, condition=condition, codes=drawn)
 
     return draw

@@ -202,6 +202,8 @@ class DD1Student(Student):
         """The continuous head: [B, m, W] to [B, m, D]."""
 
     def settings(self, steps: int, point: int) -> dict[str, Any]:
+        if steps not in (1, 2):
+            raise ValueError(f"steps: got {steps}, expected 1 or 2 of a DD1 student")
         return {"steps": (0, point) if steps == 2 else (0,)}
 
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -223,6 +225,7 @@ class DD1Student(Student):
         return (self.level < points).expand(batch, -1)
 
     def complete(self, condition: Condition, x: Tensor, noise: Tensor, point: int, split: int | None) -> Tensor:
+        """The most likely codes before the split, the continuous head's values from there on."""
         starts = self.teacher.group_starts()
         first, count = starts[point], self.teacher.num_tokens
         if first == count:
