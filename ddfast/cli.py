@@ -99,7 +99,10 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
     default = kind(**values)
     update(default, file)
     description = f"{COMMANDS[command]}. --config FILE reads TOML; --debug shows tracebacks.\n\nExamples:\n{examples}"
-    return tyro.cli(kind, default=default, args=rest, prog=f"ddfast {command}", description=description)
+    options = tyro.cli(kind, default=default, args=rest, prog=f"ddfast {command}", description=description)
+    if options.method != recipe.method and options.out == recipe.out:  # both methods have their default folder
+        options.out = options.out.with_name(f"{options.out.name}-{options.method}")
+    return options
 
 
 def parse_plain(command: str, kind: type[Plain], arguments: list[str], examples: str) -> Plain:

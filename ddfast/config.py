@@ -491,7 +491,7 @@ class TrainConfig:
         recipe: where the defaults come from.
         method: dd1 or dd2.
         init: where DD2's generator starts: stage1, teacher, scratch, or dd1:PATH (a DD1 run's folder).
-        out: folder of the run.
+        out: folder of the run; the default gets -dd2 for that method.
         seed: of everything that is random.
         device: cpu or cuda.
         resume: insist that there is a run to continue in `out`.

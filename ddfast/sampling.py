@@ -209,10 +209,10 @@ def sample_student(
     classes: tuple[int, ...] | None = None,
     batch_size: int = 1000,
 ) -> Samples:
-    """`count` samples of a student in one or two passes, or of its teacher.
+    """`count` samples of a student in a number of steps, or of its teacher.
 
     Args:
-        steps: 1, or 2 with the second pass from `point`; 0: the teacher alone.
+        steps: of the student (`Student.settings`); 0: the teacher alone.
         guidance: of the teacher's part.
         teacher_steps: groups from `point` on that the teacher regenerates before the student's last pass; 0: none.
         teacher, student, count, seed, point, classes, batch_size: as in `sample`.

@@ -179,6 +179,8 @@ class FlowNetwork(Student):
     def settings(self, steps: int, point: int) -> dict[str, Any]:
         """k steps: one of the generator's, then the teacher makes the last k-1 groups again."""
         count = len(self.groups)
+        if not 1 <= steps <= count + 1:
+            raise ValueError(f"steps: got {steps}, expected 1 to {count + 1}: one, and the teacher's groups")
         return {"teacher_range": (count - steps + 1, count)} if steps > 1 else {}
 
     @torch.no_grad()

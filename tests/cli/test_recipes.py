@@ -24,6 +24,15 @@ TINY = {
     },
     "trajectories": {"count": 24, "shard_size": 12},
     "dd1": {"iterations": 4, "batch_size": 6, "warmup": 1, "log_every": 2, "checkpoint_every": 2},
+    "dd2": {
+        "head_width": 16, "head_depth": 1,
+        "adapt": {"iterations": 4, "fit_iterations": 2, "batch_size": 4, "log_every": 2},
+        "tune": {"iterations": 4, "head_iterations": 2, "batch_size": 4, "log_every": 2},
+        "match": {
+            "iterations": 2, "guidance_updates": 2, "align_iterations": 1, "later_iterations": 1, "batch_size": 4,
+            "log_every": 2, "watch_every": 4,
+        },
+    },
     "evaluation": {"samples": 100, "batch_size": 50, "batch_sizes": [1, 2]},
 }  # fmt: skip
 VAR = {"teacher": {"depth": 2, "num_classes": 2, "patch_nums": [1, 2, 3]}, "dd1": {"point": 2, "split": 1}}
@@ -69,6 +78,37 @@ def test_training(name, tmp_path):
     side = 3 * 2
     assert images.shape == (2, 3, side, side)
     assert samples.embeddings.shape == (3, teacher.num_tokens, 4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_training_by_dd2(name, tmp_path):
+    config = tiny(name, tmp_path / "run")
+    config.method = "dd2"
+    metrics = train(config, progress_bar=silent)
+    assert {"teacher", "ode_pairs", "student_1step", "student_2step", "ar_diffusion"} <= set(metrics)
+    assert "teacher_involved" not in metrics
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| DD2 student | 1 |" in report
+    assert "| DD2 student | 1 + 1 AR |" in report
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    stages = ["adaptation", "tuning", "matching"][0 if "llamagen" in name else 1 :]
+    assert list(dict.fromkeys(line["stage"] for line in lines)) == stages
+    if "llamagen" in name:
+        likelihoods = json.loads((tmp_path / "run" / "adaptation.json").read_text())
+        assert likelihoods.keys() == {"before", "after"}
+    again = tiny(name, tmp_path / "run")
+    again.method = "dd2"
+    assert train(again, progress_bar=silent) == metrics
+    opened, teacher, student = open_student(tmp_path / "run", "cpu", silent(""))
+    samples = sample_student(teacher, student, count=3, seed=0, point=opened.dd1.point, steps=3)
+    assert samples.embeddings.shape == (3, teacher.num_tokens, 4)
+    generator = Generator.from_run(tmp_path / "run")
+    generator.save_pretrained(tmp_path / "hub")
+    loaded = Generator.from_pretrained(str(tmp_path / "hub"))
+    if name.endswith("t2i"):
+        loaded.teacher.captions = generator.teacher.captions
+    for steps in (1, 2):
+        torch.testing.assert_close(loaded.images([0, 1], steps=steps), generator.images([0, 1], steps=steps))
 
 
 @pytest.mark.parametrize("name", ["var-d16", "llamagen-b"])
