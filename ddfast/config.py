@@ -349,10 +349,12 @@ class TuneConfig(OptimisationConfig):
         top_k, top_p, cfg_scale: of the teacher's distribution; negative: its own.
     """
 
+    iterations: int = 400
+    learning_rate: float = 1.5e-3
     head_iterations: int = 0
-    draws: int = 4
+    draws: int = 2
     loss: str = "gts"
-    source: str = "teacher"
+    source: str = "store"
     top_k: int = -1
     top_p: float = -1.0
     cfg_scale: float = -1.0
@@ -372,6 +374,7 @@ class MatchConfig(OptimisationConfig):
 
     Attributes:
         start_iterations: updates of the generator by anchor and look-ahead alone, before the guidance network joins.
+        start_learning_rate: their peak; `learning_rate` and `warmup` are those of the updates that follow.
         guidance_first: updates of the guidance network alone, after them.
         guidance_updates: K, updates of the guidance network before each of the generator.
         guidance_learning_rate: peak, of the guidance network's AdamW.
@@ -397,8 +400,11 @@ class MatchConfig(OptimisationConfig):
         watch_every: steps between looks at the samples: likelihood, diversity, distance of averaged and live weights.
     """
 
-    iterations: int = 500
-    start_iterations: int = 3000
+    iterations: int = 350
+    learning_rate: float = 5e-4
+    warmup: int = 50
+    start_iterations: int = 2000
+    start_learning_rate: float = 1.5e-3
     guidance_first: int = 100
     guidance_updates: int = 2
     guidance_learning_rate: float = 1e-3
@@ -407,7 +413,7 @@ class MatchConfig(OptimisationConfig):
     form: str = "kl"
     alpha: float = 1.0
     draws: int = 2
-    score_weight: float = 1.0
+    score_weight: float = 3.0
     anchor_weight: float = 1.0
     lookahead_weight: float = 1.0
     prefix: str = "codes"
@@ -424,6 +430,7 @@ class MatchConfig(OptimisationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "guidance_updates", "later_guidance_updates", "draws", "watch_every")
+        _require_positive(self, "start_learning_rate", "guidance_learning_rate")
         _require(self.form in ("sid", "kl"), "form", self.form, "sid or kl")
         _require(self.prefix in ("codes", "continuous"), "prefix", self.prefix, "codes or continuous")
         _require(self.guidance_start in ("stage1", "scratch"), "guidance_start", self.guidance_start, "stage1, scratch")

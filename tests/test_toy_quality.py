@@ -1,13 +1,16 @@
-"""DD1, whole, on a teacher whose joint distribution is enumerable (METHOD.md section 6, T1).
+"""DD1 and DD2, whole, on a teacher whose joint distribution is enumerable (METHOD.md section 6, T1).
 
 pytest tests/test_toy_quality.py -m "slow or not slow" -s     # three seeds instead of one
 """
 
+import copy
+
 import pytest
 import torch
 
-from ddfast.config import DD1Config, TrainConfig, TrajectoryConfig
-from ddfast.distill.stages import distill
+from ddfast.config import DD1Config, TrainConfig, TrajectoryConfig, update
+from ddfast.distill.stages import distill, match, tune
+from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.sampling import sample
@@ -17,7 +20,13 @@ from ddfast.trajectories.store import TrajectoryStore
 SAMPLES = 200_000
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+seeds = pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
+slow_seeds = pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) for seed in range(3)])
+
+
+@seeds
 def test_total_variation_from_the_exact_joint(tmp_path, seed):
     teacher = ToyTeacher(seed=seed)
     config = TrainConfig(
@@ -42,3 +51,65 @@ def test_total_variation_from_the_exact_joint(tmp_path, seed):
     assert distance["student_1step"] <= 0.15
     assert distance["student_2step"] <= 0.12
     assert distance["independent_marginals"] > 0.7
+
+
+def network(teacher: ToyTeacher, seed: int) -> TransformerFlowNetwork:
+    torch.manual_seed(seed)
+    return TransformerFlowNetwork(teacher, width=64, depth=3, heads=4, head_width=64, head_depth=2)
+
+
+@pytest.mark.parametrize(("form", "bound"), [("kl", 0.07), ("sid", 0.05)])
+@seeds
+def test_dd2_of_one_token(tmp_path, seed, form, bound):
+    """The paper's recipe alone, from stage 1, where nothing can go wrong with prefixes."""
+    teacher, config = ToyTeacher(seed=seed, num_tokens=1), TrainConfig(seed=seed)
+    update(config.dd2.tune, {"iterations": 400, "batch_size": 256, "learning_rate": 2e-3})
+    paper = {"start_iterations": 0, "anchor_weight": 0.0, "lookahead_weight": 0.0}
+    guidance = {"guidance_updates": 4, "guidance_learning_rate": 3e-3}
+    update(
+        config.dd2.match, {"form": form, "iterations": 1000, "batch_size": 256, "ema_decay": 0.99, **guidance, **paper}
+    )
+    guide = network(teacher, seed)
+    tune(config, teacher, guide, None, tmp_path)
+    student = copy.deepcopy(guide)
+    match(config, teacher, student, guide, tmp_path)
+    codes = sample("student_1step", teacher, student, count=SAMPLES, seed=seed + 1000, point=1, batch_size=50_000).codes
+    distance = teacher.total_variation(codes)
+    print(f"\nseed {seed}: one token, {form} {distance:.4f}")
+    assert distance <= bound
+
+
+@slow_seeds
+def test_stage_1_of_dd2(tmp_path, seed):
+    """GTS against Monte-Carlo after as many steps."""
+    distance = {}
+    for loss in ("gts", "monte_carlo"):
+        teacher, config = ToyTeacher(seed=seed), TrainConfig(seed=seed)
+        update(config.dd2.tune, {"loss": loss, "iterations": 3000, "batch_size": 256, "learning_rate": 3e-3})
+        tuned = network(teacher, seed)
+        tune(config, teacher, tuned, None, tmp_path / loss)
+        samples = sample("ar_diffusion", teacher, tuned, count=50_000, seed=seed + 1000, point=1, batch_size=10_000)
+        distance[loss] = teacher.total_variation(samples.codes)
+    print(f"\nseed {seed}:", ", ".join(f"{loss} {value:.4f}" for loss, value in distance.items()))
+    assert distance["gts"] <= 0.10
+    assert distance["gts"] < distance["monte_carlo"]
+
+
+@slow_seeds
+def test_dd2_of_four_tokens(tmp_path, seed):
+    """The default recipe, and its control: the same number of the generator's updates without the score distance."""
+    distance = {}
+    for score_weight in (1.0, 0.0):
+        teacher, config = ToyTeacher(seed=seed), TrainConfig(seed=seed)
+        update(config.dd2.tune, {"iterations": 1000, "batch_size": 256, "learning_rate": 3e-3})
+        shared = {"batch_size": 256, "start_learning_rate": 4e-3, "score_weight": score_weight}
+        update(config.dd2.match, {"start_iterations": 8000, "iterations": 1500, "guidance_first": 200, **shared})
+        guide, out = network(teacher, seed), tmp_path / str(score_weight)
+        if score_weight:
+            tune(config, teacher, guide, None, out)
+        student = network(teacher, seed)
+        match(config, teacher, student, guide if score_weight else None, out)
+        made = sample("student_1step", teacher, student, count=SAMPLES, seed=seed + 1000, point=1, batch_size=50_000)
+        distance[score_weight] = teacher.total_variation(made.codes)
+    print(f"\nseed {seed}: 1 step {distance[1.0]:.4f}, without the score distance {distance[0.0]:.4f}")
+    assert distance[1.0] <= 0.12

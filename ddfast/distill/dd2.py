@@ -154,6 +154,7 @@ class Matching(Method):
         self.schedule = _schedule(config)
         self.total = sum(length for _, length, _ in self.schedule)
         self.student_updates = config.start_iterations + config.iterations + config.later_iterations
+        self.start_updates = config.start_iterations if config.score_weight else self.student_updates
         self.guidance_updates = sum(
             length * updates // (updates + 1) if name == "alternate" else length
             for name, length, updates in self.schedule
@@ -173,11 +174,15 @@ class Matching(Method):
         raise ValueError(f"step: got one past the end, expected less than {self.total}")
 
     def learning_rate(self, phase: str, update: int) -> float:
-        """Every network has its own peak, warm-up and count of updates."""
+        """Every phase has its own peak and count of updates."""
         config, total = self.config, self.student_updates
         if phase == "guidance":
             rate, warmup = config.guidance_learning_rate, config.guidance_warmup
             config, total = dataclasses.replace(config, learning_rate=rate, warmup=warmup), self.guidance_updates
+        elif phase == "start":
+            config, total = dataclasses.replace(config, learning_rate=config.start_learning_rate), self.start_updates
+        else:
+            update, total = update - self.start_updates, total - self.start_updates
         return max(scheduled_rate(config, update, total), config.first_learning_rate if update < config.warmup else 0.0)
 
     def starts_from_average(self, step: int) -> bool:
@@ -272,8 +277,10 @@ def _schedule(config: MatchConfig) -> list[tuple[str, int, int]]:
 def _draws(draws: int, x: Tensor, generator: torch.Generator, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Flow times [m, B, N], uniform between the bounds, and noise [m, B, N, D] for tokens x [B, N, D]."""
     shape = (draws, *x.shape)
-    t = low + (high - low) * torch.rand(shape[:-1], generator=generator)
-    return t.to(x.device), torch.randn(shape, generator=generator).to(x.device)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    own = torch.Generator(x.device).manual_seed(seed)  # drawn where it is used: millions of numbers a step
+    t = low + (high - low) * torch.rand(shape[:-1], generator=own, device=x.device)
+    return t, torch.randn(shape, generator=own, device=x.device)
 
 
 def _by_time(values: Tensor, t: Tensor) -> dict[str, Tensor]:

@@ -180,6 +180,10 @@ def test_every_network_has_its_own_learning_rate():
     assert [method.learning_rate("student", update) for update in range(5)] == pytest.approx(
         [3e-4, 5e-4, 7.5e-4, 1e-3, 1e-3]
     )
+    started = toy_matching(start_iterations=100, start_learning_rate=5e-3, anchor_weight=1.0, warmup=10)
+    assert started.learning_rate("start", 9) == pytest.approx(5e-3)
+    assert started.learning_rate("start", 99) < 1e-5
+    assert started.learning_rate("student", 109) == pytest.approx(started.config.learning_rate)  # its own schedule
     assert method.learning_rate("guidance", 3) == pytest.approx(4e-3)
     assert method.learning_rate("guidance", 100) == 8e-3
 
@@ -352,7 +356,7 @@ def test_adaptation_replaces_the_table(tmp_path):
         ({"form": "wgan"}, "form: got 'wgan', expected sid or kl"),
         ({"prefix": "soft"}, "prefix: got 'soft', expected codes or continuous"),
         ({"score_weight": 0.0, "anchor_weight": 0.0, "lookahead_weight": 0.0}, "score_weight: got 0.0"),
-        ({"anchor_weight": 0.0, "lookahead_weight": 0.0}, "start_iterations: got 3000, expected 0 without anchor"),
+        ({"anchor_weight": 0.0, "lookahead_weight": 0.0}, "start_iterations: got 2000, expected 0 without anchor"),
     ],
 )
 def test_configuration_errors(settings, message):
