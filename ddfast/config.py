@@ -336,6 +336,11 @@ class AdaptConfig(OptimisationConfig):
 
     fit_iterations: int = 1000
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inside = 0 < self.fit_iterations <= self.iterations
+        _require(inside, "fit_iterations", self.fit_iterations, f"in 1..{self.iterations}, the stage's iterations")
+
 
 @dataclass(kw_only=True)
 class TuneConfig(OptimisationConfig):

@@ -53,9 +53,9 @@ def convert(
     made = None if student is None else load_student(student, source)
     live = None if student is None else _live(student, source)
     if form == "official":
-        export_teacher(source, to / "teacher.pth", to / "tokenizer.pth")
-        if made is not None:
+        if made is not None:  # first: DD2's networks have no official layout
             export_student(made, to / "student.pth", live=live)
+        export_teacher(source, to / "teacher.pth", to / "tokenizer.pth")
     else:
         about_teacher = json.dumps(teacher_config(source), indent=2, default=list) + "\n"
         save_teacher(to / TEACHER_FILE, source)

@@ -42,13 +42,14 @@ class Adaptation(Method):
     Args:
         roles: the student is the network to adapt.
         config: iterations.
+        held_out: samples of the teacher to follow the likelihood on.
     """
 
-    def __init__(self, roles: Roles, config: AdaptConfig) -> None:
+    def __init__(self, roles: Roles, config: AdaptConfig, held_out: Batch | None = None) -> None:
         super().__init__(roles)
         if not isinstance(roles.student, LlamaGenFlowNetwork):
             raise TypeError(f"student: got {type(roles.student).__name__}, expected a LlamaGenFlowNetwork")
-        self.student, self.config = roles.student, config
+        self.student, self.config, self.held_out = roles.student, config, held_out
         self.networks = {"fit": roles.student, "tune": roles.student}
         self.total = config.iterations
 
@@ -66,6 +67,17 @@ class Adaptation(Method):
             return self.student.embedding_error(), {}
         assert batch.codes is not None
         return negative_log_likelihood(self.student, batch.condition, batch.codes), {}
+
+    def reads_codes(self, phase: str) -> bool:
+        """The table is there without a sample."""
+        return phase == "tune"
+
+    def watch(self, step: int, average: ExponentialMovingAverage) -> tuple[dict[str, float], str | None]:
+        """Nats per token on the held-out samples."""
+        if self.held_out is None or self.held_out.codes is None:
+            return {}, None
+        found = code_likelihoods(self.student, self.held_out.condition, self.held_out.codes)
+        return {f"{name}_nll": value for name, value in found.items()}, None
 
 
 def negative_log_likelihood(network: FlowNetwork, condition: Condition, codes: Tensor) -> Tensor:

@@ -61,6 +61,10 @@ class Method(ABC):
     def learning_rate(self, phase: str, update: int) -> float:
         """Of a network's update number `update` (0-based)."""
 
+    def reads_codes(self, phase: str) -> bool:
+        """Whether a phase needs its batch's codes, which may take a decoding."""
+        return True
+
     def starts_from_average(self, step: int) -> bool:
         """Whether the student takes on its moving average before step `step`."""
         return False

@@ -79,21 +79,24 @@ def adapt(
     """DD2's stage 0: train the network's input in place.
 
     Returns:
-        nats per token on fresh samples of the teacher, {"before" | "after": {"teacher", "adapted"}}; "before" is the
-        table's start, an MLP that was fitted to nothing.
+        nats per token on fresh samples of the teacher, {"before" | "after": {"teacher", "adapted"}}; "before" is an MLP
+        that was fitted to nothing. The log has what is between: after the fit, and every as many steps from there.
     """
-    held_out = from_noise(teacher, codes=teacher.defaults)(64, torch.Generator().manual_seed(config.seed + 5_000_003))
+    held_out = from_noise(teacher, decoding=teacher.defaults)(
+        64, torch.Generator().manual_seed(config.seed + 5_000_003)
+    )
     assert held_out.codes is not None
     before = code_likelihoods(network, held_out.condition, held_out.codes)
     network.train().requires_grad_(True)
     optimise(
-        Adaptation(Roles(student=network, teacher=teacher), config.dd2.adapt),
+        Adaptation(Roles(student=network, teacher=teacher), config.dd2.adapt, held_out),
         config.dd2.adapt,
-        from_noise(teacher, codes=teacher.defaults),
+        from_noise(teacher, decoding=teacher.defaults),
         out,
         stage="adaptation",
         seed=config.seed,
         identity=config_hash(*_shape(config.dd2), config.dd2.adapt, *_data(config)),
+        watch_every=config.dd2.adapt.fit_iterations,
         progress=progress,
     )
     network.eval().requires_grad_(False)
@@ -120,7 +123,7 @@ def tune(
     optimise(
         method,
         dd2.tune,
-        from_noise(teacher, codes=method.sampling) if trajectories is None else from_store(trajectories, teacher),
+        from_noise(teacher, decoding=method.sampling) if trajectories is None else from_store(trajectories, teacher),
         out,
         stage="tuning",
         seed=config.seed,

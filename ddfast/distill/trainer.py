@@ -8,8 +8,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,12 @@ CHECKPOINT = "checkpoint.safetensors"
 ALARM_CHECKPOINT = "checkpoint-before-alarm.safetensors"
 METRICS = "metrics.jsonl"
 
-Draw = Callable[[int, torch.Generator], Batch]
-"""Makes a batch of the size given; all randomness comes from the generator."""
+
+class Draw(Protocol):
+    """Makes a batch of the size given, all of its randomness from the generator; codes only where they are read."""
+
+    def __call__(self, size: int, generator: torch.Generator, codes: bool = True) -> Batch:
+        """The batch."""
 
 
 def optimise(
@@ -79,7 +83,7 @@ def optimise(
             if method.starts_from_average(run.step):
                 run.average.copy_to(run.averaged)
             phase = method.phase(run.step)
-            batch = draw(config.batch_size, generator)
+            batch = draw(config.batch_size, generator, method.reads_codes(phase))
             with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
                 loss, logged = method.step(phase, batch, generator)
             if not math.isfinite(loss.item()):
@@ -122,7 +126,7 @@ def from_store(trajectories: Trajectories, teacher: Teacher) -> Draw:
     """Batches of a store's pairs."""
     device = teacher.codebook.device
 
-    def draw(size: int, generator: torch.Generator) -> Batch:
+    def draw(size: int, generator: torch.Generator, codes: bool = True) -> Batch:
         rows = torch.randint(len(trajectories.codes), (size,), generator=generator)
         return Batch(
             noise=trajectories.noise(rows).to(device),
@@ -133,18 +137,18 @@ def from_store(trajectories: Trajectories, teacher: Teacher) -> Draw:
     return draw
 
 
-def from_noise(teacher: Teacher, *, codes: SamplingDefaults | None = None) -> Draw:
-    """Batches of fresh noise and conditions; with `codes`, the teacher decodes sequences beside them, with these."""
+def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) -> Draw:
+    """Batches of fresh noise and conditions; with settings for `decoding`, the teacher makes sequences beside them."""
     device = teacher.codebook.device
 
-    def draw(size: int, generator: torch.Generator) -> Batch:
+    def draw(size: int, generator: torch.Generator, codes: bool = True) -> Batch:
         condition = teacher.condition_of(torch.randint(teacher.num_conditions, (size,), generator=generator).to(device))
         seed = int(torch.randint(2**62, (), generator=generator))
         eps = noise(seed, torch.arange(size), (teacher.num_tokens, teacher.code_dim), device)
         drawn = None
-        if codes is not None:
+        if decoding is not None and codes:
             own = torch.Generator(device).manual_seed(seed)
-            drawn = teacher.generate(condition, generator=own, **dataclasses.asdict(codes))
+            drawn = teacher.generate(condition, generator=own, **dataclasses.asdict(decoding))
         return Batch(noise=eps, condition=condition, codes=drawn)
 
     return draw

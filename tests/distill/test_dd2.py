@@ -195,7 +195,7 @@ def test_both_targets_of_stage_1_have_the_same_mean():
         network = toy_network(0, 0.2)
         teacher = network.teacher
         method = Tuning(Roles(student=network, teacher=teacher), TuneConfig(loss=loss, draws=8, **SMALL))
-        batch = from_noise(teacher, codes=teacher.defaults)(20_000, torch.Generator().manual_seed(0))
+        batch = from_noise(teacher, decoding=teacher.defaults)(20_000, torch.Generator().manual_seed(0))
         method.step("full", batch, torch.Generator().manual_seed(1))[0].backward()
         return network.velocity_head.output.bias.grad
 
@@ -208,7 +208,7 @@ def test_the_head_alone_comes_first():
         Roles(student=network, teacher=network.teacher), TuneConfig(iterations=5, head_iterations=2, **SMALL)
     )
     assert [method.phase(step) for step in range(5)] == ["head", "head", "full", "full", "full"]
-    batch = from_noise(ToyTeacher(), codes=network.teacher.defaults)(8, torch.Generator())
+    batch = from_noise(ToyTeacher(), decoding=network.teacher.defaults)(8, torch.Generator())
     method.step("head", batch, torch.Generator())[0].backward()
     assert network.input.weight.grad is None
     assert network.velocity_head.input.weight.grad is not None
@@ -332,7 +332,7 @@ def test_adaptation_replaces_the_table(tmp_path):
     vq = {"num_codes": 16, "code_dim": 4, "channels": 32, "multipliers": [1, 1], "blocks": 1, "latent_channels": 32}
     update(config, {"teacher": {"random_weights": True, **sizes}, "tokenizer": vq})
     small = {"precision": "float32", "batch_size": 64, "log_every": 10, "warmup": 5, "learning_rate": 3e-3}
-    update(config.dd2, {"head_width": 16, "head_depth": 1, "adapt": {**small, "iterations": 120, "fit_iterations": 80}})
+    update(config.dd2, {"head_width": 16, "head_depth": 1, "adapt": {**small, "iterations": 160, "fit_iterations": 80}})
     teacher = untrained_teacher(config)
     torch.manual_seed(0)
     for name, parameter in teacher.named_parameters():
@@ -345,6 +345,9 @@ def test_adaptation_replaces_the_table(tmp_path):
     assert lost_after < 0.3 * lost_before
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert lines[0]["stage"] == "adaptation"
+    fitted, done = lines[7]["adapted_nll"], lines[-1]["adapted_nll"]
+    assert result["after"]["adapted"] < fitted < result["before"]["adapted"]
+    assert done == pytest.approx(result["after"]["adapted"])
     assert lines[7]["fit_loss"] < 0.7 * lines[0]["fit_loss"]
     with pytest.raises(TypeError, match="expected a LlamaGenFlowNetwork"):
         Adaptation(Roles(student=toy_network(), teacher=ToyTeacher()), AdaptConfig())
