@@ -415,10 +415,10 @@ class MatchConfig(OptimisationConfig):
     guidance_learning_rate: float = 1e-3
     guidance_warmup: int = 100
     first_learning_rate: float = 0.0
-    form: str = "kl"
+    form: str = "sid"
     alpha: float = 1.0
     draws: int = 2
-    score_weight: float = 3.0
+    score_weight: float = 10.0
     anchor_weight: float = 1.0
     lookahead_weight: float = 1.0
     prefix: str = "codes"
