@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", default="scratch", choices=["stage1", "scratch"])
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.experiment == "recipe":
         pairs = (setting.split("=") for setting in options.settings)
         recipe(options.tokens, options.seed, options.init, {name: _value(value) for name, value in pairs})
