@@ -25,8 +25,7 @@ class SampleOptions:
 
     Attributes:
         student: folder of a training run, of `ddfast convert` or of `ddfast.hub`.
-        steps: DD1: 1 or 2 passes of the student; DD2: one pass, then steps - 1 groups of the teacher's; 0: its teacher,
-            step by step.
+        steps: DD1: 1 or 2 passes; DD2: one pass, then steps - 1 groups of the teacher's; 0: the teacher, step by step.
         teacher_steps: groups that the teacher regenerates between the passes (from the second step's point on).
         point: where the second step starts; default: where it was trained.
         guidance: settings of the teacher's part; default: those that the student learnt.

@@ -7,6 +7,7 @@ from ddfast.evaluation import speed
 from ddfast.evaluation.quality import frechet_distance, pair_table_distance
 from ddfast.evaluation.speed import generate_plainly, measure_speed
 from ddfast.models.digits import digit_batch
+from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.recipes import get_recipe, untrained_teacher
@@ -69,6 +70,10 @@ def networks():
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source(source):
     teacher, student = networks()
+    if source == "ar_diffusion":  # of another kind of network
+        with pytest.raises(ValueError, match="student: got none of DD2's networks"):
+            sample(source, teacher, student, count=23, seed=1, point=5)
+        student = TransformerFlowNetwork.from_teacher(teacher)
     made = sample(source, teacher, student, count=23, seed=1, point=5)
     assert made.codes.shape == (23, 16)
     assert torch.equal(made.embeddings, teacher.codebook[made.codes])
