@@ -157,7 +157,7 @@ def check_init(config: TrainConfig) -> None:
     path = Path(init.removeprefix(DD1_PREFIX))
     if config.method != "dd2":
         raise DDFastError(f"--init {init}: only --method dd2 starts from a DD1 student")
-    if not (path.exists() if path.is_file() else (path / STUDENT_FILE).exists()):
+    if not (path.is_file() or (path / STUDENT_FILE).exists()):
         raise DDFastError(f"--init {init}: no {STUDENT_FILE} at {path}; `ddfast train --method dd1` makes it")
 
 
@@ -171,12 +171,12 @@ def _artefact(network: FlowNetwork, path: Path) -> Iterator[bool]:
         return
     yield True
     save_network(path, network)
+    (path.parent / CHECKPOINT).unlink(missing_ok=True)
 
 
 def save_network(path: Path, network: FlowNetwork) -> None:
-    """Write a stage's network; its checkpoint is no longer needed."""
+    """Write a stage's network."""
     save_tensors(path, network.state_dict(), {"network": network.config})
-    (path.parent / CHECKPOINT).unlink(missing_ok=True)
 
 
 def make_trajectories(config: TrainConfig, teacher: Teacher, progress: Progress) -> TrajectoryStore:
@@ -250,7 +250,7 @@ def open_teacher(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
     check_device(device)
     if (folder / TEACHER_FILE).exists():
         teacher = load_teacher(folder).to(device)
-        config = TrainConfig(recipe=folder.name, device=device)
+        config = TrainConfig(recipe=folder.name, device=device, out=folder)
         header = load_tensors(folder / STUDENT_FILE)[1] if (folder / STUDENT_FILE).exists() else {}
         config.dd1.point = header.get("point") or max(len(teacher.groups) // 2, 1)
         return config, teacher
@@ -261,7 +261,7 @@ def open_teacher(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
         raise DDFastError(f"{folder / CONFIG} names no recipe: it is not a run's")
     config = get_recipe(values["recipe"])
     update(config, values)
-    config.device = device
+    config.device, config.out = device, folder
     return config, build_teacher(config, progress)
 
 

@@ -230,9 +230,8 @@ class Matching(Method):
         return loss, {name: value.detach() for name, value in logged.items()}
 
     def _prefix(self, x: Tensor) -> Tensor:
-        """What teacher and guidance network read of generated tokens x [B, N, D]: [B, N, D] without gradient."""
-        x = x.detach()
-        return self.student.codebook[nearest_code(x, self.student.codebook)] if self.config.prefix == "codes" else x
+        """What is read of generated tokens x [B, N, D], without gradient: int64 codes [B, N], or x as it is."""
+        return nearest_code(x.detach(), self.student.codebook) if self.config.prefix == "codes" else x.detach()
 
     def _guidance_step(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Flow matching on generated tokens, given the generated tokens before them."""
@@ -240,7 +239,7 @@ class Matching(Method):
         assert guidance is not None
         with torch.no_grad():
             x, _ = self.student.generate(batch.condition, batch.noise)
-            prefix = self._prefix(x)
+            prefix = self.roles.teacher.embed(self._prefix(x))
         t, eps = _draws(self.config.draws, x, generator, _FIRST_TIME, 1.0)
         features = guidance.features(batch.condition, prefix)
         return velocity_distance(guidance.velocity(add_noise(x, eps, t), t, features), eps - x)
@@ -254,7 +253,7 @@ class Matching(Method):
         t, eps = _draws(config.draws, x, generator, _FIRST_TIME, _LAST_TIME)
         with _frozen(guidance):
             with torch.no_grad():
-                features = guidance.features(condition, prefix)
+                features = guidance.features(condition, self.roles.teacher.embed(prefix))
             with torch.set_grad_enabled(config.form == "sid"):
                 noisy = add_noise(x, eps, t)
                 real = codebook_posterior(noisy, t, log_probs, self.student.codebook)

@@ -5,11 +5,17 @@ Dimensions: R rows, H heads, S sequence, K head dimension.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def group_starts(groups: tuple[int, ...]) -> list[int]:
+    """First position of every group, and the number of positions at the end: group k is `starts[k]:starts[k + 1]`."""
+    return [0, *accumulate(groups)]
 
 
 def group_levels(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

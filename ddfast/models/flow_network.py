@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.models.protocol import Condition, Teacher
-from ddfast.models.student import Student
+from ddfast.models.student import Student, modulated
 from ddfast.models.transformer import TransformerNetwork, transformer_sizes
 from ddfast.ops import nearest_code
 from ddfast.ops.forms import x0_from_velocity
 
-_FREQUENCIES = 32
+_FREQUENCIES, _EPS = 32, 1e-6
 
 
 class VelocityHead(nn.Module):
@@ -58,7 +58,7 @@ class VelocityHead(nn.Module):
         hidden = self.input(x)
         for block in self.blocks:
             hidden = block(hidden, modulation)
-        return self.output(_modulated(hidden, *self.modulation(modulation).chunk(2, -1)))
+        return self.output(modulated(hidden, *self.modulation(modulation).chunk(2, -1), eps=_EPS))
 
 
 class _HeadBlock(nn.Module):
@@ -71,11 +71,7 @@ class _HeadBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(modulation).chunk(3, -1)
-        return x + gate * self.contract(F.silu(self.expand(_modulated(x, shift, scale))))
-
-
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return x + gate * self.contract(F.silu(self.expand(modulated(x, shift, scale, eps=_EPS))))
 
 
 def _time_waves(t: Tensor) -> Tensor:
@@ -88,8 +84,8 @@ def _time_waves(t: Tensor) -> Tensor:
 class FlowNetwork(Student):
     """DD2's generator or guidance network; as a `Student`, it is the generator.
 
-    A subclass builds the backbone and implements `features`, `code_logits` and `sizes`, and calls `add_head` with the
-    width of its features.
+    A subclass builds the backbone, implements `features`, `code_logits` and `sizes_config`, and calls `add_head` with
+    the width of its features.
 
     Args:
         teacher: as in `Student`.

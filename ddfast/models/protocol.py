@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ddfast.models.attention import group_levels
+from ddfast.models.attention import group_levels, group_starts
 from ddfast.ops import filter_logits, sample_codes
 from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS
 
@@ -76,7 +75,7 @@ class Teacher(nn.Module, ABC):
 
     def group_starts(self) -> list[int]:
         """First token of every group, and n at the end: group k is `starts[k]:starts[k + 1]`."""
-        return [0, *accumulate(self.groups)]
+        return group_starts(self.groups)
 
     # What a teacher implements -----------------------------------------------------------------------------------
 

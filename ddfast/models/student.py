@@ -309,8 +309,12 @@ class TransformerStudent(DD1Student):
 
 def modulated_head(hidden: Tensor, modulation: Tensor, linear: nn.Linear, *, eps: float = 1e-5) -> Tensor:
     """DD1's continuous head: LayerNorm without affine, then shift and scale (modulation [B, 2, W]), then linear."""
-    shift, scale = modulation[:, None].unbind(2)
-    return linear(F.layer_norm(hidden, hidden.shape[-1:], eps=eps) * (1 + scale) + shift)
+    return linear(modulated(hidden, *modulation[:, None].unbind(2), eps=eps))
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+    """LayerNorm of x [..., W] without affine, then scale and shift that broadcast to it."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 class ContinuousHead(nn.Module):

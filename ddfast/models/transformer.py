@@ -6,13 +6,12 @@ Dimensions: R rows, S sequence, N tokens, G tokens of one group, W width, H head
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.models.attention import KVCache, block_mask, group_levels
+from ddfast.models.attention import KVCache, block_mask, group_levels, group_starts
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 
 
@@ -93,7 +92,7 @@ class TransformerNetwork(nn.Module):
 
     def group_inputs(self, labels: Tensor, embeddings: Tensor, first: int, last: int) -> Tensor:
         """Input tokens [R, S, W] of groups first..last; `embeddings` starts at group `first - 1` (0 at the start)."""
-        starts = [0, *accumulate(self.groups)]
+        starts = group_starts(self.groups)
         parts, offset = [], 0
         for group in range(first, last + 1):
             size = self.groups[group]

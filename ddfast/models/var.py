@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -26,6 +25,7 @@ from ddfast.models.attention import (
     KVCache,
     MaskedAttention,
     group_levels,
+    group_starts,
 )
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
@@ -193,7 +193,7 @@ class _VARNetwork(nn.Module):
 
     def _tokens(self, label: Tensor, inputs: Tensor, first: int, last: int) -> Tensor:
         """Input tokens [R, L, W] of scales first..last; `inputs` [R or B, L, D] are those after scale 0."""
-        starts = [0, *accumulate(self.groups)]
+        starts = group_starts(self.groups)
         parts = []
         if first == 0:
             parts.append(label[:, None] + self.pos_start)
