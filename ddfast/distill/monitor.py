@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ddfast.distill.method import ExponentialMovingAverage
+from ddfast.frechet import frechet_distance
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Teacher
 from ddfast.ops import nearest_code, noise
@@ -56,12 +57,12 @@ class Watcher:
         seen = {
             "teacher_nll": -float(log_probs.mean()),
             "diversity": _entropy(codes, teacher.num_codes) / _entropy(self.reference, teacher.num_codes),
-            "ema_distance": _frechet(self._features(live), self._features(averaged)) / spread,
+            "ema_distance": frechet_distance(self._features(live), self._features(averaged)) / spread,
         }
         return seen, _alarm(seen)
 
     def _features(self, tokens: Tensor) -> Tensor:
-        return (tokens.flatten(1) @ self.directions).double()
+        return tokens.flatten(1) @ self.directions
 
 
 def _alarm(seen: dict[str, float]) -> str | None:
@@ -83,11 +84,3 @@ def _entropy(codes: Tensor, num_codes: int) -> float:
     table = torch.zeros(codes.shape[1], num_codes, device=codes.device)
     table.scatter_add_(1, codes.T, torch.full(codes.T.shape, 1 / len(codes), device=codes.device))
     return max(float(torch.special.entr(table).sum(-1).mean()), 1e-6)
-
-
-def _frechet(x: Tensor, y: Tensor) -> float:
-    """Fréchet distance of the Gaussians fitted to x [B, F] and y [B', F]."""
-    cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
-    # tr (S1 S2)^(1/2) by the eigenvalues of S1 S2, which are real and not negative.
-    root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp_min(0).sqrt().sum()
-    return float((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * root)

@@ -7,30 +7,18 @@ from __future__ import annotations
 
 from itertools import combinations
 
-import numpy as np
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor
 
 from ddfast.config import TrainConfig
 from ddfast.evaluation.classifier import DigitsClassifier, load_or_train_classifier
+from ddfast.frechet import frechet_distance
 from ddfast.models.digits import DigitsTeacher, Progress, digit_batch
 from ddfast.models.protocol import Teacher
 from ddfast.sampling import Samples, sample
 
 _LARGEST_PAIRED = 512
 """Codes up to which tables of pairs [V, V] are filled by a few thousand samples."""
-
-
-def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the Gaussians fitted to features [B, F] and reference [B', F].
-
-    Source: Heusel et al. 2017 (FID), with features of any network.
-    """
-    x, y = features.double().numpy(), reference.double().numpy()
-    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = np.real(sqrtm(cov_x @ cov_y))
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2 * root))
 
 
 def pair_table_distance(codes: Tensor, reference: Tensor, num_codes: int) -> float:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ddfast"
 
 # A module may import from its own and lower layers.
 LAYERS = [
-    {"errors", "env", "files", "config", "schedule"},
+    {"errors", "env", "files", "config", "schedule", "frechet"},
     {"ops"},
     {"models"},
     {"trajectories"},
