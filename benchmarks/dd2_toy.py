@@ -30,6 +30,7 @@ from ddfast.distill.trainer import from_noise
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.toy import ToyTeacher
 from ddfast.ops import flow_sample, nearest_code
+from ddfast.pipeline import needs_tuning
 
 TERMS = {
     "score, KL": {"form": "kl", "anchor_weight": 0.0, "lookahead_weight": 0.0},
@@ -100,7 +101,7 @@ def prepared(tokens: int, start: int, seed: int) -> tuple[Matching, Judge]:
     for trained in (student, guidance):
         trained.train().requires_grad_(True)
     roles = Roles(student=student, teacher=teacher, guidance=guidance)
-    method = Matching(roles, MatchConfig(start_iterations=0, batch_size=256, draws=4))
+    method = Matching(roles, MatchConfig(start_iterations=0, batch_size=256, draws=4, fake_score="velocity"))
     optimizer = torch.optim.AdamW(guidance.parameters(), lr=2e-3, betas=(0.9, 0.95))
     draw = from_noise(teacher)
     for step in range(500):
@@ -137,7 +138,7 @@ def directions(tokens: int, start: int, seed: int) -> None:
     print(f"{tokens} tokens, start {start}: KL {kl:.4f}, TV {tv:.4f}")
     backbone = [i for i, (name, _) in enumerate(student.named_parameters()) if not name.startswith("velocity_head")]
     for term, settings in TERMS.items():
-        method.config = dataclasses.replace(MatchConfig(start_iterations=0, draws=4), **settings)
+        method.config = dataclasses.replace(MatchConfig(start_iterations=0, draws=4, fake_score="velocity"), **settings)
 
         def loss(batch: int) -> Tensor:
             generator = torch.Generator().manual_seed(batch)
@@ -193,13 +194,17 @@ def recipe(tokens: int, seed: int, init: str, settings: dict[str, object]) -> No
         part, field = name.split(".")
         parts[part][field.replace("-", "_")] = value
     update(config.dd2, parts)
-    judge, guidance, folder = Judge(teacher), network(teacher, seed), Path(tempfile.mkdtemp())
+    judge, folder = Judge(teacher), Path(tempfile.mkdtemp())
+    student, guidance = network(teacher, seed), network(teacher, seed + 1)
     started = time.perf_counter()
-    tune(config, teacher, guidance, None, folder)
-    tuned = time.perf_counter()
-    student = copy.deepcopy(guidance) if init == "stage1" else network(teacher, seed)
+    if needs_tuning(config):
+        tuned = network(teacher, seed)
+        tune(config, teacher, tuned, None, folder)
+        student = copy.deepcopy(tuned) if init == "stage1" else student
+        guidance = tuned if config.dd2.match.guidance_start == "stage1" else guidance
+    ready = time.perf_counter()
     match(config, teacher, student, guidance if config.dd2.match.score_weight else None, folder)
-    seconds = f"{tuned - started:.0f} + {time.perf_counter() - tuned:.0f} s"
+    seconds = f"{ready - started:.0f} + {time.perf_counter() - ready:.0f} s"
     print(f"seed {seed}, {settings}: TV {[round(v, 4) for v in judge.total_variation(student)]}, {seconds}")
 
 

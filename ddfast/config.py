@@ -395,7 +395,9 @@ class MatchConfig(OptimisationConfig):
             own tokens, and the one that the teacher's head reads off the generator's features.
         prefix: what teacher and guidance network see of a generated sequence: codes or continuous (then the
             teacher still reads codes where it looks them up).
-        guidance_start: stage1 or scratch.
+        fake_score: how the guidance network tells the generator's score: codes (by its distribution over codes, and
+            the closed form that gives the teacher's) or velocity (by its head, as the paper).
+        guidance_start: stage1, teacher or scratch.
         ema_decay: of the averaged weights that are sampled from.
         align_iterations: performance alignment: after `iterations`, the averaged weights go into the generator and the
             guidance network trains alone for so many updates.
@@ -422,7 +424,8 @@ class MatchConfig(OptimisationConfig):
     anchor_weight: float = 1.0
     lookahead_weight: float = 1.0
     prefix: str = "codes"
-    guidance_start: str = "stage1"
+    fake_score: str = "codes"
+    guidance_start: str = "teacher"
     ema_decay: float = 0.999
     align_iterations: int = 0
     later_iterations: int = 0
@@ -438,7 +441,9 @@ class MatchConfig(OptimisationConfig):
         _require_positive(self, "start_learning_rate", "guidance_learning_rate")
         _require(self.form in ("sid", "kl"), "form", self.form, "sid or kl")
         _require(self.prefix in ("codes", "continuous"), "prefix", self.prefix, "codes or continuous")
-        _require(self.guidance_start in ("stage1", "scratch"), "guidance_start", self.guidance_start, "stage1, scratch")
+        _require(self.fake_score in ("codes", "velocity"), "fake_score", self.fake_score, "codes or velocity")
+        starts = ("stage1", "teacher", "scratch")
+        _require(self.guidance_start in starts, "guidance_start", self.guidance_start, "stage1, teacher or scratch")
         weights = (self.score_weight, self.anchor_weight, self.lookahead_weight)
         _require(min(weights) >= 0 < max(weights), "score_weight", self.score_weight, "one weight that is not 0")
         anchored = self.start_iterations == 0 or max(weights[1:]) > 0
@@ -502,7 +507,7 @@ class TrainConfig:
     Attributes:
         recipe: where the defaults come from.
         method: dd1 or dd2.
-        init: where DD2's generator starts: stage1, teacher, scratch, or dd1:PATH (a DD1 run's folder).
+        init: where DD2's generator starts: teacher, stage1, scratch, or dd1:PATH (a DD1 run's folder).
         out: folder of the run; the default gets -dd2 for that method.
         seed: of everything that is random.
         device: cpu or cuda.
@@ -517,7 +522,7 @@ class TrainConfig:
 
     recipe: str = "digits"
     method: str = "dd1"
-    init: str = "stage1"
+    init: str = "teacher"
     out: Path = Path("runs/digits")
     seed: int = 0
     device: str = "cpu"

@@ -125,13 +125,15 @@ def train_dd2(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
         with stages.timed("tuning"), _artefact(tuned, out / TUNED_FILE) as todo:
             if todo:
                 tune(config, teacher, tuned, trajectories, out, progress=progress_bar("tuning"))
-    student = {"stage1": tuned, "teacher": base, "scratch": None}.get(config.init)
-    student = new_network(config, teacher, from_teacher=False) if student is None else copy.deepcopy(student)
+
+    def started(where: str) -> FlowNetwork:
+        trained = {"stage1": tuned, "teacher": base}.get(where)
+        return new_network(config, teacher, from_teacher=False) if trained is None else copy.deepcopy(trained)
+
+    student = started(config.init)
     if config.init.startswith(DD1_PREFIX):
         student.start_from_student(load_student(config.init.removeprefix(DD1_PREFIX), teacher))
-    guidance: FlowNetwork | None = None
-    if dd2.match.score_weight:
-        guidance = tuned if dd2.match.guidance_start == "stage1" else new_network(config, teacher, from_teacher=False)
+    guidance = started(dd2.match.guidance_start) if dd2.match.score_weight else None
     with stages.timed("matching"):
         live = match(config, teacher, student, guidance, out, progress=progress_bar("matching"))
     if guidance is not None:

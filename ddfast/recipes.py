@@ -54,6 +54,7 @@ def _published(
     """The papers' settings: DD1's 1.2 million pairs, second step's point and head's split; DD2's tables."""
     return TrainConfig(
         recipe=name,
+        init="stage1",
         out=Path("runs") / name,
         tokenizer=tokenizer,
         teacher=teacher,
@@ -106,6 +107,8 @@ def _published_dd2(
             form="sid",
             alpha=1.0,
             prefix="continuous",
+            fake_score="velocity",
+            guidance_start="stage1",
             batch_size=batch,
             guidance_learning_rate=rates[0],
             learning_rate=rates[1],

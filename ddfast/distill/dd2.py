@@ -143,11 +143,13 @@ class Tuning(Method):
 class Matching(Method):
     """Stage 2: the generator learns the teacher's conditional scores; a guidance network learns the generator's.
 
-    A generated sequence enters the teacher and the guidance network as a stop-gradient prefix, so a generator's update
-    moves every token given the ones before it. Beside the score distance, two terms need no guidance network: the
-    *anchor* draws every token to the code that the teacher's flow, given the generator's own earlier tokens, takes
-    that token's noise to; the *look-ahead* has the teacher's head read the next-token distribution off the generator's
-    features. Phases: "start" (those two alone), "guidance", "student".
+    The guidance network tells the generator's score of a token given those before it: by its velocity, learnt by flow
+    matching, or by its distribution over codes, learnt by cross-entropy and turned into a score by the teacher's own
+    closed form. A generated sequence enters the teacher and the guidance network as a stop-gradient prefix, so a
+    generator's update moves every token given the ones before it. Beside the score distance, two terms need no
+    guidance network: the *anchor* draws every token to the code that the teacher's flow, given the generator's own
+    earlier tokens, takes that token's noise to; the *look-ahead* has the teacher's head read the next-token
+    distribution off the generator's features. Phases: "start" (those two alone), "guidance", "student".
 
     Args:
         roles: generator, guidance network and teacher.
@@ -234,14 +236,17 @@ class Matching(Method):
         return nearest_code(x.detach(), self.student.codebook) if self.config.prefix == "codes" else x.detach()
 
     def _guidance_step(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Flow matching on generated tokens, given the generated tokens before them."""
+        """Cross-entropy of generated codes, or flow matching on generated tokens, given those before them."""
         guidance = self.roles.guidance
         assert guidance is not None
         with torch.no_grad():
             x, _ = self.student.generate(batch.condition, batch.noise)
             prefix = self.roles.teacher.embed(self._prefix(x))
-        t, eps = _draws(self.config.draws, x, generator, _FIRST_TIME, 1.0)
         features = guidance.features(batch.condition, prefix)
+        if self.config.fake_score == "codes":
+            logits = guidance.code_logits(features)
+            return F.cross_entropy(logits.flatten(0, 1), nearest_code(x, self.student.codebook).flatten())
+        t, eps = _draws(self.config.draws, x, generator, _FIRST_TIME, 1.0)
         return velocity_distance(guidance.velocity(add_noise(x, eps, t), t, features), eps - x)
 
     def _score_distance(
@@ -254,10 +259,15 @@ class Matching(Method):
         with _frozen(guidance):
             with torch.no_grad():
                 features = guidance.features(condition, self.roles.teacher.embed(prefix))
+                if config.fake_score == "codes":
+                    fake_log_probs = guidance.code_logits(features).float().log_softmax(-1)
             with torch.set_grad_enabled(config.form == "sid"):
                 noisy = add_noise(x, eps, t)
                 real = codebook_posterior(noisy, t, log_probs, self.student.codebook)
-                fake = guidance.x0(noisy, t, features)
+                if config.fake_score == "codes":
+                    fake = codebook_posterior(noisy, t, fake_log_probs, self.student.codebook)
+                else:
+                    fake = guidance.x0(noisy, t, features)
         if config.form == "kl":
             distance = score_distance_kl(x, real, fake)
         else:

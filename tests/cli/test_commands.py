@@ -12,44 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY, command, refused
 from safetensors.torch import load_file
 
 SIZES = [
-    "--tokenizer.iterations=30", "--tokenizer.warmup=10", "--tokenizer.batch-size=64",
-    "--teacher.width=32", "--teacher.depth=1", "--teacher.heads=2", "--teacher.iterations=20",
-    "--teacher.training-images=500", "--teacher.batch-size=32",
-    "--trajectories.count=300", "--trajectories.shard-size=50",
+    *TINY,
     "--dd1.iterations=60", "--dd1.batch-size=32", "--dd1.warmup=5", "--dd1.log-every=10", "--dd1.checkpoint-every=10",
-    "--evaluation.samples=200", "--evaluation.batch-sizes", "1", "4",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "DDFAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-
-
-def command(*arguments: object) -> list[str]:
-    name, *rest = (str(argument) for argument in arguments)
-    return [sys.executable, "-m", f"ddfast.{name}", *rest]
-
-
-@pytest.fixture
-def run(environment):
-    def call(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command(*arguments), env=environment, capture_output=True, text=True)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return call
-
-
-def refused(run, words: str, *arguments: object) -> None:
-    done = run(*arguments, code=1)
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"ddfast {arguments[0]}: error: ")
-    assert words in line
 
 
 @pytest.fixture(scope="module")

@@ -4,48 +4,22 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import TINY, command, refused
 from safetensors.torch import load_file
 
 SIZES = [
-    "--method", "dd2",
-    "--tokenizer.iterations=30", "--tokenizer.warmup=10", "--tokenizer.batch-size=64",
-    "--teacher.width=32", "--teacher.depth=1", "--teacher.heads=2", "--teacher.iterations=20",
-    "--teacher.training-images=500", "--teacher.batch-size=32",
-    "--trajectories.count=300", "--trajectories.shard-size=50",
-    "--dd2.head-width=16", "--dd2.head-depth=1",
+    *TINY,
+    "--method", "dd2", "--init", "stage1", "--dd2.head-width=16", "--dd2.head-depth=1",
     "--dd2.tune.iterations=20", "--dd2.tune.batch-size=16", "--dd2.tune.log-every=10",
     "--dd2.tune.checkpoint-every=5",
     "--dd2.match.start-iterations=20", "--dd2.match.iterations=10", "--dd2.match.guidance-first=3",
     "--dd2.match.batch-size=16", "--dd2.match.log-every=10", "--dd2.match.checkpoint-every=5",
     "--dd2.match.watch-every=20",
-    "--evaluation.samples=200", "--evaluation.batch-sizes", "1", "4",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "DDFAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-
-
-def command(*arguments: object) -> list[str]:
-    name, *rest = (str(argument) for argument in arguments)
-    return [sys.executable, "-m", f"ddfast.{name}", *rest]
-
-
-@pytest.fixture
-def run(environment):
-    def call(*arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, cwd=cwd)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +80,16 @@ def test_evaluate_and_profile(run, finished, tmp_path):
     assert "1 step" in run("profile", *arguments).stdout
 
 
+def test_a_start_from_the_teacher_needs_no_stage_1(run, tmp_path):
+    done = run("train", "--out", tmp_path, *SIZES, "--init", "teacher")
+    assert {path.name for path in tmp_path.iterdir()} >= {"student.safetensors", "guidance.safetensors"}
+    assert not {"ar-diffusion.safetensors", "trajectories"} & {path.name for path in tmp_path.iterdir()}
+    assert "DD2 student" in done.stdout
+    assert "stage 1" not in done.stdout
+
+
 def test_starting_from_a_dd1_student(run, environment, tmp_path):
-    dd1 = [option for option in SIZES[2:] if not option.startswith("--dd2")]
-    run("train", "--out", tmp_path / "dd1", *dd1, "--dd1.iterations=10", "--dd1.batch-size=16")
+    run("train", "--out", tmp_path / "dd1", *TINY, "--dd1.iterations=10", "--dd1.batch-size=16")
     done = run("train", "--out", tmp_path / "dd2", *SIZES, "--init", f"dd1:{tmp_path / 'dd1'}")
     assert "DD2 student" in done.stdout
 
@@ -122,8 +103,5 @@ def test_starting_from_a_dd1_student(run, environment, tmp_path):
     ],
 )
 def test_errors_in_one_line(run, arguments, words, tmp_path):
-    done = run("train", "--out", tmp_path / "run", *SIZES, *arguments, code=1)
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("ddfast train: error: ")
-    assert words in line
+    refused(run, words, "train", "--out", tmp_path / "run", *SIZES, *arguments)
     assert not (tmp_path / "run").exists()

@@ -56,9 +56,13 @@ def test_losses_by_hand():
     torch.testing.assert_close(losses.next_token_divergence(logits, log_probs), by_hand)
 
 
+both_scores = pytest.mark.parametrize("fake_score", ["codes", "velocity"])
+
+
+@both_scores
 @pytest.mark.parametrize("form", ["kl", "sid"])
-def test_the_generators_step_leaves_no_gradient_in_the_guidance_network(form):
-    method = toy_matching(form=form)
+def test_the_generators_step_leaves_no_gradient_in_the_guidance_network(form, fake_score):
+    method = toy_matching(form=form, fake_score=fake_score)
     loss, _ = method.step("student", toy_batch(), torch.Generator().manual_seed(0))
     loss.backward()
     assert all(parameter.grad is None for parameter in method.roles.guidance.parameters())
@@ -71,11 +75,12 @@ def test_the_generators_step_leaves_no_gradient_in_the_guidance_network(form):
     assert all(parameter.grad is None for parameter in method.student.parameters())
 
 
+@both_scores
 @pytest.mark.parametrize("prefix", ["codes", "continuous"])
 @pytest.mark.parametrize("form", ["kl", "sid"])
-def test_prefixes_take_no_gradient(form, prefix):
+def test_prefixes_take_no_gradient(form, prefix, fake_score):
     """A token's gradient is that of its own term: no other token's term reaches it through the prefix."""
-    method = toy_matching(form=form, prefix=prefix)
+    method = toy_matching(form=form, prefix=prefix, fake_score=fake_score)
     teacher = method.roles.teacher
     label = torch.zeros(8, dtype=torch.int64)
     x = torch.randn(8, 4, 2, requires_grad=True)
@@ -134,6 +139,27 @@ def test_csd_is_the_gradient_of_the_divergence():
         fake = codebook_posterior(noisy, t, even.expand(3, 3), atoms)
     losses.score_distance_kl(x, real, fake).backward()
     torch.testing.assert_close(x.grad * ((1 - t) / t) ** 2, numeric, rtol=0.05, atol=0.01)
+
+
+def test_a_guidance_network_of_codes_knows_the_generators_law():
+    """Trained on a frozen generator's codes, it tells how often each is made given those before it."""
+    method = toy_matching(fake_score="codes")
+    guidance, student, teacher = method.roles.guidance, method.student, method.roles.teacher
+    optimizer = torch.optim.AdamW(guidance.parameters(), lr=5e-3, weight_decay=0.0)
+    for step in range(300):
+        optimizer.zero_grad()
+        method.step("guidance", toy_batch(256, seed=step), torch.Generator())[0].backward()
+        optimizer.step()
+    batch = toy_batch(50_000, seed=1000)
+    with torch.no_grad():
+        x, _ = student.generate(batch.condition, batch.noise)
+        codes = nearest_code(x, student.codebook)
+        law = guidance.code_logits(guidance.features(batch.condition, teacher.embed(codes))).softmax(-1)
+    first = torch.bincount(codes[:, 0], minlength=8) / len(codes)
+    torch.testing.assert_close(law[0, 0], first, atol=0.02, rtol=0)
+    given = codes[:, 0] == first.argmax()  # of the second token, given the likeliest first one
+    second = torch.bincount(codes[given, 1], minlength=8) / given.sum()
+    torch.testing.assert_close(law[given, 1].mean(0), second, atol=0.03, rtol=0)
 
 
 def test_the_anchor_is_the_teachers_flow_given_ones_own_prefix():
@@ -358,6 +384,8 @@ def test_adaptation_replaces_the_table(tmp_path):
     [
         ({"form": "wgan"}, "form: got 'wgan', expected sid or kl"),
         ({"prefix": "soft"}, "prefix: got 'soft', expected codes or continuous"),
+        ({"fake_score": "exact"}, "fake_score: got 'exact', expected codes or velocity"),
+        ({"guidance_start": "dd1"}, "guidance_start: got 'dd1', expected stage1, teacher or scratch"),
         ({"score_weight": 0.0, "anchor_weight": 0.0, "lookahead_weight": 0.0}, "score_weight: got 0.0"),
         ({"anchor_weight": 0.0, "lookahead_weight": 0.0}, "start_iterations: got 2000, expected 0 without anchor"),
     ],
