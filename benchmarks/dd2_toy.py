@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ddfast.config import MatchConfig, TrainConfig, update
 from ddfast.distill.dd2 import Matching
-from ddfast.distill.losses import embedding_distance
+from ddfast.distill.losses import anchor_distance
 from ddfast.distill.method import Roles
 from ddfast.distill.stages import match, tune
 from ddfast.distill.trainer import from_noise
@@ -174,7 +174,8 @@ def tokens_matrix(tokens: int, start: int, seed: int) -> None:
                 log_probs = teacher.log_probs(batch.condition, prefix)
                 if term == "score":
                     return method._score_distance(x, prefix, log_probs, batch.condition, generator)[0]
-                return embedding_distance(x, flow_sample(log_probs, batch.noise, student.codebook)[1])
+                target = flow_sample(log_probs, batch.noise, student.codebook)[1]
+                return anchor_distance(x, target, method.anchor_width)
 
             found = gradients(method, loss, 12)
             mean = [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]

@@ -263,10 +263,12 @@ class OptimisationConfig:
     Attributes:
         iterations: training steps.
         batch_size: sequences per step.
-        learning_rate: peak, of AdamW.
+        optimizer: adamw; or muon, which orthogonalises the updates of the linear layers' weights and leaves the rest to
+            AdamW.
+        learning_rate: peak.
         warmup: steps of linear warm-up.
         decay: let the rate fall to 0 by a cosine after the warm-up; without: it stays.
-        weight_decay: of AdamW.
+        weight_decay: decoupled from the gradient.
         precision: of the forward and backward pass: float32, or bfloat16 by autocast.
         gradient_clip: largest norm of the gradient.
         log_every: steps between lines of metrics.jsonl.
@@ -275,6 +277,7 @@ class OptimisationConfig:
 
     iterations: int = 3000
     batch_size: int = 128
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 100
     decay: bool = True
@@ -288,6 +291,7 @@ class OptimisationConfig:
         _require_positive(
             self, "iterations", "batch_size", "learning_rate", "gradient_clip", "log_every", "checkpoint_every"
         )
+        _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
         _require(self.precision in DTYPES[:2], "precision", self.precision, f"one of {', '.join(DTYPES[:2])}")
 
 
@@ -382,14 +386,14 @@ class MatchConfig(OptimisationConfig):
         start_learning_rate: their peak; `learning_rate` and `warmup` are those of the updates that follow.
         guidance_first: updates of the guidance network alone, after them.
         guidance_updates: K, updates of the guidance network before each of the generator.
-        guidance_learning_rate: peak, of the guidance network's AdamW.
+        guidance_learning_rate: peak, of the guidance network.
         guidance_warmup: updates of its linear warm-up (`warmup` counts the generator's).
         first_learning_rate: of both networks, where their warm-up begins.
         form: of the score distance: sid or kl.
         alpha: of the SiD form.
         draws: noisy versions of every token per step (m).
         score_weight: of the score distance; 0 leaves the guidance network out.
-        anchor_weight: of the L1 distance to the code that the teacher's flow, given the generator's own earlier tokens,
+        anchor_weight: of the distance to the code that the teacher's flow, given the generator's own earlier tokens,
             takes each token's noise to.
         lookahead_weight: of the cross-entropy between the teacher's next-token distribution, given the generator's
             own tokens, and the one that the teacher's head reads off the generator's features.
@@ -407,17 +411,18 @@ class MatchConfig(OptimisationConfig):
         watch_every: steps between looks at the samples: likelihood, diversity, distance of averaged and live weights.
     """
 
-    iterations: int = 350
-    learning_rate: float = 5e-4
+    optimizer: str = "muon"
+    iterations: int = 800
+    learning_rate: float = 1e-3
     warmup: int = 50
-    start_iterations: int = 2000
-    start_learning_rate: float = 1.5e-3
+    start_iterations: int = 1200
+    start_learning_rate: float = 8e-3
     guidance_first: int = 100
     guidance_updates: int = 2
-    guidance_learning_rate: float = 1e-3
+    guidance_learning_rate: float = 4e-3
     guidance_warmup: int = 100
     first_learning_rate: float = 0.0
-    form: str = "sid"
+    form: str = "kl"
     alpha: float = 1.0
     draws: int = 2
     score_weight: float = 10.0

@@ -104,6 +104,7 @@ def _published_dd2(
         adapt=AdaptConfig(iterations=200_000, fit_iterations=5000, batch_size=512, learning_rate=1e-4, **shared),
         tune=TuneConfig(batch_size=512, warmup=1000, draws=4, source="teacher", **{**shared, **tune}),
         match=MatchConfig(
+            optimizer="adamw",
             form="sid",
             alpha=1.0,
             prefix="continuous",

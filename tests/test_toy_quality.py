@@ -64,7 +64,7 @@ def test_dd2_of_one_token(tmp_path, seed, form, bound):
     """The paper's recipe alone, from stage 1, where nothing can go wrong with prefixes."""
     teacher, config = ToyTeacher(seed=seed, num_tokens=1), TrainConfig(seed=seed)
     update(config.dd2.tune, {"iterations": 400, "batch_size": 256, "learning_rate": 2e-3})
-    paper = {"form": form, "fake_score": "velocity", "score_weight": 1.0, "start_iterations": 0}
+    paper = {"form": form, "fake_score": "velocity", "score_weight": 1.0, "start_iterations": 0, "optimizer": "adamw"}
     paper |= {"anchor_weight": 0.0, "lookahead_weight": 0.0}
     rates = {"learning_rate": 1e-3, "guidance_learning_rate": 3e-3, "guidance_updates": 4, "weight_decay": 0.0}
     update(config.dd2.match, {"iterations": 2000, "batch_size": 256, "ema_decay": 0.99, **rates, **paper})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddfast.config import AdaptConfig, MatchConfig, TuneConfig
 from ddfast.distill.losses import (
-    embedding_distance,
+    anchor_distance,
     next_token_divergence,
     score_distance_kl,
     score_distance_sid,
@@ -29,11 +29,15 @@ from ddfast.models.llamagen import LlamaGenFlowNetwork
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.ops import codebook_posterior, flow_sample, nearest_code, velocity
 from ddfast.ops.forms import add_noise
+from ddfast.ops.geometry import codebook_geometry
 
 _FIRST_TIME, _LAST_TIME = 0.02, 0.98
 """Flow times of the score distance: closer to the data both scores blow up, at t=1 they know nothing of the token."""
 
 _TIME_BINS = 4
+
+_ANCHOR_WIDTH = 0.5
+"""Of the anchor's distance, in units of a typical code's distance to its nearest neighbour."""
 
 
 class Adaptation(Method):
@@ -176,6 +180,7 @@ class Matching(Method):
         )
         self.sampling = sampling_settings(roles.teacher, config)
         self.watcher = Watcher(roles.student, roles.teacher)
+        self.anchor_width = _ANCHOR_WIDTH * float(codebook_geometry(roles.student.codebook).nearest.median())
 
     def phase(self, step: int) -> str:
         """Whose turn it is: in an alternating part, K updates of the guidance network, then one of the generator."""
@@ -220,7 +225,7 @@ class Matching(Method):
         if config.anchor_weight:
             with torch.no_grad():
                 target = flow_sample(log_probs, batch.noise, student.codebook)[1]
-            logged["anchor"] = embedding_distance(x, target)
+            logged["anchor"] = anchor_distance(x, target, self.anchor_width)
             loss = loss + config.anchor_weight * logged["anchor"]
         if config.lookahead_weight:
             logged["lookahead"] = next_token_divergence(student.code_logits(features), log_probs)

@@ -28,8 +28,7 @@ def token_cross_entropy(logits: Tensor, codes: Tensor, open_tokens: Tensor) -> T
 def embedding_distance(embeddings: Tensor, target: Tensor, open_tokens: Tensor | None = None) -> Tensor:
     """Mean absolute distance of embeddings [B, N, D] to their targets at the open tokens (bool [B, N]; None: all).
 
-    It stands in for DD1's perceptual distance where no LPIPS weights are at hand (METHOD.md section 2), and anchors
-    DD2's generator to the teacher's flow.
+    It stands in for DD1's perceptual distance where no LPIPS weights are at hand (METHOD.md section 2).
     """
     if open_tokens is not None:
         embeddings, target = embeddings[open_tokens], target[open_tokens]
@@ -91,6 +90,15 @@ def score_distance_sid(x: Tensor, real: Tensor, fake: Tensor, alpha: float) -> T
     """
     difference = real - fake
     return ((1 - alpha) * difference.square() + difference * (fake - x)).sum(-1).mean()
+
+
+def anchor_distance(x: Tensor, target: Tensor, width: float) -> Tensor:
+    """Mean of w log(1 + d^2 / w^2), d the distance of tokens x [B, N, D] to their targets, w the width in its units.
+
+    Where a token may have to be one of several codes, L1 settles between them, at a code that is none of them; this
+    settles at one, as the most likely code of a classifier does (docs/dd2.md has both).
+    """
+    return width * torch.log1p((x - target).square().sum(-1) / width**2).mean()
 
 
 def next_token_divergence(logits: Tensor, log_probs: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ CHECKPOINT = "checkpoint.safetensors"
 ALARM_CHECKPOINT = "checkpoint-before-alarm.safetensors"
 METRICS = "metrics.jsonl"
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What AdamW and Muon keep of a parameter."""
+
 
 class Draw(Protocol):
     """Makes a batch of the size given, all of its randomness from the generator; codes only where they are read."""
@@ -159,13 +162,10 @@ class _Run:
 
     def __init__(self, method: Method, config: OptimisationConfig, stage: str, identity: str, ema_decay: float) -> None:
         self.method, self.config, self.stage, self.identity = method, config, stage, identity
-        # One optimizer per network, whichever phases update it.
+        # A network has its own optimizers, whichever phases update it.
         self.roles = {id(network): name for name, network in method.networks.items()}
         self.networks = {name: method.networks[name] for name in self.roles.values()}
-        self.optimizers = {
-            name: torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, betas=(0.9, 0.95))
-            for name, network in self.networks.items()
-        }
+        self.optimizers = {name: _optimizers(network, config) for name, network in self.networks.items()}
         self.averaged = method.roles.student
         self.average = ExponentialMovingAverage(self.averaged, ema_decay)
         self.step = 0
@@ -177,13 +177,13 @@ class _Run:
         network = self.method.networks[phase]
         name = self.roles[id(network)]
         self.learning_rate = self.method.learning_rate(phase, self.updates[name])
-        optimizer = self.optimizers[name]
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        optimizer.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.gradient_clip)
-        optimizer.step()
+        for optimizer in self.optimizers[name]:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            optimizer.step()
         if network is self.averaged:
             self.average.update(network, self.updates[name])
         self.updates[name] += 1
@@ -194,9 +194,12 @@ class _Run:
         """Write the state; the old file stays until the new one is complete."""
         tensors: dict[str, Tensor] = {f"average.{name}": value for name, value in self.average.average.items()}
         for role, network in self.networks.items():
+            moments = {
+                parameter: own for optimizer in self.optimizers[role] for parameter, own in optimizer.state.items()
+            }
             for name, parameter in network.named_parameters():
                 tensors[f"{role}.{name}"] = parameter
-                for moment, value in self.optimizers[role].state.get(parameter, {}).items():
+                for moment, value in moments.get(parameter, {}).items():
                     tensors[f"{moment}.{role}.{name}"] = value
         header = {"stage": self.stage, "identity": self.identity, "step": self.step, "updates": self.updates}
         save_tensors(path, tensors, header)
@@ -221,17 +224,37 @@ class _Run:
             raise DDFastError(f"{path} belongs to a run with other settings; choose another --out or delete the file")
         self.step, self.updates = header["step"], header["updates"]
         for role, network in self.networks.items():
+            owner = {
+                parameter: optimizer
+                for optimizer in self.optimizers[role]
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            }
             for name, parameter in network.named_parameters():
                 parameter.copy_(tensors[f"{role}.{name}"])
                 moments = {
                     moment: tensors[f"{moment}.{role}.{name}"].to("cpu" if moment == "step" else parameter.device)
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
+                    for moment in _MOMENTS
                     if f"{moment}.{role}.{name}" in tensors
                 }
                 if moments:  # a parameter that no loss reached yet has none
-                    self.optimizers[role].state[parameter] = moments
+                    owner[parameter].state[parameter] = moments
         for name, value in self.average.average.items():
             value.copy_(tensors[f"average.{name}"])
+
+
+def _optimizers(network: nn.Module, config: OptimisationConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and where it is asked for Muon (Jordan et al. 2024), scaled so that one learning rate suits both."""
+    matrices: list[Tensor] = []
+    if config.optimizer == "muon":
+        linear = (module for module in network.modules() if isinstance(module, nn.Linear))
+        matrices = list(dict.fromkeys(module.weight for module in linear))
+    taken = set(matrices)
+    rest = [parameter for parameter in network.parameters() if parameter not in taken]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=config.weight_decay, betas=(0.9, 0.95))]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return made
 
 
 def _named(what: str, phase: str, method: Method) -> str:

@@ -111,6 +111,17 @@ def test_training_by_dd2(name, tmp_path):
         torch.testing.assert_close(loaded.images([0, 1], steps=steps), generator.images([0, 1], steps=steps))
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_recipes_are_the_papers_dd2(name):
+    config = get_recipe(name)
+    match = config.dd2.match
+    assert (config.init, match.guidance_start, match.fake_score, match.prefix) == (
+        "stage1", "stage1", "velocity", "continuous",
+    )  # fmt: skip
+    assert (match.optimizer, match.form, match.alpha, match.score_weight) == ("adamw", "sid", 1.0, 1.0)
+    assert match.anchor_weight == match.lookahead_weight == match.start_iterations == match.guidance_first == 0
+
+
 @pytest.mark.parametrize("name", ["var-d16", "llamagen-b"])
 def test_from_files(name, tmp_path):
     """The same recipe with the teacher's checkpoint, and a student in the official layout."""
