@@ -391,7 +391,7 @@ def test_adaptation_replaces_the_table(tmp_path):
         ({"fake_score": "exact"}, "fake_score: got 'exact', expected codes or velocity"),
         ({"guidance_start": "dd1"}, "guidance_start: got 'dd1', expected stage1, teacher or scratch"),
         ({"score_weight": 0.0, "anchor_weight": 0.0, "lookahead_weight": 0.0}, "score_weight: got 0.0"),
-        ({"anchor_weight": 0.0, "lookahead_weight": 0.0}, "start_iterations: got 2000, expected 0 without anchor"),
+        ({"anchor_weight": 0.0, "lookahead_weight": 0.0}, "start_iterations: got 1200, expected 0 without anchor"),
     ],
 )
 def test_configuration_errors(settings, message):
