@@ -58,19 +58,16 @@ def network(teacher: ToyTeacher, seed: int) -> TransformerFlowNetwork:
     return TransformerFlowNetwork(teacher, width=64, depth=3, heads=4, head_width=64, head_depth=2)
 
 
-@pytest.mark.parametrize(
-    ("form", "iterations", "rates", "bound"),
-    [("kl", 500, (3e-3, 1e-2), 0.07), pytest.param("sid", 1000, (1.5e-3, 6e-3), 0.05, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("form", "bound"), [pytest.param("kl", 0.07, marks=pytest.mark.slow), ("sid", 0.05)])
 @seeds
-def test_dd2_of_one_token(tmp_path, seed, form, iterations, rates, bound):
+def test_dd2_of_one_token(tmp_path, seed, form, bound):
     """The paper's terms alone, from stage 1, where nothing can go wrong with prefixes."""
     teacher, config = ToyTeacher(seed=seed, num_tokens=1), TrainConfig(seed=seed)
     update(config.dd2.tune, {"iterations": 400, "batch_size": 256, "learning_rate": 2e-3})
-    paper = {"form": form, "fake_score": "velocity", "score_weight": 1.0, "start_iterations": 0}
-    paper |= {"anchor_weight": 0.0, "lookahead_weight": 0.0, "guidance_updates": 4}
-    shared = {"learning_rate": rates[0], "guidance_learning_rate": rates[1], "weight_decay": 0.0, "ema_decay": 0.99}
-    update(config.dd2.match, {"iterations": iterations, "batch_size": 256, **shared, **paper})
+    paper = {"form": form, "fake_score": "velocity", "score_weight": 1.0, "start_iterations": 0, "optimizer": "adamw"}
+    paper |= {"anchor_weight": 0.0, "lookahead_weight": 0.0}
+    rates = {"learning_rate": 1e-3, "guidance_learning_rate": 3e-3, "guidance_updates": 4, "weight_decay": 0.0}
+    update(config.dd2.match, {"iterations": 2000, "batch_size": 256, "ema_decay": 0.99, **rates, **paper})
     guide = network(teacher, seed)
     tune(config, teacher, guide, None, tmp_path)
     student = copy.deepcopy(guide)
