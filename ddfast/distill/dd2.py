@@ -246,11 +246,12 @@ class Matching(Method):
         assert guidance is not None
         with torch.no_grad():
             x, _ = self.student.generate(batch.condition, batch.noise)
-            prefix = self.roles.teacher.embed(self._prefix(x))
-        features = guidance.features(batch.condition, prefix)
+            prefix = self._prefix(x)
+            tokens = self.roles.teacher.embed(prefix)
+        features = guidance.features(batch.condition, tokens)
         if self.config.fake_score == "codes":
-            logits = guidance.code_logits(features)
-            return F.cross_entropy(logits.flatten(0, 1), nearest_code(x, self.student.codebook).flatten())
+            codes = prefix if self.config.prefix == "codes" else nearest_code(x, self.student.codebook)
+            return F.cross_entropy(guidance.code_logits(features).flatten(0, 1), codes.flatten())
         t, eps = _draws(self.config.draws, x, generator, _FIRST_TIME, 1.0)
         return velocity_distance(guidance.velocity(add_noise(x, eps, t), t, features), eps - x)
 
@@ -264,12 +265,11 @@ class Matching(Method):
         with _frozen(guidance):
             with torch.no_grad():
                 features = guidance.features(condition, self.roles.teacher.embed(prefix))
-                if config.fake_score == "codes":
-                    fake_log_probs = guidance.code_logits(features).float().log_softmax(-1)
             with torch.set_grad_enabled(config.form == "sid"):
                 noisy = add_noise(x, eps, t)
                 real = codebook_posterior(noisy, t, log_probs, self.student.codebook)
                 if config.fake_score == "codes":
+                    fake_log_probs = guidance.code_logits(features).float().log_softmax(-1)
                     fake = codebook_posterior(noisy, t, fake_log_probs, self.student.codebook)
                 else:
                     fake = guidance.x0(noisy, t, features)

@@ -166,6 +166,13 @@ class _Run:
         self.roles = {id(network): name for name, network in method.networks.items()}
         self.networks = {name: method.networks[name] for name in self.roles.values()}
         self.optimizers = {name: _optimizers(network, config) for name, network in self.networks.items()}
+        self.owners = {
+            parameter: optimizer
+            for optimizers in self.optimizers.values()
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         self.averaged = method.roles.student
         self.average = ExponentialMovingAverage(self.averaged, ema_decay)
         self.step = 0
@@ -194,12 +201,9 @@ class _Run:
         """Write the state; the old file stays until the new one is complete."""
         tensors: dict[str, Tensor] = {f"average.{name}": value for name, value in self.average.average.items()}
         for role, network in self.networks.items():
-            moments = {
-                parameter: own for optimizer in self.optimizers[role] for parameter, own in optimizer.state.items()
-            }
             for name, parameter in network.named_parameters():
                 tensors[f"{role}.{name}"] = parameter
-                for moment, value in moments.get(parameter, {}).items():
+                for moment, value in self.owners[parameter].state.get(parameter, {}).items():
                     tensors[f"{moment}.{role}.{name}"] = value
         header = {"stage": self.stage, "identity": self.identity, "step": self.step, "updates": self.updates}
         save_tensors(path, tensors, header)
@@ -224,12 +228,6 @@ class _Run:
             raise DDFastError(f"{path} belongs to a run with other settings; choose another --out or delete the file")
         self.step, self.updates = header["step"], header["updates"]
         for role, network in self.networks.items():
-            owner = {
-                parameter: optimizer
-                for optimizer in self.optimizers[role]
-                for group in optimizer.param_groups
-                for parameter in group["params"]
-            }
             for name, parameter in network.named_parameters():
                 parameter.copy_(tensors[f"{role}.{name}"])
                 moments = {
@@ -238,7 +236,7 @@ class _Run:
                     if f"{moment}.{role}.{name}" in tensors
                 }
                 if moments:  # a parameter that no loss reached yet has none
-                    owner[parameter].state[parameter] = moments
+                    self.owners[parameter].state[parameter] = moments
         for name, value in self.average.average.items():
             value.copy_(tensors[f"average.{name}"])
 
