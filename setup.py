@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -97,6 +97,8 @@ def tool(name: str) -> str:
 
 
 setup(
+    packages=[*find_packages(include=["ddfast", "ddfast.*"]), "ddfast_kernels"],
+    package_dir={"ddfast_kernels": "kernels"},
     ext_modules=modules(),
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -4,6 +4,8 @@ python benchmarks/dd2_toy.py directions --tokens 2 --start 0       # from stage 
 python benchmarks/dd2_toy.py directions --tokens 2 --start 1200    # after anchor and look-ahead
 python benchmarks/dd2_toy.py tokens --tokens 3 --start 250         # whose term moves whose divergence
 python benchmarks/dd2_toy.py recipe match.form=sid tune.loss=gts   # any settings, trained and judged
+python benchmarks/dd2_toy.py recipe --oracle --tokens 2               # the generator's score counted, not learnt
+python benchmarks/dd2_toy.py recipe --curriculum 1500              # token after token instead of all at once
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddfast.config import MatchConfig, TrainConfig, update
 from ddfast.distill.dd2 import Matching
@@ -48,18 +50,20 @@ class Judge:
         self.joint = teacher.joint().view([teacher.num_codes] * teacher.num_tokens)
 
     @torch.no_grad()
-    def table(self, student: TransformerFlowNetwork) -> Tensor:
-        """Empirical joint of the codes, float64 [V] * n."""
+    def table(self, student: TransformerFlowNetwork, *, second_pass: bool = False) -> Tensor:
+        """Empirical joint of the codes, float64 [V] * n; of a second pass, the teacher's flow given the first one's."""
         label = torch.zeros(20_000, dtype=torch.int64)
-        made = [student.generate(label, eps)[0] for eps in self.noise.split(20_000)]
-        codes = nearest_code(torch.cat(made), student.codebook)
-        weights = self.teacher.num_codes ** torch.arange(self.teacher.num_tokens - 1, -1, -1)
-        counts = torch.bincount((codes * weights).sum(-1), minlength=self.joint.numel())
-        return counts.double().view(self.joint.shape) / len(codes)
+        counts = torch.zeros(self.joint.shape, dtype=torch.float64)
+        for eps in self.noise.split(20_000):
+            codes = nearest_code(student.generate(label, eps)[0], student.codebook)
+            if second_pass:
+                codes = flow_sample(self.teacher.log_probs(label, codes), eps, student.codebook)[0]
+            counts += code_counts(codes, self.joint.shape)
+        return counts / len(self.noise)
 
-    def total_variation(self, student: TransformerFlowNetwork) -> list[float]:
+    def total_variation(self, student: TransformerFlowNetwork, *, second_pass: bool = False) -> list[float]:
         """Of the first 1..n tokens."""
-        ours = self.table(student)
+        ours = self.table(student, second_pass=second_pass)
         return [0.5 * float((_first(ours, k) - _first(self.joint, k)).abs().sum()) for k in self._counts()]
 
     def divergences(self, student: TransformerFlowNetwork) -> Tensor:
@@ -73,6 +77,59 @@ class Judge:
 
     def _counts(self) -> range:
         return range(1, self.teacher.num_tokens + 1)
+
+
+def code_counts(codes: Tensor, shape: torch.Size) -> Tensor:
+    """How often every sequence stands in codes [B, n], float64 [V] * n."""
+    weights = shape[0] ** torch.arange(len(shape) - 1, -1, -1)
+    return torch.bincount((codes * weights).sum(-1), minlength=shape.numel()).double().view(shape)
+
+
+class CountedGuidance(nn.Module):
+    """A guidance network of codes that needs no training: the generator's own conditionals, counted.
+
+    Every call counts fresh samples; older ones fade by `decay`, which keeps decay / (1 - decay) times as many in sight.
+    """
+
+    def __init__(self, student: TransformerFlowNetwork, *, samples: int = 8192, decay: float = 0.9) -> None:
+        super().__init__()
+        self.generate, self.codebook = student.generate, student.codebook
+        self.samples, self.decay = samples, decay
+        self.counts = torch.zeros([len(self.codebook)] * student.teacher.num_tokens, dtype=torch.float64)
+        self.nothing = nn.Parameter(torch.zeros(()))  # an optimizer wants a parameter
+
+    @torch.no_grad()
+    def features(self, condition: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probabilities of every next token given tokens [B, n, 2]: [B, n, V]."""
+        noise = torch.randn(self.samples, *tokens.shape[1:])
+        made, _ = self.generate(condition.new_zeros(self.samples), noise)
+        self.counts = self.decay * self.counts + code_counts(nearest_code(made, self.codebook), self.counts.shape)
+        codes, found = nearest_code(tokens, self.codebook), []
+        for token in range(tokens.shape[1]):
+            table = _first(self.counts, token + 1) + 0.1
+            log_probs = (table / table.sum(-1, keepdim=True)).log()
+            found.append(log_probs[tuple(codes[:, :token].unbind(1))].expand(len(codes), -1))
+        return torch.stack(found, dim=1).float()
+
+    def code_logits(self, features: Tensor) -> Tensor:
+        """They are that already."""
+        return features + 0 * self.nothing
+
+
+def token_after_token(student: TransformerFlowNetwork, updates: int) -> None:
+    """Let a generator's token i learn only after i/n of so many of its passes."""
+    generate, passes, tokens = student.generate, 0, len(student.groups)
+
+    def taught(condition: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal passes
+        x, features = generate(condition, noise)
+        if torch.is_grad_enabled():
+            learns = (torch.arange(tokens) <= tokens * passes / updates)[:, None]
+            passes += 1
+            x, features = (torch.where(learns, part, part.detach()) for part in (x, features))
+        return x, features
+
+    student.generate = taught
 
 
 def _first(table: Tensor, tokens: int) -> Tensor:
@@ -187,9 +244,10 @@ def tokens_matrix(tokens: int, start: int, seed: int) -> None:
             )
 
 
-def recipe(tokens: int, seed: int, init: str, settings: dict[str, object]) -> None:
+def recipe(options: argparse.Namespace, settings: dict[str, object]) -> None:
     """Train by `settings` ("tune.FIELD" and "match.FIELD") and print the total variation of the first 1..n tokens."""
-    teacher, config = ToyTeacher(seed=seed, num_tokens=tokens), TrainConfig(seed=seed, init=init)
+    seed, init = options.seed, options.init
+    teacher, config = ToyTeacher(seed=seed, num_tokens=options.tokens), TrainConfig(seed=seed, init=init)
     parts: dict[str, dict[str, object]] = {"tune": {"batch_size": 256}, "match": {"batch_size": 256}}
     for name, value in settings.items():
         part, field = name.split(".")
@@ -203,10 +261,19 @@ def recipe(tokens: int, seed: int, init: str, settings: dict[str, object]) -> No
         tune(config, teacher, tuned, None, folder)
         student = copy.deepcopy(tuned) if init == "stage1" else student
         guidance = tuned if config.dd2.match.guidance_start == "stage1" else guidance
+    if options.oracle:
+        guidance = CountedGuidance(student)
+    if options.curriculum:
+        token_after_token(student, options.curriculum)
     ready = time.perf_counter()
     match(config, teacher, student, guidance if config.dd2.match.score_weight else None, folder)
     seconds = f"{ready - started:.0f} + {time.perf_counter() - ready:.0f} s"
-    print(f"seed {seed}, {settings}: TV {[round(v, 4) for v in judge.total_variation(student)]}, {seconds}")
+    one, two = judge.total_variation(student), judge.total_variation(student, second_pass=True)
+    print(f"{vars(options)}: TV {_rounded(one)}, {seconds}; after a second pass, the teacher's: {_rounded(two)}")
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]
 
 
 def _value(text: str) -> object:
@@ -227,10 +294,12 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", default="scratch", choices=["stage1", "scratch"])
+    parser.add_argument("--oracle", action="store_true", help="of a recipe: count the generator's law")
+    parser.add_argument("--curriculum", type=int, default=0, help="of a recipe: updates until all tokens learn")
     options = parser.parse_intermixed_args()
     if options.experiment == "recipe":
         pairs = (setting.split("=") for setting in options.settings)
-        recipe(options.tokens, options.seed, options.init, {name: _value(value) for name, value in pairs})
+        recipe(options, {name: _value(value) for name, value in pairs})
     else:
         run = directions if options.experiment == "directions" else tokens_matrix
         run(options.tokens, options.start, options.seed)

@@ -12,6 +12,7 @@ VARIABLES = {
     "DDFAST_CACHE": "folder of trained tokenizers, teachers and classifiers (default: ~/.cache/ddfast)",
     "DDFAST_BACKEND": "op backend to use: 'reference' for all, or per op 'nearest_code=reference,noise=cpu'",
     "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one here)",
+    "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors too (for tests; never by itself)",
     "RANK": "rank of this process, set by torchrun (default: 0)",
     "WORLD_SIZE": "number of processes, set by torchrun (default: 1)",
 }
@@ -40,6 +41,11 @@ def backend_overrides() -> dict[str, str]:
 def isa() -> str | None:
     """`DDFAST_ISA`, or None to let the native module choose."""
     return os.environ.get("DDFAST_ISA") or None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's own switch for its interpreter is on."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def rank_and_world_size() -> tuple[int, int]:

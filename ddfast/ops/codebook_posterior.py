@@ -25,7 +25,7 @@ def codebook_posterior(
         log_probs: [..., V]; -inf marks filtered codes; need not be normalised. Leading dimensions that only `x` has
             are broadcast without a copy (several noise draws per token: x [m, B, n, d], log_probs [B, n, V]).
         codebook: codes [V, d].
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         x0_hat [..., d] in the dtype of `x`.
@@ -37,7 +37,8 @@ def codebook_posterior(
     Raises:
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes, devices or t are out of range; t, log_probs or codebook require a gradient; a row of
-            log_probs has NaN, +inf or an empty support.
+            log_probs has NaN, +inf or an empty support (a kernel on a GPU, which is not waited for, makes
+            its x0_hat NaN).
     Source: METHOD.md section 1 (DD1 equation for the flow between noise and a discrete distribution).
     """
     common.check_float("x", x)
@@ -113,9 +114,16 @@ def _codebook_posterior(
     if x.numel() == 0:
         return x0_hat, log_norm
     _check_times(t)
-    if common.backend_of("codebook_posterior", backend, x, log_probs, codebook) == "reference":
+    chosen = common.backend_of("codebook_posterior", backend, x, log_probs, codebook)
+    if chosen != "cpu" and common.rows_are_checked(chosen, x):
         common.check_rows("log_probs", common.bad_row(log_probs.reshape(-1, log_probs.shape[-1])))
+    if chosen == "reference":
         return codebook_posterior_reference(x, t, log_probs, codebook)
+    if chosen == "triton":
+        out = x0_hat.view(-1, x.shape[-1])
+        kernels = native.triton("codebook_posterior")
+        kernels.codebook_posterior(*_contiguous(x, t, log_probs, codebook), out, log_norm.view(-1))
+        return x0_hat, log_norm
     rows = _Rows(x, t, log_probs, codebook)
     out = torch.empty_like(rows.x)
     norm = torch.empty(len(rows.x))
@@ -145,12 +153,22 @@ def _codebook_posterior_backward(
 ) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    if common.backend_of("codebook_posterior", backend, x, log_probs, codebook) == "reference":
+    chosen = common.backend_of("codebook_posterior", backend, x, log_probs, codebook)
+    if chosen == "reference":
         dtype = common.compute_dtype(x, log_probs, codebook)
         t, codes, g, mean = t.to(dtype)[..., None], codebook.to(dtype), grad.to(dtype), x0_hat.to(dtype)
         weights = _log_weights(x.to(dtype), t, log_probs.to(dtype), codes).softmax(-1)
         along_g = g @ codes.T - (mean * g).sum(-1, keepdim=True)
         return ((1 - t) / t.square() * ((weights * along_g) @ codes)).to(x.dtype)
+    if chosen == "triton":
+        out = _fake_backward(grad, x)
+        shape = (-1, x.shape[-1])
+        kernels = native.triton("codebook_posterior")
+        kernels.codebook_posterior_backward(
+            grad.reshape(shape).contiguous(), *_contiguous(x, t, log_probs, codebook),
+            x0_hat.reshape(shape).contiguous(), log_norm.reshape(-1), out.view(shape),
+        )  # fmt: skip
+        return out
     rows = _Rows(x, t, log_probs, codebook)
     g, mean, norm = common.float_rows(grad), common.float_rows(x0_hat), log_norm.reshape(-1).contiguous()
     out = torch.empty_like(rows.x)
@@ -165,6 +183,12 @@ def _codebook_posterior_backward(
             *rows.sizes,
         )
     return out.view(x.shape).to(x.dtype)
+
+
+def _contiguous(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+    """The arguments as the Triton kernels take them: rows, in the dtypes they have."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return rows, t.reshape(-1).float().contiguous(), common.rows_of(log_probs), codebook.contiguous()
 
 
 class _Rows:

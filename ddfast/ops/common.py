@@ -21,6 +21,11 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"ddfast::{name}", fake, lib=library)
 
 
+def rows_are_checked(backend: str, tensor: Tensor) -> bool:
+    """Whether bad values raise: a kernel on a GPU marks them in its result, since looking would wait for the device."""
+    return backend != "triton" or tensor.device.type == "cpu"
+
+
 def backend_of(op: str, backend: str, *tensors: Tensor | None) -> str:
     """Dispatch on the first tensor's device and the widest dtype of all of them."""
     present = [tensor for tensor in tensors if tensor is not None]

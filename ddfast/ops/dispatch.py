@@ -12,14 +12,17 @@ from ddfast.ops import native
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 KERNELS: dict[str, tuple[str, ...]] = {
-    "nearest_code": ("cpu",),
-    "filter_logits": ("cpu",),
-    "codebook_posterior": ("cpu",),
-    "flow_sample": ("cpu",),
-    "sample_codes": ("cpu",),
-    "noise": ("cpu",),
+    "nearest_code": ("cpu", "triton"),
+    "filter_logits": ("cpu", "triton"),
+    "codebook_posterior": ("cpu", "triton"),
+    "flow_sample": ("cpu", "triton"),
+    "sample_codes": ("cpu", "triton"),
+    "noise": ("cpu", "triton"),
 }
 """Backends that have a kernel for each op, beside the reference that every op has."""
+
+UNMEASURED = ("triton",)
+"""Backends that were never timed on their device: "auto" does not choose them before that."""
 
 DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -36,12 +39,17 @@ def available() -> dict[str, str]:
     found = {"reference": f"PyTorch {torch.__version__}"}
     if native.cpu is not None:
         found["cpu"] = native.cpu_reason
+    usable, reason = native.triton_reason()
+    if usable:
+        found["triton"] = reason
     return found
 
 
 def missing() -> dict[str, str]:
     """Backends that cannot run here, with the reason."""
-    return {} if native.cpu is not None else {"cpu": native.cpu_reason}
+    absent = {} if native.cpu is not None else {"cpu": native.cpu_reason}
+    usable, reason = native.triton_reason()
+    return absent if usable else {**absent, "triton": reason}
 
 
 def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> Choice:
@@ -72,6 +80,8 @@ def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> C
     obstacles = []
     for candidate in candidates:
         obstacle = _obstacle(op, candidate, device, dtype)
+        if not obstacle and candidate in UNMEASURED:
+            obstacle = f"not yet measured on a GPU, backend='{candidate}' or DDFAST_BACKEND={candidate} runs it"
         if not obstacle:
             return Choice(candidate, f"fastest kernel for {device} tensors")
         obstacles.append(f"{candidate}: {obstacle}")
@@ -82,7 +92,7 @@ def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     """Why `backend` cannot run, or an empty string."""
     if backend not in KERNELS[op]:
         return f"this version of ddfast has no {backend} kernel for it"
-    if device != DEVICE_OF[backend]:
+    if device != DEVICE_OF[backend] and not (backend == "triton" and env.triton_interpreted()):
         return f"the tensors are on {device}, it needs {DEVICE_OF[backend]}"
     if dtype not in native.DTYPE_CODES:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"

@@ -33,7 +33,7 @@ def filter_logits(
         temperature: positive.
         top_k: 0 or at least V means off.
         top_p: in (0, 1]; 1 means off.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         float32 [..., V] (float64 for float64 inputs), normalised, -inf where filtered.
@@ -41,7 +41,8 @@ def filter_logits(
     Autograd: none.
     Raises:
         TypeError: an argument is no floating-point tensor.
-        ValueError: a shape, a device or a setting is out of range; a row has NaN, +inf or nothing finite.
+        ValueError: a shape, a device or a setting is out of range; a row has NaN, +inf or nothing finite (a kernel on a
+            GPU, which is not waited for, makes it NaN).
     """
     check_filter(logits, uncond, temperature, top_k, top_p)
     scale = cfg_rows(logits, uncond, cfg_scale)
@@ -109,13 +110,20 @@ def filter_logits_reference(
     return guided.log_softmax(-1)
 
 
+def row_views(
+    logits: Tensor, uncond: Tensor | None, cfg_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """logits and uncond as rows [rows, V] of one dtype, the guidance scale as [rows]."""
+    rows = common.rows_of(logits)
+    uncond_rows = None if uncond is None else common.rows_of(uncond.to(rows.dtype))
+    return rows, uncond_rows, None if cfg_scale is None else cfg_scale.reshape(-1).contiguous()
+
+
 def native_filter_arguments(
     logits: Tensor, uncond: Tensor | None, cfg_scale: Tensor | None, temperature: float, top_k: int, top_p: float
 ) -> tuple[tuple[int | float, ...], list[Tensor | None]]:
     """The native modules' leading arguments, and the tensors that must outlive the call."""
-    rows = common.rows_of(logits)
-    uncond_rows = None if uncond is None else common.rows_of(uncond.to(rows.dtype))
-    scale = None if cfg_scale is None else cfg_scale.reshape(-1).contiguous()
+    rows, uncond_rows, scale = row_views(logits, uncond, cfg_scale)
     arguments = (
         rows.data_ptr(),
         native.DTYPE_CODES[rows.dtype],
@@ -141,8 +149,17 @@ def _filter_logits(
 ) -> Tensor:
     if logits.numel() == 0:
         return _fake(logits, uncond)
-    if common.backend_of("filter_logits", backend, logits, uncond) == "reference":
+    chosen = common.backend_of("filter_logits", backend, logits, uncond)
+    if chosen == "reference":
         return filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
+    if chosen == "triton":
+        out = _fake(logits, uncond)
+        rows, uncond_rows, scale = row_views(logits, uncond, cfg_scale)
+        kernels = native.triton("filter_logits")
+        kernels.filter_logits(rows, uncond_rows, scale, temperature, top_k, top_p, out.view(rows.shape))
+        if common.rows_are_checked(chosen, out):
+            common.check_rows("logits", common.bad_row(out.view(rows.shape)))
+        return out
     assert native.cpu is not None
     arguments, _alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
     out = torch.empty(logits.shape, dtype=torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def flow_sample(
         codebook: codes [V, d].
         steps: intervals of the geometric grid in sigma = t/(1-t); each costs one pass over the codes (heun: two).
         solver: "dpm3m" (third-order multistep in x0 form), "dpm2m", "heun" or "euler".
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         codes int64 [...], and the embeddings reached, codebook[codes], [..., d] in the codebook's dtype.
@@ -49,7 +51,8 @@ def flow_sample(
     Autograd: none.
     Raises:
         TypeError: an argument is no floating-point tensor, or `solver` no known name.
-        ValueError: shapes, devices or settings are out of range; a row has NaN, +inf or an empty support.
+        ValueError: shapes, devices or settings are out of range; a row has NaN, +inf or an empty support (a kernel on a
+            GPU, which is not waited for, gives it the code -1, as it does where the noise is not finite).
     Source: METHOD.md section 1 (VE form), NUMERICS.md (solver, grid, end).
     """
     check_flow(noise, codebook, steps, solver)
@@ -146,6 +149,17 @@ def _exponential_integrals(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return i0.to(h.dtype), i1.to(h.dtype), i2.to(h.dtype)
 
 
+def triton_flow(
+    rows: Tensor, noise: Tensor, codebook: Tensor, out: Tensor, steps: int, solver: str, *, name: str, **filtering: Any
+) -> None:
+    """Launch the Triton kernel on rows of `name`; `filtering` as in `ddfast_kernels.flow_sample`."""
+    geometry = codebook_geometry(codebook)
+    arguments = (geometry.centred, geometry.packed, geometry.sigma_min, steps, SOLVERS[solver])
+    native.triton("flow_sample").flow_sample(rows, common.float_rows(noise), *arguments, out, **filtering)
+    if common.rows_are_checked("triton", out) and bool((out < 0).any()):
+        common.check_rows(name, int((out.flatten() < 0).nonzero()[0, 0]))
+
+
 def native_flow_arguments(
     noise: Tensor, codebook: Tensor, codes_out: Tensor, steps: int, solver: str
 ) -> tuple[tuple[int | float | bool, ...], list[Tensor]]:
@@ -173,11 +187,16 @@ def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int,
     out = _fake(log_probs, noise)
     if out.numel() == 0:
         return out
-    if common.backend_of("flow_sample", backend, log_probs, noise, codebook) == "reference":
+    chosen = common.backend_of("flow_sample", backend, log_probs, noise, codebook)
+    if chosen == "reference":
         return flow_sample_reference(log_probs, noise, codebook, steps, solver)
-    assert native.cpu is not None
-    check_finite_noise(noise)
     rows = common.rows_of(log_probs)
+    if common.rows_are_checked(chosen, noise):
+        check_finite_noise(noise)
+    if chosen == "triton":
+        triton_flow(rows, noise, codebook, out, steps, solver, name="log_probs")
+        return out
+    assert native.cpu is not None
     arguments, _alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.flow_sample(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.stride(0), *arguments)
     common.check_rows("log_probs", status)

@@ -1,8 +1,10 @@
-"""The compiled modules: found or not, and why not. Importing this file never fails."""
+"""The kernels' modules: found or not, and why not. Importing this file never fails."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -41,3 +43,22 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
 
 cpu, cpu_reason = _load_cpu()
 cuda, cuda_reason = _load("ddfast_cuda")
+
+
+@functools.cache
+def triton_reason() -> tuple[bool, str]:
+    """Whether the Triton kernels can be imported, and a line that says so; Triton itself is loaded by `triton` only."""
+    for name, remedy in (("triton", "pip install triton"), ("ddfast_kernels", "pip install .")):
+        if importlib.util.find_spec(name) is None:
+            return False, f"{name} is not installed; run `{remedy}`"
+    if env.triton_interpreted():
+        return True, "ddfast_kernels, in Triton's interpreter"
+    if not torch.cuda.is_available():
+        return False, "PyTorch sees no GPU"
+    return True, "ddfast_kernels"
+
+
+@functools.cache
+def triton(op: str) -> ModuleType:
+    """The module of an op's Triton kernels, compiled when they are first launched."""
+    return importlib.import_module(f"ddfast_kernels.{op}")

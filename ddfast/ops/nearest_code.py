@@ -16,7 +16,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, cosine: bool = False, backend: 
         x: vectors [..., d], any floating dtype.
         codebook: codes [V, d].
         cosine: compare directions only (a zero vector has cosine 0 with everything).
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         int64 [...]; ties go to the lowest index.
@@ -49,11 +49,17 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, cosine: bool = False) ->
 
 
 def _nearest_code(x: Tensor, codebook: Tensor, cosine: bool, backend: str) -> Tensor:
-    if common.backend_of("nearest_code", backend, x, codebook) == "reference":
+    chosen = common.backend_of("nearest_code", backend, x, codebook)
+    if chosen == "reference":
         return nearest_code_reference(x, codebook, cosine)
+    out = _fake(x)
+    if chosen == "triton":
+        # Lengths of x do not change which cosine is largest.
+        codes = F.normalize(codebook.float(), dim=-1) if cosine else codebook.contiguous()
+        native.triton("nearest_code").nearest_code(common.rows_of(x), codes, out)
+        return out
     assert native.cpu is not None
     rows, codes = common.float_rows(x), codebook.float().contiguous()
-    out = torch.empty(x.shape[:-1], dtype=torch.int64)
     native.cpu.nearest_code(
         rows.data_ptr(), codes.data_ptr(), out.data_ptr(), len(rows), *codes.shape, cosine, common.threads()
     )

@@ -28,7 +28,7 @@ def noise(
         index: sample number(s), an int or an int64 tensor [...].
         shape: shape of one sample's noise.
         device: where the result lives (default: index's device, "cpu" for an int).
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         float32 [*index.shape, *shape]. A sample's values depend on (seed, index) alone: not on the device, the batch
@@ -116,10 +116,14 @@ def _noise(seed: int, index: Tensor, shape: list[int], backend: str) -> Tensor:
     out = _fake(seed, index, shape)
     if out.numel() == 0:
         return out
-    if common.backend_of("noise", backend, out) == "reference":
+    chosen = common.backend_of("noise", backend, out)
+    if chosen == "reference":
         return noise_reference(seed, index, shape)
-    assert native.cpu is not None
     samples = index.contiguous()
+    if chosen == "triton":
+        native.triton("noise").noise(seed % 2**64, samples, math.prod(shape), out)
+        return out
+    assert native.cpu is not None
     native.cpu.noise(
         seed % 2**64, samples.data_ptr(), samples.numel(), math.prod(shape), out.data_ptr(), common.threads()
     )

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from ddfast.ops import common, native
-from ddfast.ops.filter_logits import cfg_rows, check_filter, filter_logits_reference, native_filter_arguments
+from ddfast.ops.filter_logits import (
+    cfg_rows,
+    check_filter,
+    filter_logits_reference,
+    native_filter_arguments,
+    row_views,
+)
 from ddfast.ops.flow_sample import (
     DEFAULT_SOLVER,
     DEFAULT_STEPS,
@@ -14,6 +20,7 @@ from ddfast.ops.flow_sample import (
     check_flow,
     flow_sample_reference,
     native_flow_arguments,
+    triton_flow,
 )
 
 
@@ -81,11 +88,19 @@ def _sample_codes(
     out = noise.new_empty(noise.shape[:-1], dtype=torch.int64)
     if out.numel() == 0:
         return out
-    if common.backend_of("sample_codes", backend, logits, uncond, noise, codebook) == "reference":
+    chosen = common.backend_of("sample_codes", backend, logits, uncond, noise, codebook)
+    if chosen == "reference":
         log_probs = filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
         return flow_sample_reference(log_probs, noise, codebook, steps, solver)
+    if common.rows_are_checked(chosen, noise):
+        check_finite_noise(noise)
+    if chosen == "triton":
+        rows, uncond_rows, scale = row_views(logits, uncond, cfg_scale)
+        kept = native.triton("filter_logits").filter_logits(rows, uncond_rows, scale, temperature, top_k, top_p)
+        filtering = {"kept": kept, "uncond": uncond_rows, "scale": scale, "temperature": temperature}
+        triton_flow(rows, noise, codebook, out, steps, solver, name="logits", **filtering)
+        return out
     assert native.cpu is not None
-    check_finite_noise(noise)
     filter_arguments, _filter_alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
     flow_arguments, _flow_alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.sample_codes(*filter_arguments, *flow_arguments)

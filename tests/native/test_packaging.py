@@ -44,5 +44,5 @@ def test_pure_wheel(source: Path, tmp_path: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "ddfast/py.typed" in names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"ddfast"}
-    assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ddfast", "ddfast_kernels"}
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".h", ".cu"))]

@@ -127,7 +127,7 @@ def test_a_row_without_support_is_named(backend):
         ({"uncond": torch.ones(2, 4)}, r"uncond: got shape \(2, 4\), expected \[2, 5\]"),
         ({"uncond": torch.ones(2, 5), "cfg_scale": torch.ones(3)}, r"cfg_scale: got shape \(3,\)"),
         ({"backend": "gpu"}, "backend: got 'gpu'"),
-        ({"backend": "triton"}, "backend: 'triton' cannot run filter_logits"),
+        ({"backend": "cuda"}, "backend: 'cuda' cannot run filter_logits"),
     ],
 )
 def test_errors(arguments, words):

@@ -30,12 +30,13 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def schemas(backend: str) -> dict[str, tuple]:
     a = tensors()
-    norm = torch.zeros(B, N)
+    flow = (a["x"], a["t"], a["log_probs"], a["codebook"])
+    x0_hat, norm = torch.ops.ddfast.codebook_posterior(*flow, backend)
     return {
         "nearest_code": (a["x"], a["codebook"], False, backend),
         "filter_logits": (a["logits"], a["uncond"], a["scale"], 1.0, 7, 0.9, backend),
         "codebook_posterior": (a["x"].clone().requires_grad_(), a["t"], a["log_probs"], a["codebook"], backend),
-        "codebook_posterior_backward": (a["x"], a["x"], a["t"], a["log_probs"], a["codebook"], a["x"], norm, backend),
+        "codebook_posterior_backward": (a["x"], *flow, x0_hat, norm, backend),
         "flow_sample": (a["log_probs"], a["x"], a["codebook"], 8, "dpm3m", backend),
         "sample_codes": (a["logits"], None, None, 1.0, 0, 1.0, a["x"], a["codebook"], 8, "dpm3m", backend),
         "noise": (3, a["index"], [3, 2], backend),

@@ -8,9 +8,10 @@ from ddfast.ops import filter_logits, flow_sample, sample_codes
     "filters", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 60, "top_p": 0.8, "temperature": 1.4}]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_is_filter_then_flow(backend, filters, dtype):
-    logits, uncond = (2 * torch.randn(2, 100, 300)).to(dtype), torch.randn(2, 100, 300).to(dtype)
-    noise, codebook = torch.randn(2, 100, 8), torch.randn(300, 8)
+def test_is_filter_then_flow(backend, filters, dtype, interpreted):
+    tokens = 3 if interpreted else 100
+    logits, uncond = (2 * torch.randn(2, tokens, 300)).to(dtype), torch.randn(2, tokens, 300).to(dtype)
+    noise, codebook = torch.randn(2, tokens, 8), torch.randn(300, 8)
     guidance = {"uncond": uncond, "cfg_scale": torch.rand(2, 1) + 1}
     codes, x = sample_codes(logits, noise, codebook, **guidance, **filters, backend=backend)
     log_probs = filter_logits(logits, **guidance, **filters, backend=backend)
@@ -19,8 +20,9 @@ def test_is_filter_then_flow(backend, filters, dtype):
     assert torch.equal(x, codebook[codes])
 
 
-def test_real_shape(backend):
-    logits, noise, codebook = 2.5 * torch.randn(8, 16384), torch.randn(8, 8), torch.randn(16384, 8)
+def test_real_shape(backend, interpreted):
+    tokens = 2 if interpreted else 8
+    logits, noise, codebook = 2.5 * torch.randn(tokens, 16384), torch.randn(tokens, 8), torch.randn(16384, 8)
     codebook = torch.nn.functional.normalize(codebook, dim=-1)
     codes, _ = sample_codes(logits, noise, codebook, top_k=8000, backend=backend)
     reference, _ = sample_codes(logits.double(), noise.double(), codebook.double(), top_k=8000, steps=200)

@@ -1,0 +1,207 @@
+"""filter_logits in Triton: the two thresholds of a row are found without sorting.
+
+Floats map to unsigned keys of the same order; the k-th largest key is built bit by bit from the top, 32 counts of keys
+at least as large as a candidate. The nucleus' last key is built in the same way from 32 sums of probabilities (float64,
+so that 16384 of them add up); among equal keys at its edge the lowest indices stay. A program has one long row or
+several short ones; a row that fits one tile is held in registers throughout, a longer one is read again from the cache.
+Bytes: a row in (two with guidance), a float32 row out; operations: 64 V compares and adds, which bind.
+
+`sample_codes` takes only the thresholds, and applies them to the logits as it reads them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from ddfast_kernels.launch import INTERPRETED, current_device
+from torch import Tensor
+
+THRESHOLDS = 3
+"""int32 words per row: the least key kept, the index up to which that key itself is kept, the log-normaliser's bits."""
+
+_LONGEST_TILE = 16384
+
+
+@triton.jit
+def guided(value, base, scale, temperature, GUIDED: tl.constexpr):
+    """(base + scale (value - base)) / temperature in float32: the logits that are filtered."""
+    value = value.to(tl.float32)
+    if GUIDED:
+        base = base.to(tl.float32)
+        never = (value == float("-inf")) & (base == float("-inf"))
+        value = tl.where(never, float("-inf"), base + scale * (value - base))
+    value = tl.div_rn(value, temperature + tl.zeros_like(value))
+    return tl.where(value == 0.0, 0.0, value)  # -0 and 0 are one value, and get one key
+
+
+@triton.jit
+def order_key(value):
+    """uint32 keys in the order of float32 values."""
+    bits = value.to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+
+
+@triton.jit
+def is_kept(key, j, least, last):
+    """Which codes j of these keys the thresholds of a row keep."""
+    return (key > least) | ((key == least) & (j <= last))
+
+
+@triton.jit
+def _tile(
+    logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
+    GUIDED: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """Values [ROWS, CODES] of codes from `start` on, -inf outside, and their keys."""
+    j = start + tl.arange(0, CODES)[None, :]
+    mask = inside[:, None] & (j < num_codes)
+    value = tl.load(logits_ptr + row[:, None] * logits_stride + j, mask=mask, other=float("-inf"))
+    base = value
+    if GUIDED:
+        base = tl.load(uncond_ptr + row[:, None] * uncond_stride + j, mask=mask, other=float("-inf"))
+    value = guided(value, base, scale[:, None], temperature, GUIDED)
+    return value, order_key(value)
+
+
+@triton.jit
+def filter_logits_kernel(
+    logits_ptr, uncond_ptr, scale_ptr, out_ptr, kept_ptr, rows, logits_stride, uncond_stride,
+    temperature, top_p, num_codes, top_k,
+    GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, WRITE: tl.constexpr,
+    ROWS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    if GUIDED:
+        scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
+    lane = tl.arange(0, CODES)[None, :]
+
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    wrong = tl.zeros([ROWS], tl.int32)
+    for start in range(0, num_codes, CODES):
+        value, key = _tile(
+            logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
+            GUIDED, CODES,
+        )  # fmt: skip
+        useless = (value != value) | (value == float("inf"))
+        wrong += tl.sum(useless.to(tl.int32), axis=1)
+        most = tl.maximum(most, tl.max(tl.where(useless, float("-inf"), value), axis=1))
+    bad = (wrong > 0) | (most == float("-inf"))
+    most = tl.where(bad, 0.0, most)
+
+    least = order_key(tl.full([ROWS], float("-inf"), tl.float32)) + 1  # all that is finite
+    if TOP_K:
+        found = tl.zeros([ROWS], tl.uint32)
+        for bit in range(32):
+            candidate = found | (tl.full([ROWS], 0x80000000, tl.uint32) >> bit)
+            floor = tl.maximum(candidate, least)[:, None]
+            count = tl.zeros([ROWS], tl.int32)
+            for start in range(0, num_codes, CODES):
+                value, key = _tile(
+                    logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start,
+                    num_codes, GUIDED, CODES,
+                )  # fmt: skip
+                count += tl.sum((key >= floor).to(tl.int32), axis=1)
+            found = tl.where(count >= top_k, candidate, found)
+        least = tl.maximum(least, found)
+
+    last = tl.zeros([ROWS], tl.int32) + num_codes
+    if TOP_P:
+        total = tl.zeros([ROWS], tl.float64)
+        for start in range(0, num_codes, CODES):
+            value, key = _tile(
+                logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
+                GUIDED, CODES,
+            )  # fmt: skip
+            weight = tl.exp(value - most[:, None])
+            total += tl.sum(tl.where(key >= least[:, None], weight, 0.0).to(tl.float64), axis=1)
+        goal = total * top_p
+        found = tl.zeros([ROWS], tl.uint32)
+        for bit in range(32):  # the largest key that, with all larger ones, has the mass asked for
+            candidate = found | (tl.full([ROWS], 0x80000000, tl.uint32) >> bit)
+            floor = tl.maximum(candidate, least)[:, None]
+            mass = tl.zeros([ROWS], tl.float64)
+            for start in range(0, num_codes, CODES):
+                value, key = _tile(
+                    logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start,
+                    num_codes, GUIDED, CODES,
+                )  # fmt: skip
+                weight = tl.exp(value - most[:, None])
+                mass += tl.sum(tl.where(key >= floor, weight, 0.0).to(tl.float64), axis=1)
+            found = tl.where(mass >= goal, candidate, found)
+        least = tl.maximum(least, found)
+        # Of the codes with that key itself, as many as still have less than the goal before them, and always one.
+        above = tl.zeros([ROWS], tl.float64)
+        each = tl.zeros([ROWS], tl.float64)
+        for start in range(0, num_codes, CODES):
+            value, key = _tile(
+                logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
+                GUIDED, CODES,
+            )  # fmt: skip
+            weight = tl.exp(value - most[:, None]).to(tl.float64)
+            above += tl.sum(tl.where(key > least[:, None], weight, 0.0), axis=1)
+            each = tl.maximum(each, tl.max(tl.where(key == least[:, None], weight, 0.0), axis=1))
+        ties = tl.maximum(tl.ceil((goal - above) / tl.where(each > 0.0, each, 1.0)), 1.0)
+        before = tl.zeros([ROWS], tl.int32)
+        last = tl.full([ROWS], -1, tl.int32)
+        for start in range(0, num_codes, CODES):
+            value, key = _tile(
+                logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
+                GUIDED, CODES,
+            )  # fmt: skip
+            tie = (key == least[:, None]).to(tl.int32)
+            rank = before[:, None] + tl.cumsum(tie, axis=1)
+            stays = (tie != 0) & (rank.to(tl.float64) <= ties[:, None])
+            last = tl.maximum(last, tl.max(tl.where(stays, start + lane, -1), axis=1))
+            before += tl.sum(tie, axis=1)
+
+    mass = tl.zeros([ROWS], tl.float64)
+    for start in range(0, num_codes, CODES):
+        value, key = _tile(
+            logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
+            GUIDED, CODES,
+        )  # fmt: skip
+        stays = is_kept(key, start + lane, least[:, None], last[:, None])
+        mass += tl.sum(tl.where(stays, tl.exp(value - most[:, None]), 0.0).to(tl.float64), axis=1)
+    log_normaliser = most + tl.log(tl.where(bad, 1.0, mass)).to(tl.float32)
+    log_normaliser = tl.where(bad, float("nan"), log_normaliser)
+    if WRITE:
+        for start in range(0, num_codes, CODES):
+            value, key = _tile(
+                logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
+                GUIDED, CODES,
+            )  # fmt: skip
+            stays = is_kept(key, start + lane, least[:, None], last[:, None])
+            log_prob = tl.where(stays, value, float("-inf")) - log_normaliser[:, None]
+            place = out_ptr + row[:, None] * num_codes + start + lane
+            tl.store(place, log_prob, mask=inside[:, None] & (start + lane < num_codes))
+    else:
+        kept_ptr += row * 3
+        tl.store(kept_ptr, least.to(tl.int32, bitcast=True), mask=inside)
+        tl.store(kept_ptr + 1, last, mask=inside)
+        tl.store(kept_ptr + 2, log_normaliser.to(tl.int32, bitcast=True), mask=inside)
+
+
+def filter_logits(
+    logits: Tensor, uncond: Tensor | None, scale: Tensor | None, temperature: float, top_k: int, top_p: float,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Filtered log-probabilities into out float32 [rows, V], or the thresholds of every row, int32 [rows, 3].
+
+    logits, uncond [rows, V] with unit stride along V, scale float32 [rows]. A row with NaN, +inf or nothing finite
+    comes out as NaN (its log-normaliser, of the thresholds).
+    """
+    rows, num_codes = logits.shape
+    result = logits.new_empty(rows, THRESHOLDS, dtype=torch.int32) if out is None else out
+    tile = min(triton.next_power_of_2(num_codes), _LONGEST_TILE)
+    rows_of_tile = 64 if INTERPRETED else max(1, 1024 // tile)
+    with current_device(logits):
+        filter_logits_kernel[(triton.cdiv(rows, rows_of_tile),)](
+            logits, logits if uncond is None else uncond, result if scale is None else scale, result, result,
+            rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), temperature, top_p, num_codes, top_k,
+            GUIDED=uncond is not None, TOP_K=0 < top_k < num_codes, TOP_P=top_p < 1.0, WRITE=out is not None,
+            ROWS=rows_of_tile, CODES=tile, num_warps=max(4, min(16, tile // 256)),
+        )  # fmt: skip
+    return result
