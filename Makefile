@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard constraints/*.txt) $(wildcard csrc/* kernels/*)
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench gpu-check clean
 
 help:
 	@echo "make demo    install into $(VENV), then distil the digits teacher (minutes on 2 cores): runs/digits/report.md"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint    ruff check and format check"
 	@echo "make types   mypy"
 	@echo "make bench   the benchmarks"
+	@echo "make gpu-check  on a machine with a GPU, into the environment of PYTHON: tests, memory checks, benchmarks"
 	@echo "make clean   remove $(VENV) and build products"
 
 $(STAMP): $(BUILD_INPUTS)
@@ -28,8 +29,9 @@ $(STAMP): $(BUILD_INPUTS)
 demo: $(STAMP)
 	$(BIN)/python -m ddfast.train --recipe digits --method dd1
 
+# A process per core, a file of tests in one process: tests of one file share what they trained.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -40,6 +42,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu-check:
+	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info

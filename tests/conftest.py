@@ -2,6 +2,12 @@
 
 import os
 
+# Where pytest runs in several processes, each takes its share of the cores, and so do the commands that it starts.
+# Before torch is imported: idle threads of one would slow down another.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+
 import torch
 from hypothesis import settings
 

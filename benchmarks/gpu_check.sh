@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# On a machine with a GPU, in its own Python environment: install, prove, time. One JSON and one table in the folder OUT.
+#   make gpu-check [PYTHON=python3] [OUT=benchmarks/results]
+# Under ten minutes on one GPU. A failing part does not keep the later ones from running; the exit code tells.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} out=${OUT:-benchmarks/results} failed=0
+name=gpu-$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))") || exit 1
+step() { printf '\n[%(%H:%M:%S)T] %s\n' -1 "$1"; shift; "$@" || { failed=1; echo "FAILED: $*"; }; }
+
+mkdir -p "$out"
+step "install into this environment's PyTorch" "$python" -m pip install -q --no-build-isolation --no-deps . || exit 1
+step "which backends there are" "$python" -m ddfast.doctor
+parallel=$("$python" -c "import xdist; print('-n 8')" 2>/dev/null)
+# shellcheck disable=SC2086
+step "correctness" timeout 240 "$python" -m pytest -q -m gpu tests/gpu $parallel
+if command -v compute-sanitizer >/dev/null; then
+  some="cuda and (ties or bad_rows or noise or strides)"
+  for tool in memcheck racecheck; do
+    step "compute-sanitizer $tool" timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q -m gpu tests/gpu -k "$some"
+  done
+fi
+step "benchmarks" timeout 300 "$python" -m pytest benchmarks/test_gpu_kernels.py --benchmark-only -q -s \
+  --benchmark-json "$out/$name.json"
+step "table" "$python" benchmarks/table.py "$out/$name.json"
+exit $failed
