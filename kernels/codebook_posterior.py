@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from ddfast_kernels.codes import along, code_tile, combined
-from ddfast_kernels.launch import current_device, padded_dim, shape_class, tiles, tuned
+from ddfast_kernels.launch import FUSED, current_device, padded_dim, shape_class, tiles, tuned
 from torch import Tensor
 
 
@@ -113,7 +113,7 @@ def codebook_posterior(x: Tensor, t: Tensor, log_probs: Tensor, codes: Tensor, o
     with current_device(x):
         codebook_posterior_kernel[lambda meta: (triton.cdiv(len(x), meta["ROWS"]),)](
             x, t, log_probs, codes, out, norm, period, len(x) // period, num_codes, log_probs.stride(0),
-            shape_class(len(x)), dim=dim,
+            shape_class(len(x)), dim=dim, **FUSED,
         )  # fmt: skip
 
 
@@ -125,5 +125,5 @@ def codebook_posterior_backward(
     with current_device(x):
         codebook_posterior_backward_kernel[lambda meta: (triton.cdiv(len(x), meta["ROWS"]),)](
             grad, x, t, log_probs, codes, x0_hat, norm, out, period, len(x) // period, num_codes, log_probs.stride(0),
-            shape_class(len(x)), dim=dim,
+            shape_class(len(x)), dim=dim, **FUSED,
         )  # fmt: skip

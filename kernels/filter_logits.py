@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import INTERPRETED, current_device
+from ddfast_kernels.launch import INTERPRETED, UNFUSED, current_device
 from torch import Tensor
 
 THRESHOLDS = 3
@@ -30,7 +30,8 @@ def guided(value, base, scale, temperature, GUIDED: tl.constexpr):
     if GUIDED:
         base = base.to(tl.float32)
         never = (value == float("-inf")) & (base == float("-inf"))
-        value = tl.where(never, float("-inf"), base + scale * (value - base))
+        # A fused step by name: two kernels compute this, and the keys of one are compared with those of the other.
+        value = tl.where(never, float("-inf"), tl.fma(scale + tl.zeros_like(value), value - base, base))
     value = tl.div_rn(value, temperature + tl.zeros_like(value))
     return tl.where(value == 0.0, 0.0, value)  # -0 and 0 are one value, and get one key
 
@@ -202,6 +203,6 @@ def filter_logits(
             logits, logits if uncond is None else uncond, result if scale is None else scale, result, result,
             rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), temperature, top_p, num_codes, top_k,
             GUIDED=uncond is not None, TOP_K=0 < top_k < num_codes, TOP_P=top_p < 1.0, WRITE=out is not None,
-            ROWS=rows_of_tile, CODES=tile, num_warps=max(4, min(16, tile // 256)),
+            ROWS=rows_of_tile, CODES=tile, num_warps=max(4, min(16, tile // 256)), **UNFUSED,
         )  # fmt: skip
     return result

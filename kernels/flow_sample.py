@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from ddfast_kernels.codes import along, code_tile, combined, log_prob_tile
-from ddfast_kernels.launch import current_device, padded_dim, shape_class, tiles, tuned
+from ddfast_kernels.launch import FUSED, current_device, padded_dim, shape_class, tiles, tuned
 from torch import Tensor
 
 
@@ -177,5 +177,5 @@ def flow_sample(
             rows, len(codes), log_probs.stride(0), 0 if uncond is None else uncond.stride(0), temperature, steps,
             sigma_min, len(codes), shape_class(rows),
             SOLVER=solver, FILTER=kept is not None, GUIDED=uncond is not None, EARLY_EXIT=early_exit,
-            COUNT=evaluations is not None, dim=dim,
+            COUNT=evaluations is not None, dim=dim, **FUSED,
         )  # fmt: skip

@@ -12,6 +12,10 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this is imported), on tensors of any device."""
 
+FUSED: dict[str, Any] = {} if INTERPRETED else {"enable_fp_fusion": True}
+UNFUSED: dict[str, Any] = {} if INTERPRETED else {"enable_fp_fusion": False}
+"""Whether a product and a sum may round once; Triton's own default is about to change."""
+
 
 def tuned(configs: Callable[[int], list[triton.Config]], key: Sequence[str]) -> Callable:
     """Choose among a code dimension's configurations by time, once per key and GPU; Triton keeps the choice on disk.

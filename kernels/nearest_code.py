@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import current_device, padded_dim, shape_class, tiles, tuned
+from ddfast_kernels.launch import FUSED, current_device, padded_dim, shape_class, tiles, tuned
 from torch import Tensor
 
 
@@ -50,5 +50,5 @@ def nearest_code(x: Tensor, codes: Tensor, out: Tensor) -> None:
     rows, dim = x.shape
     with current_device(x):
         nearest_code_kernel[lambda meta: (triton.cdiv(rows, meta["ROWS"]),)](
-            x, codes, out, rows, len(codes), x.stride(0), shape_class(rows), dim=dim
+            x, codes, out, rows, len(codes), x.stride(0), shape_class(rows), dim=dim, **FUSED
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import INTERPRETED, current_device
+from ddfast_kernels.launch import UNFUSED, current_device
 from torch import Tensor
 
 _QUADS = 256
@@ -106,8 +106,7 @@ def noise(seed: int, index: Tensor, per_sample: int, out: Tensor) -> None:
     quads = -(-per_sample // 4)
     # Its words as signed numbers of 32 bits: Triton gives an argument its type by its size.
     low, high = (word - 2**32 if word >= 2**31 else word for word in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    options = {} if INTERPRETED else {"enable_fp_fusion": False}
     with current_device(index):
         noise_kernel[(triton.cdiv(index.numel() * quads, _QUADS),)](
-            low, high, index, out, index.numel(), per_sample, quads, QUADS=_QUADS, **options
+            low, high, index, out, index.numel(), per_sample, quads, QUADS=_QUADS, **UNFUSED
         )

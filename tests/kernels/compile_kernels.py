@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import triton
 from ddfast_kernels import codebook_posterior, filter_logits, flow_sample, nearest_code, noise
+from ddfast_kernels.launch import FUSED, UNFUSED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -45,14 +46,13 @@ def cases(*, every: bool) -> Iterator[Case]:
     """At the papers' code dimensions: everything that tuning may choose, or of each kernel one configuration."""
     floats = {"out_ptr": "*fp32"}
     quads = {"QUADS": 256}
-    yield Case("noise", noise.noise_kernel, quads, types=floats, options={"enable_fp_fusion": False})
+    yield Case("noise", noise.noise_kernel, quads, types=floats, options=UNFUSED)
     switches = {"GUIDED": True, "TOP_K": True, "TOP_P": True}
     for write in (True, False):
-        sizes = {"WRITE": write, "ROWS": 1, "CODES": 4096}
-        # As many values as a thread can hold: Triton keeps a row in registers, so this one is not marked hot.
-        yield Case(
-            "filter_logits", filter_logits.filter_logits_kernel, {**switches, **sizes}, 16, types=floats, hot=False
-        )
+        constants = {**switches, "WRITE": write, "ROWS": 1, "CODES": 16384}
+        # A row of LlamaGen's fills the registers, and what spills is read again from the nearest cache: not marked hot.
+        kernel = filter_logits.filter_logits_kernel
+        yield Case("filter_logits", kernel, constants, 16, types=floats, options=UNFUSED, hot=False)
     for dim in (8, 32):
         for config in nearest_code.configs(dim)[: None if every else 1]:
             yield _tuned("nearest_code", nearest_code.nearest_code_kernel, dim, config)
@@ -88,7 +88,7 @@ def compiled(case: Case, architecture: int) -> Any:
         for name in names
     }  # fmt: skip
     source = ASTSource(function, signature, {(names.index(name),): value for name, value in case.constants.items()})
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED, **case.options}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
