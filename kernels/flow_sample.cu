@@ -23,6 +23,7 @@
 #include "flow_sample.h"
 
 #include "flow_math.h"
+#include "logits.h"
 #include "simt.h"
 
 namespace ddfast {
@@ -37,7 +38,6 @@ constexpr int kMaxDim = (int)kFlowMaxDim;
 constexpr int kMaxCluster = 8;
 constexpr int64_t kScratchRows = 1024;  // rows in flight where lists are in global memory
 constexpr uint32_t kNone = 0xffffffffu;
-constexpr float kNegInf = -INFINITY;
 constexpr float kFarMargin = 3e38f;  // half norm of padding: its margin is never the largest, and 0 times it is 0
 
 struct Launch {
@@ -153,12 +153,6 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 // ---- the filter ---------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float load_logit(const void* data, int dtype, int64_t i) {
-  if (dtype == 0) return ((const float*)data)[i];
-  const uint16_t bits = ((const uint16_t*)data)[i];
-  return dtype == 1 ? simt::bits_float((uint32_t)bits << 16) : simt::half_bits_to_float(bits);
-}
 
 struct Statistics {
   uint32_t most;    // key of the largest value

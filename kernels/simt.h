@@ -101,6 +101,7 @@ __device__ __forceinline__ T* of_rank(T* mine, int rank) {
 
 struct Device {
   int shared_bytes;  // that one block may have
+  int multiprocessors;
   bool clusters;
 };
 
@@ -108,6 +109,7 @@ inline cudaError_t device(Device* out) {
   int id, major;
   cudaError_t status = cudaGetDevice(&id);
   if (!status) status = cudaDeviceGetAttribute(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  if (!status) status = cudaDeviceGetAttribute(&out->multiprocessors, cudaDevAttrMultiProcessorCount, id);
   if (!status) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
   if (!status) out->clusters = major >= 9;
   return status;

@@ -36,6 +36,26 @@ class FlowArguments(ctypes.Structure):
     ]
 
 
+class PosteriorArguments(ctypes.Structure):
+    """As in kernels/codebook_posterior.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("x", "t", "log_probs", "codebook", "x0", "log_norm", "grad", "dx")],
+        *[(name, ctypes.c_int64) for name in ("stride", "rows", "period", "num_codes", "dim")],
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class NearestArguments(ctypes.Structure):
+    """As in kernels/nearest_code.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("x", "codebook", "codes")],
+        *[(name, ctypes.c_int64) for name in ("rows", "num_codes", "dim")],
+        ("cosine", ctypes.c_int32),
+    ]
+
+
 class Emulator:
     """The library, with one method per launch; a failed launch raises with the emulator's words."""
 
@@ -81,6 +101,38 @@ class Emulator:
         counts = [ctypes.c_int64(value) for value in (num_codes, dim, top_k)]
         self.check(self.library.flow_cluster_emulated(*counts, ctypes.byref(out)))
         return out.value
+
+    def posterior(
+        self, x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, grad: Tensor | None = None,
+        forward: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(x0_hat, log_norm); with `grad` and these two, (dx, log_norm)."""
+        x0, log_norm = forward or (torch.full_like(x, 7e7), torch.full((len(x),), 7e7))
+        dx = torch.full_like(x, 7e7)
+        arguments = PosteriorArguments(
+            *map(address, (x, t, log_probs, codebook, x0, log_norm, grad, dx)), log_probs.stride(0), len(x),
+            len(log_probs), *codebook.shape, DTYPE_CODES[log_probs.dtype],
+        )  # fmt: skip
+        self.check(self.library.posterior_emulated(ctypes.byref(arguments), grad is not None))
+        return (x0 if grad is None else dx), log_norm
+
+    def nearest_code(self, x: Tensor, codebook: Tensor, cosine: bool = False, cluster: int = 0) -> Tensor:
+        """Codes; for the cosine, of a normalised codebook."""
+        codes = torch.full((len(x),), -7)
+        arguments = NearestArguments(*map(address, (x, codebook, codes)), len(x), *codebook.shape, cosine)
+        self.check(self.library.nearest_emulated(ctypes.byref(arguments), cluster))
+        return codes
+
+    def nearest_scores(self, x: Tensor, codebook: Tensor, cosine: bool = False) -> Tensor:
+        """float32 [rows, V]: what nearest_code compares, in the order of operations that defines it."""
+        out = torch.empty(len(x), len(codebook))
+        num_codes, dim = map(ctypes.c_int64, codebook.shape)
+        for row, target in zip(x, out, strict=True):
+            self.library.nearest_scores(
+                *map(ctypes.c_void_p, (address(row), address(codebook))), num_codes, dim, cosine,
+                ctypes.c_void_p(address(target)),
+            )  # fmt: skip
+        return out
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 // The kernels' own source files, compiled as C++ for the emulator, behind C functions for ctypes.
 #include "emulator.h"
 
+#include "../../kernels/codebook_posterior.cu"
 #include "../../kernels/flow_sample.cu"
+#include "../../kernels/nearest_code.cu"
 
 using namespace ddfast;
 
@@ -20,6 +22,26 @@ int flow_sample_emulated(const FlowArguments* a, int cluster) { return flow_samp
 int flow_cluster_emulated(int64_t V, int64_t d, int64_t top_k, int* out) { return flow_cluster(V, d, top_k, out); }
 int flow_scratch_emulated(int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int64_t* out) {
   return flow_scratch_bytes(rows, V, d, top_k, cluster, out);
+}
+
+int posterior_emulated(const PosteriorArguments* a, int backward) {
+  return backward ? codebook_posterior_backward_cuda(*a, nullptr) : codebook_posterior_forward_cuda(*a, nullptr);
+}
+
+int nearest_emulated(const NearestArguments* a, int cluster) { return nearest_code_cuda(*a, cluster, nullptr); }
+float nearest_error(int dim) {
+  return dim == 8 ? kDotError<8> : dim == 16 ? kDotError<16> : dim == 32 ? kDotError<32> : kDotError<64>;
+}
+
+// v of nearest_code, in the order of operations that defines it.
+void nearest_scores(const float* x, const float* codebook, int64_t V, int64_t d, int cosine, float* out) {
+  for (int64_t j = 0; j < V; ++j) {
+    float score = 0.f;
+    for (int64_t k = 0; k < d && !cosine; ++k) score = fmaf(codebook[j * d + k], codebook[j * d + k], score);
+    score /= 2.f;
+    for (int64_t k = 0; k < d; ++k) score = fmaf(-x[k], codebook[j * d + k], score);
+    out[j] = score;
+  }
 }
 
 // Shared math, as the host has it.

@@ -271,11 +271,11 @@ inline float half_bits_to_float(uint16_t bits) {
 }
 
 struct Device {
-  int shared_bytes;
+  int shared_bytes, multiprocessors;
   bool clusters;
 };
 inline cudaError_t device(Device* out) {
-  *out = {emulator::state.shared_limit, emulator::state.clusters};
+  *out = {emulator::state.shared_limit, 132, emulator::state.clusters};
   return cudaSuccess;
 }
 
