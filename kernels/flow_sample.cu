@@ -43,7 +43,7 @@ constexpr float kFarMargin = 3e38f;  // half norm of padding: its margin is neve
 struct Launch {
   FlowArguments a;
   int cluster;
-  bool lists_in_scratch;
+  bool lists_in_scratch, vector_loads;
 };
 
 // The record that a warp leaves for the others; 8 L sums come first. The odd length avoids bank conflicts.
@@ -69,7 +69,7 @@ struct Shape {
   static constexpr int kStreamed = L < 2 ? 2 : L;           // codes per thread that are read in every evaluation
 };
 
-int64_t share(int64_t V, int cluster) {  // codes per block, at most
+DDFAST_MATH int64_t share(int64_t V, int cluster) {  // codes per block, at most
   const int64_t granules = (V + kGranule - 1) / kGranule;
   return (granules + cluster - 1) / cluster * kGranule;
 }
@@ -98,8 +98,8 @@ struct Block {
 };
 
 DDFAST_MATH uint32_t code_of(const Block& b, int position) {
-  return ((uint32_t)(position / kGranule) * (uint32_t)b.cluster + (uint32_t)b.rank) * kGranule +
-         (uint32_t)(position % kGranule);
+  const uint32_t p = (uint32_t)position;
+  return (p / kGranule * (uint32_t)b.cluster + (uint32_t)b.rank) * kGranule + p % kGranule;
 }
 
 // ---- records ------------------------------------------------------------------------------------------------------
@@ -160,9 +160,10 @@ struct Statistics {
   bool bad;
 };
 
-// Keys of the guided, tempered row.
+// Keys of the guided, tempered row, and clear histograms; its exchange makes both visible to all threads.
 __device__ Statistics load_row(Block& b) {
   const FlowArguments& a = b.launch->a;
+  for (int i = simt::thread(); i < 2 * kBins; i += kThreads) (&layout().histogram[0][0])[i] = 0;
   const int64_t at = b.row * a.stride, uncond_at = b.row * a.uncond_stride;
   const float scale = a.uncond ? a.cfg_scale[b.row] : 1.f;
   uint32_t most = 0, finite = 0, bad = 0;
@@ -209,18 +210,21 @@ struct Selection {
   uint64_t at;     // weight of the keys = K
 };
 
-// key(p) < 2^bits, weight(p) >= 0; all together weigh at least `goal` >= 1.
-template <class Key, class Weight>
+// key(p) < 2^bits, weight(p) >= 0; all together weigh at least `goal` >= 1 and fit in a Sum: uint32_t to count (its
+// atomics are one instruction), uint64_t for masses. The histogram whose turn
+// it is must be clear, and is left clear; a count dirties the lower half only, so a sum may follow it.
+template <class Sum, class Key, class Weight>
 __device__ Selection select(Block& b, int bits, uint64_t goal, Key key, Weight weight) {
   Control& c = layout().control;
   Selection s = {0, 0, 0};
   for (int low = bits; low > 0;) {
     const int width = low < kDigit ? low : kDigit;
-    uint64_t* bins = layout().histogram[b.histogram_turn];
+    Sum* bins = (Sum*)layout().histogram[b.histogram_turn];
+    Sum* following = (Sum*)layout().histogram[b.histogram_turn ^ 1];
     for (int p = simt::thread(); p < b.positions; p += kThreads) {
       const uint32_t k = key(p);
       if ((uint32_t)((uint64_t)k >> low) != s.key) continue;
-      const uint64_t w = weight(p);
+      const Sum w = weight(p);
       if (w) simt::atomic_add(&bins[k >> (low - width) & ((1u << width) - 1u)], w);
     }
     low -= width;
@@ -233,7 +237,7 @@ __device__ Selection select(Block& b, int bits, uint64_t goal, Key key, Weight w
       bin[i] = 0;
       for (int rank = 0; rank < b.cluster; ++rank) bin[i] += *simt::of_rank(bins + first - i, rank);
       sum += bin[i];
-      layout().histogram[b.histogram_turn ^ 1][first - i] = 0;
+      following[first - i] = 0;
     }
     uint64_t through = sum;  // of this warp's lanes up to this one
 #pragma unroll
@@ -272,9 +276,8 @@ __device__ Threshold find_threshold(Block& b, const Statistics& row) {
   const FlowArguments& a = b.launch->a;
   Threshold t = {kKeyOfMinusInf + 1, kNone};
   const uint32_t* keys = b.keys;
-  simt::block_barrier();  // keys and cleared histograms are there
   if (a.top_k > 0 && a.top_k < (int64_t)row.finite)
-    t.key = select(b, 32, (uint64_t)a.top_k, [&](int p) { return keys[p]; }, [](int) { return (uint64_t)1; }).key;
+    t.key = select<uint32_t>(b, 32, (uint64_t)a.top_k, [&](int p) { return keys[p]; }, [](int) { return 1u; }).key;
   if (!(a.top_p < 1.)) return t;
 
   const uint32_t least = t.key;
@@ -285,7 +288,7 @@ __device__ Threshold find_threshold(Block& b, const Statistics& row) {
   uint64_t sum = 0;
   for (int p = simt::thread(); p < b.positions; p += kThreads) sum += mass(p);
   const uint64_t goal = mass_goal(a.top_p, sum_over_warps(b, warp_sum(sum)));
-  const Selection s = select(b, 32, goal, [&](int p) { return keys[p]; }, mass);
+  const Selection s = select<uint64_t>(b, 32, goal, [&](int p) { return keys[p]; }, mass);
   t.key = s.key;
   // All ties weigh the same; the i-th of them stays while the mass before it is below the goal.
   const uint64_t each = fixed_mass(expf(value_of_key(s.key) - most));
@@ -296,8 +299,8 @@ __device__ Threshold find_threshold(Block& b, const Statistics& row) {
     const uint32_t last = (1u << bits) - 1u;
     const uint32_t tied = s.key;
     const auto reversed = [&](int p) { return last - (code_of(b, p) & last); };
-    const auto is_tied = [&](int p) { return (uint64_t)(keys[p] == tied); };
-    t.last_tie = last - select(b, bits, needed, reversed, is_tied).key;
+    const auto is_tied = [&](int p) { return (uint32_t)(keys[p] == tied); };
+    t.last_tie = last - select<uint32_t>(b, bits, needed, reversed, is_tied).key;
   }
   return t;
 }
@@ -356,13 +359,30 @@ __device__ __forceinline__ void fold(float* v) {
   }
 }
 
+struct alignas(16) Quad {
+  float value[4];
+};
+
 // This lane's 8 coordinates of entry e of the block's list, less the mean's; zeros beyond d and beyond the list.
 __device__ __forceinline__ void load_code(const Block& b, int count, int e, int first, float (&out)[kDims]) {
   const FlowArguments& a = b.launch->a;
   const float* mean = layout().mean[simt::warp()] + first;
   const float* from = a.codebook + (int64_t)(e < count ? code_of(b, (int)b.kept[e]) : 0) * a.d + first;
+  const bool real = e < count;
+  if (b.launch->vector_loads) {  // d is a multiple of 8 and the addresses of 16 bytes
 #pragma unroll
-  for (int k = 0; k < kDims; ++k) out[k] = e < count && first + k < (int)a.d ? from[k] - mean[k] : 0.f;
+    for (int half = 0; half < 2; ++half) {
+      Quad quad = {};
+      if (real && first < (int)a.d) quad = ((const Quad*)from)[half];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[4 * half + k] = quad.value[k];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) out[k] = real && first + k < (int)a.d ? from[k] : 0.f;
+  }
+#pragma unroll
+  for (int k = 0; k < kDims; ++k) out[k] -= real ? mean[k] : 0.f;  // the mean of what lies beyond d is 0
 }
 
 // Padding weighs nothing and has the least margin.
@@ -587,17 +607,14 @@ __device__ __forceinline__ void hold_codes(const Block& b, const Flow& flow, con
   for (int i = 0; i < S::kLaneDims; ++i)
     if (lane < S::kDim) layout().mean[simt::warp()][lane + 32 * i] = mean[i];
   simt::warp_barrier();
-  float norm[kHeld];
 #pragma unroll
   for (int n = 0; n < kHeld; ++n) {
-    load_code(b, flow.count, n * S::kGroups + group, place * kDims, held.code[n]);
-    norm[n] = norm_of(held.code[n]);
-  }
-  fold<kHeld, L / 2, 1>(norm);
+    const int e = n * S::kGroups + group;
+    load_code(b, flow.count, e, place * kDims, held.code[n]);
+    float norm = norm_of(held.code[n]);
 #pragma unroll
-  for (int i = 0; i < kHeld / L; ++i) {
-    const int e = (place * (kHeld / L) + i) * S::kGroups + group;
-    layout().held[e] = scalars_of(b, flow.count, e, flow.log_most, norm[i]);  // read by this thread alone
+    for (int stride = L / 2; stride; stride /= 2) norm += simt::shuffle_xor(norm, stride);
+    if (n / (kHeld / L) == place) layout().held[e] = scalars_of(b, flow.count, e, flow.log_most, norm);
   }
 }
 
@@ -703,26 +720,31 @@ __device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
   }
 }
 
-template <int L>
-__global__ void __launch_bounds__(kThreads, 1) flow_kernel(const __grid_constant__ Launch launch) {  // hot
-  using S = Shape<L>;
-  const FlowArguments& a = launch.a;
+// Where this block's part of a row is; `words` per record. After it every block of the cluster has started, so others may
+// write to its shared memory.
+__device__ Block open_block(const Launch& launch, int words) {
   Block b;
   b.launch = &launch;
   b.cluster = launch.cluster;
   b.rank = b.cluster > 1 ? simt::cluster_rank() : 0;
-  b.words = S::kWords;
+  b.words = words;
   b.histogram_turn = b.board_turn = 0;
-  const int64_t granules = (a.V + kGranule - 1) / kGranule;
-  b.positions = (int)((granules + b.cluster - 1) / b.cluster * kGranule);
-  uint32_t* lists = boards() + 2 * b.cluster * kWarps * S::kWords;
-  b.keys = launch.lists_in_scratch ? (uint32_t*)a.scratch + (int64_t)simt::block() * 2 * b.positions : lists;
-  b.kept = b.keys + b.positions;
-  simt::cluster_barrier();  // every block of the cluster has started before another writes to its shared memory
+  b.positions = (int)share(launch.a.V, b.cluster);
+  uint32_t* lists = boards() + 2 * b.cluster * kWarps * words;
+  if (launch.lists_in_scratch) lists = (uint32_t*)launch.a.scratch + (int64_t)simt::block() * 2 * b.positions;
+  b.keys = lists;
+  b.kept = lists + b.positions;
+  b.row = simt::block() / b.cluster;
+  simt::cluster_barrier();
+  return b;
+}
 
+template <int L>
+__global__ void __launch_bounds__(kThreads, 1) flow_kernel(const __grid_constant__ Launch launch) {  // hot
+  const FlowArguments& a = launch.a;
+  Block b = open_block(launch, Shape<L>::kWords);
   const int64_t rows_at_a_time = launch.lists_in_scratch && a.rows > kScratchRows ? kScratchRows : a.rows;
-  for (b.row = simt::block() / b.cluster; b.row < a.rows; b.row += rows_at_a_time) {
-    for (int i = simt::thread(); i < 2 * kBins; i += kThreads) (&layout().histogram[0][0])[i] = 0;
+  for (; b.row < a.rows; b.row += rows_at_a_time) {
     const Statistics row = load_row(b);
     bool noise_is_finite = true;
     for (int k = 0; k < (int)a.d; ++k) {
@@ -800,7 +822,7 @@ cudaError_t flow_sample_cuda(const FlowArguments& a, int cluster, cudaStream_t s
   if (!known_size || a.d < 1 || a.d > kFlowMaxDim || a.V < 1 || a.V > (int64_t)1 << 23 || a.steps < 1 ||
       a.rows > (int64_t)1 << 27)
     return cudaErrorInvalidValue;
-  Launch launch{a, cluster, false};
+  Launch launch{a, cluster, false, a.d % kDims == 0 && (uintptr_t)a.codebook % 16 == 0};
   bool fit;
   size_t shared;
   status = lists_fit(device, a.V, a.d, cluster, &fit, &shared);

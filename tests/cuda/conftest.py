@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,16 +73,16 @@ class Emulator:
         if status:
             raise RuntimeError(f"status {status}: {self.library.emulator_error().decode()}")
 
-    def sample_codes(
-        self, logits: Tensor, noise: Tensor, codebook: Tensor, *, uncond: Tensor | None = None,
-        cfg_scale: Tensor | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        steps: int = 20, solver: str = "dpm3m", early_exit: bool = True, cluster: int = 0,
+    def flow(
+        self, launch: str, codes: Tensor, logits: Tensor, noise: Tensor, codebook: Tensor, *,
+        uncond: Tensor | None = None, cfg_scale: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, steps: int = 20, solver: str = "dpm3m", early_exit: bool = True, cluster: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Codes and evaluations of rows of logits; with the defaults, of rows of log-probabilities (flow_sample)."""
+        """Fills `codes`; returns it and the evaluations."""
         rows, num_codes = logits.shape
         dim = codebook.shape[1]
         geometry = codebook_geometry(codebook)
-        codes, evaluations = torch.full((rows,), -7), torch.full((rows,), -7, dtype=torch.int32)
+        evaluations = torch.full((rows,), -7, dtype=torch.int32)
         size = ctypes.c_int64()
         counts = [ctypes.c_int64(value) for value in (rows, num_codes, dim, top_k)]
         self.check(self.library.flow_scratch_emulated(*counts, cluster, ctypes.byref(size)))
@@ -92,8 +93,17 @@ class Emulator:
             logits.stride(0), 0 if uncond is None else uncond.stride(0), rows, num_codes, dim, top_k, top_p,
             temperature, geometry.sigma_min, DTYPE_CODES[logits.dtype], steps, SOLVERS[solver], early_exit,
         )  # fmt: skip
-        self.check(self.library.flow_sample_emulated(ctypes.byref(arguments), cluster))
+        self.check(getattr(self.library, launch)(ctypes.byref(arguments), cluster))
         return codes, evaluations
+
+    def sample_codes(self, logits: Tensor, noise: Tensor, codebook: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Codes and evaluations of rows of logits; without a filter, of rows of log-probabilities (flow_sample)."""
+        return self.flow("flow_sample_emulated", torch.full((len(logits),), -7), logits, noise, codebook, **options)
+
+    def kept(self, logits: Tensor, cluster: int, **options: Any) -> Tensor:
+        """The filter alone: int64 [rows, V], 0 where an entry is dropped, else how many the row keeps."""
+        mask, codebook = torch.zeros(logits.shape, dtype=torch.int64), torch.zeros(logits.shape[1], 1)
+        return self.flow("filter_emulated", mask, logits, torch.zeros(len(logits), 1), codebook, cluster=cluster, **options)[0]
 
     def flow_cluster(self, num_codes: int, dim: int, top_k: int) -> int:
         """Blocks per row that the launch chooses."""

@@ -7,7 +7,72 @@
 
 using namespace ddfast;
 
+namespace {
+
+// What the filter keeps, as a mask [rows, V] in place of the codes.
+void filter_kernel(const Launch launch) {
+  Block b = open_block(launch, Shape<1>::kWords);
+  int64_t* mask = launch.a.codes + b.row * launch.a.V;
+  const Statistics row = load_row(b);
+  if (row.bad || row.finite == 0) return;
+  int in_cluster;
+  const int count = list_kept(b, find_threshold(b, row), &in_cluster);
+  for (int e = simt::thread(); e < count; e += kThreads) mask[code_of(b, (int)b.kept[e])] = in_cluster;
+}
+
+// Kernels that are wrong on purpose, to see that the emulator says so. out: [64].
+struct Mistake {
+  int kind;
+  float* out;
+};
+
+void mistake_kernel(const Mistake mistake) {
+  float* shared = (float*)simt::shared_memory();  // [64]
+  const int i = simt::thread();
+  const bool half = i % 2;
+  if (mistake.kind != 5) shared[i] = (float)i;
+  if (mistake.kind == 1 && half) return;                                        // some leave, the others wait
+  if (mistake.kind == 2 && i < 32) simt::warp_barrier();                        // no harm
+  if (mistake.kind == 3) half ? (void)simt::ballot(true) : simt::warp_barrier();  // different collectives
+  if (mistake.kind == 4 && i == 0) shared[64] = 1.f;                            // past the end
+  if (mistake.kind != 6) simt::block_barrier();                                 // 6: forgotten
+  mistake.out[i] = shared[63 - i];
+}
+
+struct Product {
+  const float *a, *b;
+  float* out;
+};
+
+void product_kernel(const Product p) {  // out [16, 8] = a [16, 8] b [8, 8]
+  const int g = simt::lane() / 4, q = simt::lane() % 4;
+  const auto bits = [](float x) { return simt::float_bits(x); };
+  const uint32_t a[4] = {bits(p.a[g * 8 + q]), bits(p.a[(g + 8) * 8 + q]), bits(p.a[g * 8 + q + 4]),
+                         bits(p.a[(g + 8) * 8 + q + 4])};
+  const uint32_t b[2] = {bits(p.b[q * 8 + g]), bits(p.b[(q + 4) * 8 + g])};
+  float out[4] = {};
+  simt::mma_tf32(out, a, b);
+  for (int i = 0; i < 4; ++i) p.out[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = out[i];
+}
+
+}  // namespace
+
 extern "C" {
+
+int mistake_emulated(int kind, float* out) {
+  return simt::launch(mistake_kernel, 1, 64, 64 * sizeof(float), 1, nullptr, Mistake{kind, out});
+}
+int product_emulated(const float* a, const float* b, float* out) {
+  return simt::launch(product_kernel, 1, 32, 0, 1, nullptr, Product{a, b, out});
+}
+int filter_emulated(const FlowArguments* a, int cluster) {
+  bool fit;
+  size_t shared;
+  simt::Device device;
+  simt::device(&device);
+  lists_fit(device, a->V, 8, cluster, &fit, &shared);
+  return simt::launch(filter_kernel, a->rows * cluster, kThreads, shared, cluster, nullptr, Launch{*a, cluster, !fit, false});
+}
 
 const char* emulator_error() { return emulator::state.error.c_str(); }
 
