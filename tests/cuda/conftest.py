@@ -103,7 +103,9 @@ class Emulator:
     def kept(self, logits: Tensor, cluster: int, **options: Any) -> Tensor:
         """The filter alone: int64 [rows, V], 0 where an entry is dropped, else how many the row keeps."""
         mask, codebook = torch.zeros(logits.shape, dtype=torch.int64), torch.zeros(logits.shape[1], 1)
-        return self.flow("filter_emulated", mask, logits, torch.zeros(len(logits), 1), codebook, cluster=cluster, **options)[0]
+        return self.flow(
+            "filter_emulated", mask, logits, torch.zeros(len(logits), 1), codebook, cluster=cluster, **options
+        )[0]
 
     def flow_cluster(self, num_codes: int, dim: int, top_k: int) -> int:
         """Blocks per row that the launch chooses."""

@@ -43,7 +43,9 @@ def test_small_times_between_two_codes(emulator, time):
     """Half way between codes whose dot products with x are about 1e4 times the difference that decides."""
     generator = torch.Generator().manual_seed(4)
     near = 5 * torch.randn(16, 32, generator=generator, dtype=torch.float64)
-    codebook = torch.cat([near, near + 1.5 * time * torch.randn(16, 32, generator=generator, dtype=torch.float64)]).float()
+    codebook = torch.cat(
+        [near, near + 1.5 * time * torch.randn(16, 32, generator=generator, dtype=torch.float64)]
+    ).float()
     weight = torch.rand(16, 1, generator=generator, dtype=torch.float64)
     middle = weight * codebook[:16] + (1 - weight) * codebook[16:]
     t = torch.full((16,), time)
@@ -83,7 +85,9 @@ def test_rows_do_not_depend_on_the_batch_or_the_order_of_threads(emulator):
     x, t, log_probs, codebook = noisy(40, 150, 16, [0.9, 0.4, 0.05])
     together, norm = emulator.posterior(x, t, log_probs, codebook)
     for i in (0, 17, 39):
-        alone, alone_norm = emulator.posterior(*(tensor[i : i + 1].contiguous() for tensor in (x, t, log_probs)), codebook)
+        alone, alone_norm = emulator.posterior(
+            *(tensor[i : i + 1].contiguous() for tensor in (x, t, log_probs)), codebook
+        )
         assert torch.equal(alone[0], together[i])
         assert alone_norm[0] == norm[i]
     emulator.configure(seed=3)
@@ -92,7 +96,6 @@ def test_rows_do_not_depend_on_the_batch_or_the_order_of_threads(emulator):
 
 def test_log_norm_is_the_logarithm_of_the_weights_sum(emulator):
     x, t, log_probs, codebook = noisy(20, 90, 8, [0.9, 0.5, 0.2, 0.05])
-    distance = torch.cdist(x.double(), codebook.double()[None] * (1 - t.double())[:, None, None])
     distance = (x.double()[:, None] - (1 - t.double())[:, None, None] * codebook.double()).square().sum(-1)
     exact = (log_probs.double() - distance / (2 * t.double()[:, None] ** 2)).logsumexp(-1)
     assert (emulator.posterior(x, t, log_probs, codebook)[1] - exact).abs().max() < 2e-4

@@ -23,7 +23,9 @@ def test_near_ties_are_settled_in_float32(emulator, offset, gap):
     """Codes so close that the tensor cores cannot tell them apart, near and far from the origin."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(32, 16, generator=generator) + offset
-    codebook = (x.repeat(20, 1) + gap * torch.randn(640, 16, generator=generator))[torch.randperm(640, generator=generator)]
+    codebook = (x.repeat(20, 1) + gap * torch.randn(640, 16, generator=generator))[
+        torch.randperm(640, generator=generator)
+    ]
     expected = emulator.nearest_scores(x, codebook).argmin(-1)
     assert torch.equal(emulator.nearest_code(x, codebook, cluster=1), expected)
 
