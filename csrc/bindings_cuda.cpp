@@ -80,7 +80,8 @@ PYBIND11_MODULE(ddfast_cuda, m) {
                                          int64_t V, int64_t d, int device, Address stream) {
     const DeviceGuard guard(device);
     const PosteriorArguments arguments{
-        pointer<const float>(x), pointer<const float>(t), pointer<const void>(log_probs), pointer<const float>(codebook),
+        pointer<const float>(x), pointer<const float>(t), pointer<const void>(log_probs),
+        pointer<const float>(codebook),
         pointer<float>(x0), pointer<float>(log_norm), nullptr, nullptr, stride, rows, period, V, d, dtype};
     check(codebook_posterior_forward_cuda(arguments, stream_of(stream)), "codebook_posterior_forward");
   }, no_gil);
@@ -91,7 +92,8 @@ PYBIND11_MODULE(ddfast_cuda, m) {
                                           Address stream) {
     const DeviceGuard guard(device);
     const PosteriorArguments arguments{
-        pointer<const float>(x), pointer<const float>(t), pointer<const void>(log_probs), pointer<const float>(codebook),
+        pointer<const float>(x), pointer<const float>(t), pointer<const void>(log_probs),
+        pointer<const float>(codebook),
         pointer<float>(x0), pointer<float>(log_norm), pointer<const float>(grad), pointer<float>(dx), stride, rows,
         period, V, d, dtype};
     check(codebook_posterior_backward_cuda(arguments, stream_of(stream)), "codebook_posterior_backward");
@@ -126,8 +128,8 @@ PYBIND11_MODULE(ddfast_cuda, m) {
     const FlowArguments arguments{
         pointer<const void>(logits), pointer<const void>(uncond), pointer<const float>(cfg_scale),
         pointer<const float>(noise), pointer<const float>(codebook), pointer<const float>(geometry),
-        pointer<int64_t>(codes), pointer<int32_t>(evaluations), pointer<void>(scratch), stride, uncond_stride, rows, V, d,
-        top_k, top_p, temperature, sigma_min, dtype, steps, solver, early_exit};
+        pointer<int64_t>(codes), pointer<int32_t>(evaluations), pointer<void>(scratch), stride, uncond_stride, rows,
+        V, d, top_k, top_p, temperature, sigma_min, dtype, steps, solver, early_exit};
     check(flow_sample_cuda(arguments, cluster, stream_of(stream)), "sample_codes");
   }, no_gil);
 }

@@ -1,12 +1,12 @@
 // Rows times codes on the tensor cores, in float32 precision: what codebook_posterior.cu and nearest_code.cu share.
 //
-// Every float is split as hi + lo, hi its nearest tf32 number; x.c = lo.hi + hi.lo + hi.hi by three tensor-core products
-// (3xTF32). lo is kept exactly, so hi + lo gives the float back. The error stays below kDotError<D> |x| |c|.
+// Every float is split as hi + lo, hi its nearest tf32 number; x.c = lo.hi + hi.lo + hi.hi by three tensor-core
+// products (3xTF32). lo is kept exactly, so hi + lo gives the float back. The error stays below kDotError<D> |x| |c|.
 //
-// A block has kRowWarps x kCodeWarps warps. A warp has 16 rows (two per lane) and, of every tile of codes in shared memory,
-// a strip of 32 (eight per lane). With lane = 4 g + q: rows g and g + 8, codes 8 q .. 8 q + 7 of the strip, so that a
-// lane reads its log-probabilities 16 bytes at a time. Within the strip code 8 q + 2 n + e is column 2 q + e of the n-th
-// tensor-core tile; the products are read and summed in that order of columns throughout.
+// A block has kRowWarps x kCodeWarps warps. A warp has 16 rows (two per lane) and, of every tile of codes in shared
+// memory, a strip of 32 (eight per lane). With lane = 4 g + q: rows g and g + 8, codes 8 q .. 8 q + 7 of the strip, so
+// that a lane reads its log-probabilities 16 bytes at a time. Within the strip code 8 q + 2 n + e is column 2 q + e of
+// the n-th tensor-core tile; the products are read and summed in that order of columns throughout.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ constexpr int kRowWarps = 2, kCodeWarps = 2, kTileThreads = 32 * kRowWarps * kCo
 constexpr int kRows = 16 * kRowWarps, kStrip = 32, kTileCodes = kStrip * kCodeWarps;
 constexpr float kPaddingNorm = 3e38f;  // half norm of what lies beyond V
 
-// Of a three-product dot relative to |x| |c|: the tf32 cut of the two lo, and a rounding of at most 2^-22 for each of the
-// 3 D / 8 sums that the hardware takes, two or more products at a time; generous on purpose.
+// Of a three-product dot relative to |x| |c|: the tf32 cut of the two lo, and a rounding of at most 2^-22 for each of
+// the 3 D / 8 sums that the hardware takes, two or more products at a time; generous on purpose.
 template <int D>
 constexpr float kDotError = (float)(D + 4) / 4194304.f;
 
@@ -70,7 +70,8 @@ __device__ __forceinline__ void load_codes(CodeTile<D>& tile, const float* codeb
   }
 }
 
-// dot[n][e + 2 r] = row g + 8 r of `rows` times the code in column 2 q + e of tile n of the strip that starts at `strip`.
+// dot[n][e + 2 r] = row g + 8 r of `rows` times the code in column 2 q + e of tile n of the strip that starts at
+// `strip`.
 template <int D>
 __device__ __forceinline__ void strip_dots(const RowTile<D>& rows, const CodeTile<D>& tile, int first_row, int strip,
                                            float (&dot)[4][4]) {

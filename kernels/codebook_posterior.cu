@@ -1,20 +1,20 @@
 // codebook_posterior: x0_hat = sum_j w_j c_j with w = softmax(s), s_j = log p_j - |x - (1-t) c_j|^2 / (2 t^2), and its
 // vector-Jacobian product dx = (1-t)/t^2 sum_j w_j c_j ((c_j - x0_hat).g). METHOD.md section 1.
 //
-// As in flash attention: scores of a tile of rows and codes by tensor cores, an online softmax in registers, the weighted
-// sum by tensor cores again; nothing of size [rows, V] is written. Products are 3xTF32 (code_tile.h), so with
-// E_j = (1-t)/t^2 |x| |c_j| + ((1-t)/t)^2 |c_j|^2 / 2 + |x|^2 / (2 t^2) / 16 a score is off by about 2^-22 E_j. Where E_j
-// exceeds kExactBeyond (small t) the score of a code that may matter is computed again, in float32 from the difference
-// x - (1-t) c_j, which is of order t for such a code: few matter then. One that cannot come within kNegligible of the row's
-// largest score, given the bound of the error, weighs nothing.
+// As in flash attention: scores of a tile of rows and codes by tensor cores, an online softmax in registers, the
+// weighted sum by tensor cores again; nothing of size [rows, V] is written. Products are 3xTF32 (code_tile.h), so with
+// E_j = (1-t)/t^2 |x| |c_j| + ((1-t)/t)^2 |c_j|^2 / 2 + |x|^2 / (2 t^2) / 16 a score is off by about 2^-22 E_j. Where
+// E_j exceeds kExactBeyond (small t) the score of a code that may matter is computed again, in float32 from the
+// difference x - (1-t) c_j, which is of order t for such a code: few matter then. One that cannot come within
+// kNegligible of the row's largest score, given the bound of the error, weighs nothing.
 // Which way a score is computed depends on its row and code alone; sums have a fixed order: a row's result does not
 // depend on the batch. Backward computes the weights again from log_norm = log sum_j exp(s_j).
 //
-// A block has 32 rows; its warps have 16 rows and every other strip of 32 codes, and are merged at the end. Rows are taken
-// token by token: the noise draws of a token, rows r, r + period, .., sit in one block and read its log-probabilities from
-// the L1 cache. Shared memory: 64 codes (hi and lo) and the rows. Registers: scores, log p and the sums (d / 2 floats).
-// Cost per row and code: forward 2 x 3 d tensor-core products, backward 3 x 3 d; one exponential; log p once per token from
-// memory, which is the floor: 4 V bytes per token in float32.
+// A block has 32 rows; its warps have 16 rows and every other strip of 32 codes, and are merged at the end. Rows are
+// taken token by token: the noise draws of a token, rows r, r + period, .., sit in one block and read its
+// log-probabilities from the L1 cache. Shared memory: 64 codes (hi and lo) and the rows. Registers: scores, log p and
+// the sums (d / 2 floats). Cost per row and code: forward 2 x 3 d tensor-core products, backward 3 x 3 d; one
+// exponential; log p once per token from memory, which is the floor: 4 V bytes per token in float32.
 #include "codebook_posterior.h"
 
 #include "code_tile.h"
@@ -45,7 +45,8 @@ struct alignas(16) Chunk {
 };
 
 // out = log p of codes first .. first + 7 of a row; -inf beyond V.
-__device__ __forceinline__ void load_log_probs(const PosteriorLaunch& launch, int64_t row, int64_t first, float (&out)[8]) {
+__device__ __forceinline__ void load_log_probs(const PosteriorLaunch& launch, int64_t row, int64_t first,
+                                               float (&out)[8]) {
   const PosteriorArguments& a = launch.a;
   const int64_t at = row * a.stride + first;
   if (launch.vector_loads && first + 8 <= a.V) {
@@ -74,7 +75,8 @@ __device__ __forceinline__ int64_t row_of(const PosteriorArguments& a, int64_t i
 }
 
 template <int D, bool kBackward>
-__global__ void __launch_bounds__(kTileThreads, 3) posterior_kernel(const __grid_constant__ PosteriorLaunch launch) {  // hot
+__global__ void __launch_bounds__(kTileThreads, kBackward && D == 64 ? 2 : 3)
+    posterior_kernel(const __grid_constant__ PosteriorLaunch launch) {  // hot
   const PosteriorArguments& a = launch.a;
   PosteriorMemory<D>& m = *(PosteriorMemory<D>*)simt::shared_memory();
   const int d = (int)a.d;
@@ -252,15 +254,14 @@ cudaError_t launch_posterior(const PosteriorArguments& a, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   const int64_t per_chunk = a.dtype == 0 ? 4 : 8;
   const PosteriorLaunch launch{a, (uintptr_t)a.log_probs % 16 == 0 && (a.period == 1 || a.stride % per_chunk == 0)};
+  const auto run = [&](auto kernel, size_t shared) {
+    return simt::launch(kernel, blocks, kTileThreads, shared, 1, stream, launch);
+  };
   switch (dim_class(a.d)) {
-    case 8:
-      return simt::launch(posterior_kernel<8, kBackward>, blocks, kTileThreads, sizeof(PosteriorMemory<8>), 1, stream, launch);
-    case 16:
-      return simt::launch(posterior_kernel<16, kBackward>, blocks, kTileThreads, sizeof(PosteriorMemory<16>), 1, stream, launch);
-    case 32:
-      return simt::launch(posterior_kernel<32, kBackward>, blocks, kTileThreads, sizeof(PosteriorMemory<32>), 1, stream, launch);
-    default:
-      return simt::launch(posterior_kernel<64, kBackward>, blocks, kTileThreads, sizeof(PosteriorMemory<64>), 1, stream, launch);
+    case 8: return run(posterior_kernel<8, kBackward>, sizeof(PosteriorMemory<8>));
+    case 16: return run(posterior_kernel<16, kBackward>, sizeof(PosteriorMemory<16>));
+    case 32: return run(posterior_kernel<32, kBackward>, sizeof(PosteriorMemory<32>));
+    default: return run(posterior_kernel<64, kBackward>, sizeof(PosteriorMemory<64>));
   }
 }
 

@@ -13,8 +13,8 @@
 
 namespace ddfast {
 
-// Floats in an order-preserving way on unsigned integers, and back; -0 counts as 0. No float is below kKeyOfMinusInf but
-// NaNs with the sign bit, and 0 stands for nothing at all.
+// Floats in an order-preserving way on unsigned integers, and back; -0 counts as 0. No float is below kKeyOfMinusInf
+// but NaNs with the sign bit, and 0 stands for nothing at all.
 constexpr uint32_t kKeyOfMinusInf = 0x007fffffu;
 
 DDFAST_MATH uint32_t key_of(float x) {
@@ -46,8 +46,8 @@ DDFAST_MATH uint64_t mass_goal(double fraction, uint64_t total) {
 
 enum FlowSolver { kSolverEuler = 1, kSolverMultistep2 = 2, kSolverMultistep3 = 3, kSolverHeun = 4 };
 
-// Integrals of exp(-(h - s)) s^k over s in [0, h], k = 0, 1, 2, in float32. The differences h - i0 and h^2 - 2 i1 cancel
-// for small h, so there the power series is summed instead: i_k = k! sum_n (-1)^n h^(n+k+1) / (n+k+1)!.
+// Integrals of exp(-(h - s)) s^k over s in [0, h], k = 0, 1, 2, in float32. The differences h - i0 and h^2 - 2 i1
+// cancel for small h, so there the power series is summed instead: i_k = k! sum_n (-1)^n h^(n+k+1) / (n+k+1)!.
 DDFAST_MATH void exponential_integrals(float h, float* i0, float* i1, float* i2) {
   *i0 = -expm1f(-h);
   if (h > 1.f) {
@@ -66,8 +66,8 @@ DDFAST_MATH void exponential_integrals(float h, float* i0, float* i1, float* i2)
   *i2 = 2.f * second;
 }
 
-// The geometric grid sigma_i = sigma_max exp(-h i), i = 0 .. steps, and one step u' = g u + a0 D_i + a1 D_{i-1} + a2 D_{i-2}
-// (Heun: a1 belongs to the D of the predicted end).
+// The geometric grid sigma_i = sigma_max exp(-h i), i = 0 .. steps, and one step u' = g u + a0 D_i + a1 D_{i-1} + a2
+// D_{i-2} (Heun: a1 belongs to the D of the predicted end).
 struct FlowGrid {
   float sigma_max, h, g, i0, a0, a1, a2;
 };
@@ -101,8 +101,8 @@ DDFAST_MATH FlowGrid flow_grid(float spread, float sigma_min, int steps, int sol
 }
 
 // The exit rule (docs/numerics.md, with its proof): code k keeps the largest weight down to sigma = 0 if
-// 2 delta R <= n_k and every other margin g_j >= -n_k (n_k - 2 delta R). `rest` is the weight of the other codes relative to
-// that of k, `gap` a lower bound on g_j; the 1 % and the slack on delta cover float32.
+// 2 delta R <= n_k and every other margin g_j >= -n_k (n_k - 2 delta R). `rest` is the weight of the other codes
+// relative to that of k, `gap` a lower bound on g_j; the 1 % and the slack on delta cover float32.
 DDFAST_MATH bool flow_is_decided(float rest, float nearest, float diameter, float gap, float slack) {
   const float delta = rest / (1.f + rest) + slack;
   const float distance = .99f * nearest, reach = 2.f * delta * diameter;

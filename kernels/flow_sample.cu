@@ -1,6 +1,7 @@
 // flow_sample and sample_codes: one row of logits -> guidance, temperature, top-k, top-p -> the whole flow -> a code.
 //
-// Formulas: ddfast/ops/filter_logits.py and ddfast/ops/flow_sample.py, which explain them, and docs/numerics.md (exit rule).
+// Formulas: ddfast/ops/filter_logits.py and ddfast/ops/flow_sample.py, which explain them, and docs/numerics.md (exit
+// rule).
 //   score_j = log p_j + m_j / sigma^2,  m_j = u.c_j - |c_j|^2 / 2,  w = softmax(score),  D = sum w_j c_j
 //   u' = g u + a0 D_i + a1 D_{i-1} + a2 D_{i-2}
 //
@@ -13,11 +14,12 @@
 //      coordinates of 16 codes in registers, centred on the row's mean, from here to the end. What does not fit
 //      (more than 4096 / L codes kept per block) is read from the codebook in every evaluation instead.
 //   4. An evaluation: dot products and weights within the warp, relative to the warp's largest score; one record per
-//      warp (largest score and its code, margins, the rest's weight, d sums) to every block of the cluster; one barrier;
-//      then every warp of every block merges the same records in the same order, so all take the same decisions.
+//      warp (largest score and its code, margins, the rest's weight, d sums) to every block of the cluster; one
+//      barrier; then every warp of every block merges the same records in the same order, so all take the same
+//      decisions.
 // Determinism: no floating-point atomics, fixed orders everywhere; nothing depends on the number of rows.
-// Shared memory: 8 bytes per code of the block's share (or global scratch where that is too much), 32 KiB of histograms,
-// two boards of records. Device memory: the logits once, the codebook's kept rows twice.
+// Shared memory: 8 bytes per code of the block's share (or global scratch where that is too much), 32 KiB of
+// histograms, two boards of records. Device memory: the logits once, the codebook's kept rows twice.
 // Cost per evaluation and code kept: 2 d fused multiply-adds, one exponential.
 // Built with -fmad=false: sums are fused where fmaf says so, guidance and temperature round as in PyTorch.
 #include "flow_sample.h"
@@ -111,15 +113,15 @@ __device__ __forceinline__ uint32_t* board_of(const Block& b) {
 // Puts a word of this warp's record where every block of the cluster will find it.
 __device__ __forceinline__ void post(const Block& b, int word, uint32_t value) {
   uint32_t* at = board_of(b) + (b.rank * kWarps + simt::warp()) * b.words + word;
-  for (int rank = 0; rank < b.cluster; ++rank) *simt::of_rank(at, rank) = value;
+  for (int rank = 0; rank < b.cluster; ++rank) *simt::of_rank(at, rank, b.cluster) = value;
 }
 
-// After it every record is there. Two boards take turns, so one barrier per exchange is enough: whoever posts to a board
-// again has passed the other board's barrier, which all reach after reading this one.
+// After it every record is there. Two boards take turns, so one barrier per exchange is enough: whoever posts to a
+// board again has passed the other board's barrier, which all reach after reading this one.
 __device__ __forceinline__ const uint32_t* collect(Block& b) {
   const uint32_t* records = board_of(b);
   b.board_turn ^= 1;
-  simt::cluster_barrier();
+  simt::cluster_barrier(b.cluster);
   return records;
 }
 
@@ -228,14 +230,14 @@ __device__ Selection select(Block& b, int bits, uint64_t goal, Key key, Weight w
       if (w) simt::atomic_add(&bins[k >> (low - width) & ((1u << width) - 1u)], w);
     }
     low -= width;
-    simt::cluster_barrier();
+    simt::cluster_barrier(b.cluster);
     // Thread 0 has the highest bins. The other histogram was last read before this barrier: clear it for the next pass.
     const int first = kBins - 1 - simt::thread() * kBinsPerThread;
     uint64_t bin[kBinsPerThread], sum = 0;
 #pragma unroll
     for (int i = 0; i < kBinsPerThread; ++i) {
       bin[i] = 0;
-      for (int rank = 0; rank < b.cluster; ++rank) bin[i] += *simt::of_rank(bins + first - i, rank);
+      for (int rank = 0; rank < b.cluster; ++rank) bin[i] += *simt::of_rank(bins + first - i, rank, b.cluster);
       sum += bin[i];
       following[first - i] = 0;
     }
@@ -338,9 +340,9 @@ __device__ int list_kept(Block& b, const Threshold& t, int* in_cluster) {
 
 // ---- the flow -----------------------------------------------------------------------------------------------------
 
-// Sums v over the lanes that differ in the bits kFrom, kFrom / 2, .., kTo, and shares out the N sums as it goes: with every
-// step a lane keeps half of what it has, the upper half if its bit is set, until one is left. Then the sum is v[0]. So
-// log2 steps cost N shuffles in all instead of N each.
+// Sums v over the lanes that differ in the bits kFrom, kFrom / 2, .., kTo, and shares out the N sums as it goes: with
+// every step a lane keeps half of what it has, the upper half if its bit is set, until one is left. Then the sum is
+// v[0]. So log2 steps cost N shuffles in all instead of N each.
 template <int N, int kFrom, int kTo>
 __device__ __forceinline__ void fold(float* v) {
   if constexpr (kFrom >= kTo && kFrom > 0) {
@@ -413,7 +415,8 @@ struct Partial {
   float sums[kDims];                // of the codes of this lane's group
 };
 
-// Adds N codes per group of lanes: entries first + n kGroups, of which the lane answers for n = place N / L + i, i < N / L.
+// Adds N codes per group of lanes: entries first + n kGroups, of which the lane answers for n = place N / L + i, i < N
+// / L.
 template <int L, int N, bool kFirst, class Codes, class Scalars>
 __device__ __forceinline__ void add_codes(Partial& w, const Codes& codes, const Scalars& scalars, int first,
                                           const float (&u)[kDims], float inverse_variance) {
@@ -484,14 +487,16 @@ struct Evaluation {
 
 // What stays the same over a row's evaluations.
 struct Flow {
-  int count;      // codes kept in this block
+  int count;       // codes kept in this block
+  int in_cluster;  // and in all blocks of the cluster
   float log_most;  // the largest logit
 };
 
 // D at u, in the lanes that update it; everything relative to the mean in the layout.
 template <int L>
-__device__ Evaluation evaluate(Block& b, const Flow& flow, const Held& held, const float (&position)[Shape<L>::kLaneDims],
-                               float inverse_variance, float (&mean)[Shape<L>::kLaneDims]) {
+__device__ Evaluation evaluate(Block& b, const Flow& flow, const Held& held,
+                               const float (&position)[Shape<L>::kLaneDims], float inverse_variance,
+                               float (&mean)[Shape<L>::kLaneDims]) {
   using S = Shape<L>;
   const int lane = simt::lane(), group = simt::thread() / L, place = lane % L;
 
@@ -650,7 +655,8 @@ __device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
   const FlowArguments& a = b.launch->a;
   const int dim = simt::lane() % S::kDim;
   const float diameter = a.geometry[a.V];
-  const float slack = 1e-6f * (float)(2 + flow.count / (kHeld * S::kGroups));
+  // For the rounding of one lane's own sum; like all that decides, the same in every block.
+  const float slack = 1e-6f * (float)(2 + flow.in_cluster / (kHeld * S::kGroups));
   FlowGrid grid = {};
   Held held;
   float u[K] = {}, at[K] = {};            // the token, and where D is asked for
@@ -659,8 +665,8 @@ __device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
   float nearest = 0.f;
   *evaluations = 0;
 
-  // One loop with one evaluation in its body: inlined several times it would not fit the instruction cache. Step -1: D at
-  // u = 0 and infinite sigma is the mean, on which the codes are then centred. predicting: Heun's second evaluation.
+  // One loop with one evaluation in its body: inlined several times it would not fit the instruction cache. Step -1: D
+  // at u = 0 and infinite sigma is the mean, on which the codes are then centred. predicting: Heun's second evaluation.
   bool predicting = false;
   hold_codes<L>(b, flow, u, held);
   for (int step = -1;;) {
@@ -720,13 +726,13 @@ __device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
   }
 }
 
-// Where this block's part of a row is; `words` per record. After it every block of the cluster has started, so others may
-// write to its shared memory.
+// Where this block's part of a row is; `words` per record. After it every block of the cluster has started, so others
+// may write to its shared memory.
 __device__ Block open_block(const Launch& launch, int words) {
   Block b;
   b.launch = &launch;
   b.cluster = launch.cluster;
-  b.rank = b.cluster > 1 ? simt::cluster_rank() : 0;
+  b.rank = simt::cluster_rank(b.cluster);
   b.words = words;
   b.histogram_turn = b.board_turn = 0;
   b.positions = (int)share(launch.a.V, b.cluster);
@@ -735,7 +741,7 @@ __device__ Block open_block(const Launch& launch, int words) {
   b.keys = lists;
   b.kept = lists + b.positions;
   b.row = simt::block() / b.cluster;
-  simt::cluster_barrier();
+  simt::cluster_barrier(b.cluster);
   return b;
 }
 
@@ -755,9 +761,8 @@ __global__ void __launch_bounds__(kThreads, 1) flow_kernel(const __grid_constant
     int32_t evaluations = 0;
     if (!row.bad && row.finite > 0 && noise_is_finite) {
       Flow flow;
-      int in_cluster;
       const Threshold threshold = find_threshold(b, row);
-      flow.count = list_kept(b, threshold, &in_cluster);
+      flow.count = list_kept(b, threshold, &flow.in_cluster);
       flow.log_most = value_of_key(row.most);
       code = flow_row<L>(b, flow, &evaluations);
     }
@@ -778,7 +783,8 @@ size_t shared_bytes_without_lists(int64_t d, int cluster) {
 
 // Whether a row's lists fit in shared memory, and the shared memory of a block.
 cudaError_t lists_fit(const simt::Device& device, int64_t V, int64_t d, int cluster, bool* fit, size_t* shared) {
-  const size_t lists = (size_t)(2 * share(V, cluster)) * sizeof(uint32_t), rest = shared_bytes_without_lists(d, cluster);
+  const size_t lists = (size_t)(2 * share(V, cluster)) * sizeof(uint32_t);
+  const size_t rest = shared_bytes_without_lists(d, cluster);
   *fit = lists + rest <= (size_t)device.shared_bytes;
   *shared = rest + (*fit ? lists : 0);
   return rest <= (size_t)device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
@@ -830,11 +836,14 @@ cudaError_t flow_sample_cuda(const FlowArguments& a, int cluster, cudaStream_t s
   launch.lists_in_scratch = !fit;
   if (!fit && !a.scratch) return cudaErrorInvalidValue;
   const int64_t blocks = (fit || a.rows < kScratchRows ? a.rows : kScratchRows) * cluster;
+  const auto run = [&](auto kernel) {
+    return simt::launch(kernel, blocks, kThreads, shared, cluster, stream, launch);
+  };
   switch (lanes_per_code(a.d)) {
-    case 1: return simt::launch(flow_kernel<1>, blocks, kThreads, shared, cluster, stream, launch);
-    case 2: return simt::launch(flow_kernel<2>, blocks, kThreads, shared, cluster, stream, launch);
-    case 4: return simt::launch(flow_kernel<4>, blocks, kThreads, shared, cluster, stream, launch);
-    default: return simt::launch(flow_kernel<8>, blocks, kThreads, shared, cluster, stream, launch);
+    case 1: return run(flow_kernel<1>);
+    case 2: return run(flow_kernel<2>);
+    case 4: return run(flow_kernel<4>);
+    default: return run(flow_kernel<8>);
   }
 }
 

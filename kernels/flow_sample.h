@@ -15,7 +15,7 @@ struct FlowArguments {
   const float* cfg_scale;  // [rows]; unused without uncond
   const float* noise;      // [rows, d]
   const float* codebook;   // [V, d]
-  const float* geometry;   // [V + 1]: distance of each code to its nearest other code; a bound on the codebook's diameter
+  const float* geometry;   // [V + 1]: distance of each code to its nearest other one; a bound on the diameter
   int64_t* codes;          // [rows]; -1 where a row has NaN, +inf, nothing finite, or noise that is not finite
   int32_t* evaluations;    // [rows], or null
   void* scratch;           // flow_scratch_bytes() of them, or null where that is 0
@@ -33,7 +33,8 @@ struct FlowArguments {
 cudaError_t flow_cluster(int64_t V, int64_t d, int64_t top_k, int* cluster);
 
 // Bytes of global memory that the rows' lists need where shared memory is too small for them (0: none).
-// cluster: blocks per row (1, 2, 4 or 8), or 0 for flow_cluster's choice; the same in both calls.
+// cluster: blocks per row (1, 2, 4 or 8), or 0 for flow_cluster's choice; the same in both calls, as is top_k
+// (flow_sample: 0).
 cudaError_t flow_scratch_bytes(int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int64_t* bytes);
 
 cudaError_t flow_sample_cuda(const FlowArguments& arguments, int cluster, cudaStream_t stream);

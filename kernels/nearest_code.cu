@@ -1,14 +1,14 @@
 // nearest_code: argmin_j |c_j|^2 / 2 - x.c_j (cosine: of -x.c_j, with codes of norm one), ties to the lowest j.
 //
-// The tensor cores give every score s_j within E_j = kDotError |x| |c_j| + a few roundings of |c_j|^2 / 2 of its float32
-// value v_j. While codes pass by, the smallest upper bound s_i + E_i so far is kept per row; a code with
+// The tensor cores give every score s_j within E_j = kDotError |x| |c_j| + a few roundings of |c_j|^2 / 2 of its
+// float32 value v_j. While codes pass by, the smallest upper bound s_i + E_i so far is kept per row; a code with
 // s_j - E_j above it cannot be the answer, and any other is computed in float32 at once:
 //   v_j = fma(-x_k, c_k, ..) over k in order, from |c_j|^2 / 2 as a chain of fused products in order.
-// So the index is exactly that of the least v_j, whatever the tensor cores round. In random order about log V codes per row
-// are computed twice. Rows are shared by 4 lanes, 2 warps and up to 8 blocks; comparing pairs (v, j) is exact, so the
-// split has no influence.
-// Shared memory: a tile of 64 codes and 32 rows. Cost: 6 V d tensor-core FLOP-pairs per row; codes are read from L2 once per
-// 32 rows. Built with -fmad=false; fmaf is explicit.
+// So the index is exactly that of the least v_j, whatever the tensor cores round. In random order about log V codes
+// per row are computed twice. Rows are shared by 4 lanes, 2 warps and up to 8 blocks; comparing pairs (v, j) is exact,
+// so the split has no influence.
+// Shared memory: a tile of 64 codes and 32 rows. Cost: 6 V d tensor-core FLOP-pairs per row; codes are read from L2
+// once per 32 rows. Built with -fmad=false; fmaf is explicit.
 #include "nearest_code.h"
 
 #include "code_tile.h"
@@ -56,7 +56,7 @@ template <int D>
 __global__ void __launch_bounds__(kTileThreads) nearest_kernel(const __grid_constant__ NearestLaunch launch) {  // hot
   const NearestArguments& a = launch.a;
   NearestMemory<D>& m = *(NearestMemory<D>*)simt::shared_memory();
-  const int d = (int)a.d, rank = launch.cluster > 1 ? simt::cluster_rank() : 0;
+  const int d = (int)a.d, rank = simt::cluster_rank(launch.cluster);
   const int64_t begin = simt::block() / launch.cluster * (int64_t)kRows;
   const int row_warp = simt::warp() / kCodeWarps, code_warp = simt::warp() % kCodeWarps;
   const int g = simt::lane() / 4, q = simt::lane() % 4, first_row = 16 * row_warp, strip = kStrip * code_warp;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kTileThreads) nearest_kernel(const __grid_cons
     const int64_t row = begin + i / D;
     m.rows.value[i / D][i % D] = row < a.rows && i % D < d ? a.x[row * d + i % D] : 0.f;
   }
-  simt::cluster_barrier();  // the rows are there, and every block of the cluster runs
+  simt::cluster_barrier(launch.cluster);  // the rows are there, and every block of the cluster runs
   if (simt::thread() < kRows) {
     float norm = 0.f;
     for (int k = 0; k < d; ++k) norm = fmaf(m.rows.value[simt::thread()][k], m.rows.value[simt::thread()][k], norm);
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(kTileThreads) nearest_kernel(const __grid_cons
       const Best other = {simt::shuffle_xor(best[r].key, mask), simt::shuffle_xor(best[r].code, mask)};
       if (before(other, best[r])) best[r] = other;
     }
-    if (q == 0) *simt::of_rank(&m.best[rank][code_warp][first_row + g + 8 * r], 0) = best[r];
+    if (q == 0) *simt::of_rank(&m.best[rank][code_warp][first_row + g + 8 * r], 0, launch.cluster) = best[r];
   }
-  simt::cluster_barrier();
+  simt::cluster_barrier(launch.cluster);
   const int64_t row = begin + simt::thread();
   if (rank != 0 || simt::thread() >= kRows || row >= a.rows) return;
   Best all = m.best[0][0][simt::thread()];
@@ -145,15 +145,14 @@ cudaError_t nearest_code_cuda(const NearestArguments& a, int cluster, cudaStream
       groups * cluster >= (int64_t)1 << 31)
     return cudaErrorInvalidValue;
   const NearestLaunch launch{a, cluster};
-  const int64_t blocks = groups * cluster;
+  const auto run = [&](auto kernel, size_t shared) {
+    return simt::launch(kernel, groups * cluster, kTileThreads, shared, cluster, stream, launch);
+  };
   switch (dim_class(a.d)) {
-    case 8: return simt::launch(nearest_kernel<8>, blocks, kTileThreads, sizeof(NearestMemory<8>), cluster, stream, launch);
-    case 16:
-      return simt::launch(nearest_kernel<16>, blocks, kTileThreads, sizeof(NearestMemory<16>), cluster, stream, launch);
-    case 32:
-      return simt::launch(nearest_kernel<32>, blocks, kTileThreads, sizeof(NearestMemory<32>), cluster, stream, launch);
-    default:
-      return simt::launch(nearest_kernel<64>, blocks, kTileThreads, sizeof(NearestMemory<64>), cluster, stream, launch);
+    case 8: return run(nearest_kernel<8>, sizeof(NearestMemory<8>));
+    case 16: return run(nearest_kernel<16>, sizeof(NearestMemory<16>));
+    case 32: return run(nearest_kernel<32>, sizeof(NearestMemory<32>));
+    default: return run(nearest_kernel<64>, sizeof(NearestMemory<64>));
   }
 }
 

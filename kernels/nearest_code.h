@@ -16,8 +16,8 @@ struct NearestArguments {
   int32_t cosine;  // leave the codes' norms out
 };
 
-// cluster: blocks (1, 2, 4 or 8) that share the codes of the same rows, or 0 for a choice that fills the device; the result
-// is the same for all.
+// cluster: blocks (1, 2, 4 or 8) that share the codes of the same rows, or 0 for a choice that fills the device; the
+// result is the same for all.
 cudaError_t nearest_code_cuda(const NearestArguments& arguments, int cluster, cudaStream_t stream);
 
 }  // namespace ddfast

@@ -1,6 +1,6 @@
 // Every operation by which the threads of a kernel meet: barriers, warp collectives, tensor-core products, a cluster's
-// shared memory, and the launch. The kernels use nothing else of CUDA, so that tests/cuda/emulator.h, which implements the
-// same names, runs the same .cu files on a CPU, thread by thread.
+// shared memory, and the launch. The kernels use nothing else of CUDA, so that tests/cuda/emulator.h, which implements
+// the same names, runs the same .cu files on a CPU, thread by thread.
 //
 // Kernels take all dynamic shared memory and one argument struct; warps are full and converged at every collective.
 #pragma once
@@ -69,32 +69,42 @@ __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
 
 // Clusters exist from compute capability 9.0 on; elsewhere a launch has clusters of one block.
-__device__ __forceinline__ int cluster_rank() {
+__device__ __forceinline__ int cluster_rank(int cluster) {
 #if __CUDA_ARCH__ >= 900
+  if (cluster == 1) return 0;
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return (int)rank;
 #else
+  (void)cluster;
   return 0;
 #endif
 }
-// Also orders every access to shared memory, the other blocks' included, before it against those after it.
-__device__ __forceinline__ void cluster_barrier() {
+// Also orders every access to shared memory, the other blocks' included, before it against those after it. A cluster of
+// one block takes the block's own, cheaper barrier.
+__device__ __forceinline__ void cluster_barrier(int cluster) {
 #if __CUDA_ARCH__ >= 900
+  if (cluster == 1) {
+    __syncthreads();
+    return;
+  }
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #else
+  (void)cluster;
   __syncthreads();
 #endif
 }
 // The address of another block's copy of an object in this block's shared memory.
 template <class T>
-__device__ __forceinline__ T* of_rank(T* mine, int rank) {
+__device__ __forceinline__ T* of_rank(T* mine, int rank, int cluster) {
 #if __CUDA_ARCH__ >= 900
+  if (cluster == 1) return mine;
   uint64_t address;
   asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"((uint64_t)mine), "r"(rank));
   return (T*)address;
 #else
   (void)rank;
+  (void)cluster;
   return mine;
 #endif
 }
@@ -106,12 +116,12 @@ struct Device {
 };
 
 inline cudaError_t device(Device* out) {
-  int id, major;
+  int id, clusters;
   cudaError_t status = cudaGetDevice(&id);
   if (!status) status = cudaDeviceGetAttribute(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
   if (!status) status = cudaDeviceGetAttribute(&out->multiprocessors, cudaDevAttrMultiProcessorCount, id);
-  if (!status) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
-  if (!status) out->clusters = major >= 9;
+  if (!status) status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, id);
+  if (!status) out->clusters = clusters != 0;
   return status;
 }
 

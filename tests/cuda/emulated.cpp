@@ -71,7 +71,8 @@ int filter_emulated(const FlowArguments* a, int cluster) {
   simt::Device device;
   simt::device(&device);
   lists_fit(device, a->V, 8, cluster, &fit, &shared);
-  return simt::launch(filter_kernel, a->rows * cluster, kThreads, shared, cluster, nullptr, Launch{*a, cluster, !fit, false});
+  const Launch launch{*a, cluster, !fit, false};
+  return simt::launch(filter_kernel, a->rows * cluster, kThreads, shared, cluster, nullptr, launch);
 }
 
 const char* emulator_error() { return emulator::state.error.c_str(); }

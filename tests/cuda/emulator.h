@@ -1,9 +1,9 @@
-// Runs CUDA kernels on the CPU: every thread of a cluster is a fiber, which runs until it must wait for others at a barrier
-// or a warp collective. The names in ddfast::simt are those of kernels/simt.h.
+// Runs CUDA kernels on the CPU: every thread of a cluster is a fiber, which runs until it must wait for others at a
+// barrier or a warp collective. The names in ddfast::simt are those of kernels/simt.h.
 //
-// What it makes visible: results; reads of memory that nobody wrote (shared memory starts as NaN); barriers that not all
-// threads reach, or where they meet different ones (an error, never a hang); writes past the end of shared memory; and,
-// because who goes first after a barrier is drawn from `seed`, results that depend on the order of threads.
+// What it makes visible: results; reads of memory that nobody wrote (shared memory starts as NaN); barriers that not
+// all threads reach, or where they meet different ones (an error, never a hang); writes past the end of shared memory;
+// and, because who goes first after a barrier is drawn from `seed`, results that depend on the order of threads.
 // What it cannot show: speed, memory-model effects finer than barriers, and what only the hardware checks.
 #pragma once
 
@@ -183,10 +183,10 @@ inline unsigned char* shared_memory() { return emulator::state.shared[emulator::
 
 inline void block_barrier() { emulator::wait(emulator::state.blocks[emulator::me().rank], emulator::kBlock); }
 inline void warp_barrier() { emulator::wait(emulator::my_warp(), emulator::kWarp); }
-inline void cluster_barrier() { emulator::wait(emulator::state.cluster, emulator::kCluster); }
-inline int cluster_rank() { return emulator::me().rank; }
+inline void cluster_barrier(int) { emulator::wait(emulator::state.cluster, emulator::kCluster); }
+inline int cluster_rank(int) { return emulator::me().rank; }
 template <class T>
-T* of_rank(T* mine, int rank) {
+T* of_rank(T* mine, int rank, int) {
   return (T*)(emulator::state.shared[rank].data() + ((unsigned char*)mine - shared_memory()));
 }
 
@@ -230,7 +230,8 @@ inline int lowest_bit(uint32_t value) { return __builtin_ffs((int)value) - 1; }
 inline void atomic_add(uint32_t* at, uint32_t value) { *at += value; }
 inline void atomic_add(uint64_t* at, uint64_t value) { *at += value; }
 
-// The products are exact; their sum with acc is rounded towards zero, as far from the exact value as hardware is seen to go.
+// The products are exact; their sum with acc is rounded towards zero, as far from the exact value as hardware is seen
+// to go.
 inline void mma_tf32(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   uint32_t words[emulator::kPayload];
   std::memcpy(words, a, 16);
@@ -280,8 +281,8 @@ inline cudaError_t device(Device* out) {
 }
 
 template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes, int cluster, cudaStream_t,
-                   const Arguments& arguments) {
+cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes, int cluster,
+                   cudaStream_t, const Arguments& arguments) {
   emulator::State& s = emulator::state;
   s.error.clear();
   const bool possible = threads % 32 == 0 && threads <= 1024 && blocks % cluster == 0 && blocks < (1ll << 31) &&

@@ -82,7 +82,7 @@ def test_extreme_values(emulator):
 @pytest.mark.parametrize(
     ("rows", "num_codes", "dim", "support", "cluster"),
     [(2, 1, 1, 1.0, 1), (6, 7, 3, 1.0, 1), (6, 64, 8, 0.5, 2), (4, 300, 32, 0.5, 1), (3, 101, 64, 1.0, 1),
-     (3, 257, 16, 1.0, 2), (3, 130, 33, 1.0, 1)],
+     (3, 257, 16, 1.0, 2), (3, 130, 33, 1.0, 1), (1, 300, 8, 1.0, 8)],
 )  # fmt: skip
 def test_against_the_reference(emulator, solver, rows, num_codes, dim, support, cluster):
     log_probs, noise, codebook = small(rows, num_codes, dim, support=support, seed=3)
@@ -94,6 +94,18 @@ def test_against_the_reference(emulator, solver, rows, num_codes, dim, support, 
         )
         assert torch.equal(codes, exact)
         assert (evaluations <= full).all() if early_exit else (evaluations == (full if num_codes > 1 else 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "dim", "top_k", "top_p"), [(16384, 8, 8000, 1.0), (16384, 8, 0, 1.0), (4096, 32, 900, 0.95)]
+)
+def test_real_shapes(emulator, num_codes, dim, top_k, top_p):
+    generator = torch.Generator().manual_seed(num_codes)
+    logits, noise = 2.5 * torch.randn(2, num_codes, generator=generator), torch.randn(2, dim, generator=generator)
+    codebook = torch.nn.functional.normalize(torch.randn(num_codes, dim, generator=generator), dim=-1)
+    codes, _ = emulator.sample_codes(logits, noise, codebook, top_k=top_k, top_p=top_p)
+    log_probs = filter_logits_reference(logits.double(), None, None, 1.0, top_k, top_p)
+    assert torch.equal(codes, flow_sample_reference(log_probs, noise.double(), codebook.double(), 20, "dpm3m"))
 
 
 @pytest.mark.parametrize("cluster", [1, 4])
