@@ -51,7 +51,7 @@ struct Launch {
 // The record that a warp leaves for the others; 8 L sums come first. The odd length avoids bank conflicts.
 enum Word { kMost, kTop, kOwn, kLargest, kRest, kWordCount };
 
-struct CodeScalars {
+struct CodeScalars {  // log p relative to the row's largest, and |c|^2 / 2 of the centred code
   float log_p, half_norm;
 };
 
