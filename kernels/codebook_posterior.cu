@@ -75,7 +75,7 @@ __device__ __forceinline__ int64_t row_of(const PosteriorArguments& a, int64_t i
 }
 
 template <int D, bool kBackward>
-__global__ void __launch_bounds__(kTileThreads, kBackward && D == 64 ? 2 : 3)
+__global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : 3)
     posterior_kernel(const __grid_constant__ PosteriorLaunch launch) {  // hot
   const PosteriorArguments& a = launch.a;
   PosteriorMemory<D>& m = *(PosteriorMemory<D>*)simt::shared_memory();
