@@ -1,0 +1,850 @@
+// flow_sample and sample_codes: one row of logits -> guidance, temperature, top-k, top-p -> the whole flow -> a code.
+//
+// Formulas: ddfast/ops/filter_logits.py and ddfast/ops/flow_sample.py, which explain them, and docs/numerics.md (exit
+// rule).
+//   score_j = log p_j + m_j / sigma^2,  m_j = u.c_j - |c_j|^2 / 2,  w = softmax(score),  D = sum w_j c_j
+//   u' = g u + a0 D_i + a1 D_{i-1} + a2 D_{i-2}
+//
+// One cluster of 1, 2, 4 or 8 blocks of 256 threads does a row from beginning to end:
+//   1. Every block reads its share of the logits (granules of 32 codes, dealt to the blocks in turn) and keeps them in
+//      shared memory as order-preserving integers.
+//   2. Thresholds without sorting: radix selection, 11 bits a pass, on a histogram of counts (top-k), of fixed-point
+//      probability mass (top-p: integer sums do not depend on their order), or of indices (ties at top-p's edge).
+//   3. The codes kept are listed, in order. L = ceil(d / 8) lanes share a code, 8 coordinates each; a thread holds its
+//      coordinates of 16 codes in registers, centred on the row's mean, from here to the end. What does not fit
+//      (more than 4096 / L codes kept per block) is read from the codebook in every evaluation instead.
+//   4. An evaluation: dot products and weights within the warp, relative to the warp's largest score; one record per
+//      warp (largest score and its code, margins, the rest's weight, d sums) to every block of the cluster; one
+//      barrier; then every warp of every block merges the same records in the same order, so all take the same
+//      decisions.
+// Determinism: no floating-point atomics, fixed orders everywhere; nothing depends on the number of rows.
+// Shared memory: 8 bytes per code of the block's share (or global scratch where that is too much), 32 KiB of
+// histograms, two boards of records. Device memory: the logits once, the codebook's kept rows twice.
+// Cost per evaluation and code kept: 2 d fused multiply-adds, one exponential.
+// Built with -fmad=false: sums are fused where fmaf says so, guidance and temperature round as in PyTorch.
+#include "flow_sample.h"
+
+#include "flow_math.h"
+#include "logits.h"
+#include "simt.h"
+
+namespace ddfast {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kHeld = 16;  // codes per thread in registers
+constexpr int kDims = 8;  // coordinates per thread
+constexpr int kGranule = 32;
+constexpr int kDigit = 11, kBins = 1 << kDigit, kBinsPerThread = kBins / kThreads;
+constexpr int kMaxDim = (int)kFlowMaxDim;
+constexpr int kMaxCluster = 8;
+constexpr int64_t kScratchRows = 1024;  // rows in flight where lists are in global memory
+constexpr uint32_t kNone = 0xffffffffu;
+constexpr float kFarMargin = 3e38f;  // half norm of padding: its margin is never the largest, and 0 times it is 0
+
+struct Launch {
+  FlowArguments a;
+  int cluster;
+  bool lists_in_scratch, vector_loads;
+};
+
+// The record that a warp leaves for the others; 8 L sums come first. The odd length avoids bank conflicts.
+enum Word { kMost, kTop, kOwn, kLargest, kRest, kWordCount };
+
+struct CodeScalars {  // log p relative to the row's largest, and |c|^2 / 2 of the centred code
+  float log_p, half_norm;
+};
+
+struct Control {  // a block's scalars in shared memory
+  uint64_t warp_mass[kWarps];
+  uint64_t above, at;  // of the digit found by select
+  uint32_t digit;
+};
+
+template <int L>
+struct Shape {
+  static constexpr int kDim = kDims * L;                    // d, padded with zeros
+  static constexpr int kWords = kDim + kWordCount;          // of a record
+  static constexpr int kGroups = kThreads / L;              // codes that a block works on at a time
+  static constexpr int kLaneDims = L == 8 ? 2 : 1;          // of u, in the lanes that update it
+  static constexpr int kParts = L == 8 ? 1 : 32 / kDim;     // lanes that share the records' sum for a dimension
+  static constexpr int kStreamed = L < 2 ? 2 : L;           // codes per thread that are read in every evaluation
+};
+
+DDFAST_MATH int64_t share(int64_t V, int cluster) {  // codes per block, at most
+  const int64_t granules = (V + kGranule - 1) / kGranule;
+  return (granules + cluster - 1) / cluster * kGranule;
+}
+
+// A block's shared memory. Offsets are constants, so that addresses need no registers; the board's size depends on the
+// cluster, the lists' on V, so they come last, in this order.
+struct Layout {
+  Control control;
+  union {
+    uint64_t histogram[2][kBins];               // while thresholds are sought
+    CodeScalars held[kHeld * kThreads];      // after it: [entry] of the codes in registers
+  };
+  float u[kWarps][kMaxDim], mean[kWarps][kMaxDim];  // every warp's copy
+};
+
+__device__ __forceinline__ Layout& layout() { return *(Layout*)simt::shared_memory(); }
+__device__ __forceinline__ uint32_t* boards() { return (uint32_t*)(simt::shared_memory() + sizeof(Layout)); }
+
+// What a block knows of its row.
+struct Block {
+  const Launch* launch;
+  uint32_t *keys, *kept;  // [share], in shared or in global memory
+  int64_t row;
+  int rank, cluster, positions, words;
+  int histogram_turn, board_turn;
+};
+
+DDFAST_MATH uint32_t code_of(const Block& b, int position) {
+  const uint32_t p = (uint32_t)position;
+  return (p / kGranule * (uint32_t)b.cluster + (uint32_t)b.rank) * kGranule + p % kGranule;
+}
+
+// ---- records ------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t* board_of(const Block& b) {
+  return boards() + b.board_turn * b.cluster * kWarps * b.words;
+}
+
+// Puts a word of this warp's record where every block of the cluster will find it.
+__device__ __forceinline__ void post(const Block& b, int word, uint32_t value) {
+  uint32_t* at = board_of(b) + (b.rank * kWarps + simt::warp()) * b.words + word;
+  for (int rank = 0; rank < b.cluster; ++rank) *simt::of_rank(at, rank, b.cluster) = value;
+}
+
+// After it every record is there. Two boards take turns, so one barrier per exchange is enough: whoever posts to a
+// board again has passed the other board's barrier, which all reach after reading this one.
+__device__ __forceinline__ const uint32_t* collect(Block& b) {
+  const uint32_t* records = board_of(b);
+  b.board_turn ^= 1;
+  simt::cluster_barrier(b.cluster);
+  return records;
+}
+
+// Sum of a number per warp over all warps of the cluster.
+__device__ uint64_t sum_over_warps(Block& b, uint64_t value) {
+  if (simt::lane() == 0) {
+    post(b, 0, (uint32_t)value);
+    post(b, 1, (uint32_t)(value >> 32));
+  }
+  const uint32_t* records = collect(b);
+  uint64_t sum = 0;
+  for (int r = 0; r < b.cluster * kWarps; ++r)
+    sum += (uint64_t)records[r * b.words] | (uint64_t)records[r * b.words + 1] << 32;
+  return sum;
+}
+
+__device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
+#pragma unroll
+  for (int stride = 16; stride; stride /= 2) {
+    const uint32_t low = simt::shuffle_xor((uint32_t)value, stride);
+    const uint32_t high = simt::shuffle_xor((uint32_t)(value >> 32), stride);
+    value += (uint64_t)low | (uint64_t)high << 32;
+  }
+  return value;
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int stride = 16; stride; stride /= 2) value += simt::shuffle_xor(value, stride);
+  return value;
+}
+
+// ---- the filter ---------------------------------------------------------------------------------------------------
+
+struct Statistics {
+  uint32_t most;    // key of the largest value
+  uint32_t finite;  // how many are above -inf
+  bool bad;
+};
+
+// Keys of the guided, tempered row, and clear histograms; its exchange makes both visible to all threads.
+__device__ Statistics load_row(Block& b) {
+  const FlowArguments& a = b.launch->a;
+  for (int i = simt::thread(); i < 2 * kBins; i += kThreads) (&layout().histogram[0][0])[i] = 0;
+  const int64_t at = b.row * a.stride, uncond_at = b.row * a.uncond_stride;
+  const float scale = a.uncond ? a.cfg_scale[b.row] : 1.f;
+  uint32_t most = 0, finite = 0, bad = 0;
+#pragma unroll 4
+  for (int p = simt::thread(); p < b.positions; p += kThreads) {
+    const uint32_t j = code_of(b, p);
+    uint32_t key = 0;
+    if (j < (uint32_t)a.V) {
+      float value = load_logit(a.logits, a.dtype, at + j);
+      if (a.uncond) {
+        const float base = load_logit(a.uncond, a.dtype, uncond_at + j);
+        if (!(value == kNegInf && base == kNegInf)) value = base + scale * (value - base);
+      }
+      value /= a.temperature;
+      bad |= !(value < INFINITY);
+      finite += value > kNegInf;
+      key = key_of(value);
+      most = key > most ? key : most;
+    }
+    b.keys[p] = key;
+  }
+  most = simt::reduce_max(most);
+  finite = simt::reduce_add(finite);
+  bad = simt::reduce_max(bad);
+  if (simt::lane() == 0) {
+    post(b, 0, most);
+    post(b, 1, finite);
+    post(b, 2, bad);
+  }
+  const uint32_t* records = collect(b);
+  Statistics s = {0, 0, false};
+  for (int r = 0; r < b.cluster * kWarps; ++r) {
+    const uint32_t* record = records + r * b.words;
+    s.most = record[0] > s.most ? record[0] : s.most;
+    s.finite += record[1];
+    s.bad |= record[2] != 0;
+  }
+  return s;
+}
+
+struct Selection {
+  uint32_t key;    // the largest K for which all entries with key >= K weigh at least the goal
+  uint64_t above;  // weight of the keys > K
+  uint64_t at;     // weight of the keys = K
+};
+
+// key(p) < 2^bits, weight(p) >= 0; all together weigh at least `goal` >= 1 and fit in a Sum: uint32_t to count (its
+// atomics are one instruction), uint64_t for masses. The histogram whose turn
+// it is must be clear, and is left clear; a count dirties the lower half only, so a sum may follow it.
+template <class Sum, class Key, class Weight>
+__device__ Selection select(Block& b, int bits, uint64_t goal, Key key, Weight weight) {
+  Control& c = layout().control;
+  Selection s = {0, 0, 0};
+  for (int low = bits; low > 0;) {
+    const int width = low < kDigit ? low : kDigit;
+    Sum* bins = (Sum*)layout().histogram[b.histogram_turn];
+    Sum* following = (Sum*)layout().histogram[b.histogram_turn ^ 1];
+    for (int p = simt::thread(); p < b.positions; p += kThreads) {
+      const uint32_t k = key(p);
+      if ((uint32_t)((uint64_t)k >> low) != s.key) continue;
+      const Sum w = weight(p);
+      if (w) simt::atomic_add(&bins[k >> (low - width) & ((1u << width) - 1u)], w);
+    }
+    low -= width;
+    simt::cluster_barrier(b.cluster);
+    // Thread 0 has the highest bins. The other histogram was last read before this barrier: clear it for the next pass.
+    const int first = kBins - 1 - simt::thread() * kBinsPerThread;
+    uint64_t bin[kBinsPerThread], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      bin[i] = 0;
+      for (int rank = 0; rank < b.cluster; ++rank) bin[i] += *simt::of_rank(bins + first - i, rank, b.cluster);
+      sum += bin[i];
+      following[first - i] = 0;
+    }
+    uint64_t through = sum;  // of this warp's lanes up to this one
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+      const uint64_t before = simt::shuffle_up(through, by);
+      through += simt::lane() >= by ? before : 0;
+    }
+    if (simt::lane() == 31) c.warp_mass[simt::warp()] = through;
+    simt::block_barrier();
+    uint64_t above = s.above + through - sum;
+    for (int w = 0; w < simt::warp(); ++w) above += c.warp_mass[w];
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      if (above < goal && above + bin[i] >= goal) {
+        c.digit = (uint32_t)(first - i);
+        c.above = above;
+        c.at = bin[i];
+      }
+      above += bin[i];
+    }
+    simt::block_barrier();
+    s.key = s.key << width | c.digit;
+    s.above = c.above;
+    s.at = c.at;
+    b.histogram_turn ^= 1;
+  }
+  return s;
+}
+
+// An entry stays if its key is above `key`, or equal to it and its code at most `last_tie`.
+struct Threshold {
+  uint32_t key, last_tie;
+};
+
+__device__ Threshold find_threshold(Block& b, const Statistics& row) {
+  const FlowArguments& a = b.launch->a;
+  Threshold t = {kKeyOfMinusInf + 1, kNone};
+  const uint32_t* keys = b.keys;
+  if (a.top_k > 0 && a.top_k < (int64_t)row.finite)
+    t.key = select<uint32_t>(b, 32, (uint64_t)a.top_k, [&](int p) { return keys[p]; }, [](int) { return 1u; }).key;
+  if (!(a.top_p < 1.)) return t;
+
+  const uint32_t least = t.key;
+  const float most = value_of_key(row.most);
+  const auto mass = [&](int p) {
+    return keys[p] < least ? (uint64_t)0 : fixed_mass(expf(value_of_key(keys[p]) - most));
+  };
+  uint64_t sum = 0;
+  for (int p = simt::thread(); p < b.positions; p += kThreads) sum += mass(p);
+  const uint64_t goal = mass_goal(a.top_p, sum_over_warps(b, warp_sum(sum)));
+  const Selection s = select<uint64_t>(b, 32, goal, [&](int p) { return keys[p]; }, mass);
+  t.key = s.key;
+  // All ties weigh the same; the i-th of them stays while the mass before it is below the goal.
+  const uint64_t each = fixed_mass(expf(value_of_key(s.key) - most));
+  const uint64_t needed = (goal - s.above + each - 1) / each;
+  if (needed * each < s.at) {
+    int bits = 1;
+    while (((a.V - 1) >> bits) != 0) ++bits;
+    const uint32_t last = (1u << bits) - 1u;
+    const uint32_t tied = s.key;
+    const auto reversed = [&](int p) { return last - (code_of(b, p) & last); };
+    const auto is_tied = [&](int p) { return (uint32_t)(keys[p] == tied); };
+    t.last_tie = last - select<uint32_t>(b, bits, needed, reversed, is_tied).key;
+  }
+  return t;
+}
+
+// Lists the positions kept, in order; returns how many there are in this block, and in the cluster.
+__device__ int list_kept(Block& b, const Threshold& t, int* in_cluster) {
+  const int segment = (b.positions + kThreads - 1) / kThreads * 32;  // positions per warp
+  const int begin = simt::warp() * segment;
+  const auto stays = [&](int p) {
+    return p < b.positions && (b.keys[p] > t.key || (b.keys[p] == t.key && code_of(b, p) <= t.last_tie));
+  };
+  int count = 0;
+  for (int p = begin; p < begin + segment; p += 32) count += simt::count_bits(simt::ballot(stays(p + simt::lane())));
+  if (simt::lane() == 0) post(b, 0, (uint32_t)count);
+  const uint32_t* records = collect(b);
+  int at = 0, mine = 0, all = 0;
+  for (int r = 0; r < b.cluster * kWarps; ++r) {
+    const int n = (int)records[r * b.words];
+    all += n;
+    if (r / kWarps != b.rank) continue;
+    mine += n;
+    at += r % kWarps < simt::warp() ? n : 0;
+  }
+  for (int p = begin; p < begin + segment; p += 32) {
+    const int position = p + simt::lane();
+    const bool here = stays(position);
+    const uint32_t who = simt::ballot(here);
+    if (here) b.kept[at + simt::count_bits(who & ((1u << simt::lane()) - 1u))] = (uint32_t)position;
+    at += simt::count_bits(who);
+  }
+  simt::block_barrier();
+  *in_cluster = all;
+  return mine;
+}
+
+// ---- the flow -----------------------------------------------------------------------------------------------------
+
+// Sums v over the lanes that differ in the bits kFrom, kFrom / 2, .., kTo, and shares out the N sums as it goes: with
+// every step a lane keeps half of what it has, the upper half if its bit is set, until one is left. Then the sum is
+// v[0]. So log2 steps cost N shuffles in all instead of N each.
+template <int N, int kFrom, int kTo>
+__device__ __forceinline__ void fold(float* v) {
+  if constexpr (kFrom >= kTo && kFrom > 0) {
+    if constexpr (N > 1) {
+      const bool upper = simt::lane() & kFrom;
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) {
+        const float sent = upper ? v[i] : v[i + N / 2], own = upper ? v[i + N / 2] : v[i];
+        v[i] = own + simt::shuffle_xor(sent, kFrom);
+      }
+      fold<N / 2, kFrom / 2, kTo>(v);
+    } else {
+      v[0] += simt::shuffle_xor(v[0], kFrom);
+      fold<1, kFrom / 2, kTo>(v);
+    }
+  }
+}
+
+struct alignas(16) Quad {
+  float value[4];
+};
+
+// This lane's 8 coordinates of entry e of the block's list, less the mean's; zeros beyond d and beyond the list.
+__device__ __forceinline__ void load_code(const Block& b, int count, int e, int first, float (&out)[kDims]) {
+  const FlowArguments& a = b.launch->a;
+  const float* mean = layout().mean[simt::warp()] + first;
+  const float* from = a.codebook + (int64_t)(e < count ? code_of(b, (int)b.kept[e]) : 0) * a.d + first;
+  const bool real = e < count;
+  if (b.launch->vector_loads) {  // d is a multiple of 8 and the addresses of 16 bytes
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Quad quad = {};
+      if (real && first < (int)a.d) quad = ((const Quad*)from)[half];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[4 * half + k] = quad.value[k];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) out[k] = real && first + k < (int)a.d ? from[k] : 0.f;
+  }
+#pragma unroll
+  for (int k = 0; k < kDims; ++k) out[k] -= real ? mean[k] : 0.f;  // the mean of what lies beyond d is 0
+}
+
+// Padding weighs nothing and has the least margin.
+__device__ __forceinline__ CodeScalars scalars_of(const Block& b, int count, int e, float log_most, float norm) {
+  if (e >= count) return {kNegInf, kFarMargin};
+  return {value_of_key(b.keys[b.kept[e]]) - log_most, norm / 2.f};
+}
+
+__device__ __forceinline__ float norm_of(const float (&c)[kDims]) {
+  float norm = 0.f;
+#pragma unroll
+  for (int k = 0; k < kDims; ++k) norm = fmaf(c[k], c[k], norm);
+  return norm;
+}
+
+// Entries first + n kGroups, n < kHeld: this thread's coordinates.
+struct Held {
+  float code[kHeld][kDims];
+};
+
+// The weighted sums of one warp so far, relative to its largest score.
+struct Partial {
+  float most;                       // of the warp
+  float score, margin;              // this lane's best
+  int entry;                        //   and which it is
+  float largest;                    // this lane's largest margin
+  float total;                      // weights of the codes this lane answers for
+  float sums[kDims];                // of the codes of this lane's group
+};
+
+// Adds N codes per group of lanes: entries first + n kGroups, of which the lane answers for n = place N / L + i, i < N
+// / L.
+template <int L, int N, bool kFirst, class Codes, class Scalars>
+__device__ __forceinline__ void add_codes(Partial& w, const Codes& codes, const Scalars& scalars, int first,
+                                          const float (&u)[kDims], float inverse_variance) {
+  constexpr int kMine = N / L, kGroups = Shape<L>::kGroups;
+  const int place = simt::lane() % L;
+  float dot[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    float c[kDims];
+    codes(n, c);
+    dot[n] = 0.f;
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) dot[n] = fmaf(u[k], c[k], dot[n]);
+  }
+  fold<N, L / 2, 1>(dot);
+  float weight[kMine];  // scores first
+  float most = kNegInf;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const CodeScalars own = scalars(i);
+    const float margin = dot[i] - own.half_norm;
+    const float score = fmaf(margin, inverse_variance, own.log_p);
+    weight[i] = score;
+    w.largest = margin > w.largest ? margin : w.largest;
+    most = score > most ? score : most;
+    if (score > w.score) {
+      w.score = score;
+      w.margin = margin;
+      w.entry = first + (place * kMine + i) * kGroups;
+    }
+  }
+  most = value_of_key(simt::reduce_max(key_of(most)));
+  if (!kFirst) most = most > w.most ? most : w.most;
+  const float shift = most == kNegInf ? 0.f : most;
+  if (kFirst) {
+    w.total = 0.f;
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) w.sums[k] = 0.f;
+  } else {
+    const float fade = simt::fast_exp(w.most - shift);
+    w.total *= fade;
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) w.sums[k] *= fade;
+  }
+  w.most = most;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    weight[i] = simt::fast_exp(weight[i] - shift);
+    w.total += weight[i];
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float all =
+        L == 1 ? weight[n % kMine] : simt::shuffle(weight[n % kMine], (simt::lane() & ~(L - 1)) + n / kMine);
+    float c[kDims];
+    codes(n, c);
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) w.sums[k] = fmaf(all, c[k], w.sums[k]);
+  }
+}
+
+struct Evaluation {
+  uint32_t top;  // the code of the largest score, the lowest of several
+  float margin;  // m of that code
+  float largest;  // max_j m_j
+  float rest;     // weight of the other codes relative to it
+};
+
+// What stays the same over a row's evaluations.
+struct Flow {
+  int count;       // codes kept in this block
+  int in_cluster;  // and in all blocks of the cluster
+  float log_most;  // the largest logit
+};
+
+// D at u, in the lanes that update it; everything relative to the mean in the layout.
+template <int L>
+__device__ Evaluation evaluate(Block& b, const Flow& flow, const Held& held,
+                               const float (&position)[Shape<L>::kLaneDims], float inverse_variance,
+                               float (&mean)[Shape<L>::kLaneDims]) {
+  using S = Shape<L>;
+  const int lane = simt::lane(), group = simt::thread() / L, place = lane % L;
+
+  float u[kDims];
+  float* mine = layout().u[simt::warp()];
+#pragma unroll
+  for (int i = 0; i < S::kLaneDims; ++i)
+    if (lane < S::kDim) mine[lane + 32 * i] = position[i];
+  simt::warp_barrier();
+#pragma unroll
+  for (int k = 0; k < kDims; ++k) u[k] = mine[place * kDims + k];
+
+  Partial w = {kNegInf, kNegInf, 0.f, 0x7fffffff, kNegInf, 0.f, {}};
+  add_codes<L, kHeld, true>(w, [&](int n, float (&c)[kDims]) {
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) c[k] = held.code[n][k];
+  }, [&](int i) { return layout().held[(place * (kHeld / L) + i) * S::kGroups + group]; }, group, u, inverse_variance);
+
+  constexpr int N = S::kStreamed;
+  for (int e = kHeld * S::kGroups + group; e - group < flow.count; e += N * S::kGroups) {
+    float norm[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float c[kDims];
+      load_code(b, flow.count, e + n * S::kGroups, place * kDims, c);
+      norm[n] = norm_of(c);
+    }
+    fold<N, L / 2, 1>(norm);
+    add_codes<L, N, false>(w, [&](int n, float (&c)[kDims]) {
+      load_code(b, flow.count, e + n * S::kGroups, place * kDims, c);
+    }, [&](int i) {
+      return scalars_of(b, flow.count, e + (place * (N / L) + i) * S::kGroups, flow.log_most, norm[i]);
+    }, e, u, inverse_variance);
+  }
+
+  // This warp's record.
+  const uint32_t first = simt::reduce_min(w.score == w.most ? (uint32_t)w.entry : kNone);
+  const bool owner = (uint32_t)w.entry == first && w.score == w.most && w.most > kNegInf;
+  const float rest = warp_sum(w.total - (owner ? 1.f : 0.f));
+  const float largest = value_of_key(simt::reduce_max(key_of(w.largest)));
+  fold<kDims, 16, L>(w.sums);
+  if (owner) {
+    post(b, S::kDim + kTop, code_of(b, (int)b.kept[w.entry]));
+    post(b, S::kDim + kOwn, simt::float_bits(w.margin));
+  }
+  if (lane == 0) {
+    post(b, S::kDim + kMost, simt::float_bits(w.most));
+    post(b, S::kDim + kLargest, simt::float_bits(largest));
+    post(b, S::kDim + kRest, simt::float_bits(rest));
+    if (w.most == kNegInf) post(b, S::kDim + kTop, kNone);
+  }
+  // fold leaves the sums of coordinate `place * 8 + the lane's upper bits`; the lanes below 4 hold copies if L < 4.
+  const int upper = (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (L <= 4 && (lane & 4) ? 1 : 0);
+  if (L >= 4 || lane % 4 < L)
+#pragma unroll
+    for (int i = 0; i < S::kLaneDims; ++i) post(b, place * kDims + upper + i, simt::float_bits(w.sums[i]));
+
+  // The same merge in every warp.
+  const uint32_t* records = collect(b);
+  const int count = b.cluster * kWarps;
+  Evaluation e;
+  uint32_t most = 0, largest_key = 0, top = kNone;
+  for (int r = lane; r < count; r += 32) {
+    const uint32_t* record = records + r * S::kWords + S::kDim;
+    const uint32_t key = key_of(simt::bits_float(record[kMost]));
+    const uint32_t margin = key_of(simt::bits_float(record[kLargest]));
+    most = key > most ? key : most;
+    largest_key = margin > largest_key ? margin : largest_key;
+  }
+  most = simt::reduce_max(most);
+  e.largest = value_of_key(simt::reduce_max(largest_key));
+  for (int r = lane; r < count; r += 32) {
+    const uint32_t* record = records + r * S::kWords + S::kDim;
+    if (key_of(simt::bits_float(record[kMost])) == most && record[kTop] < top) top = record[kTop];
+  }
+  e.top = simt::reduce_min(top);
+  const float most_score = value_of_key(most);
+  float rest_sum = 0.f, margin = 0.f, sum[S::kLaneDims] = {};
+  const int part = lane / S::kDim, dim = lane % S::kDim;  // for L = 8: part 0, dimensions lane and lane + 32
+  for (int r = L == 8 ? 0 : part; r < count; r += S::kParts) {
+    const uint32_t* record = records + r * S::kWords;
+    const float factor = simt::fast_exp(simt::bits_float(record[S::kDim + kMost]) - most_score);
+    const bool is_top = record[S::kDim + kTop] == e.top;
+    rest_sum += factor * (simt::bits_float(record[S::kDim + kRest]) + (is_top ? 0.f : 1.f));
+    if (is_top) margin += simt::bits_float(record[S::kDim + kOwn]);
+#pragma unroll
+    for (int i = 0; i < S::kLaneDims; ++i)
+      sum[i] = fmaf(factor, simt::bits_float(record[dim + 32 * i]), sum[i]);
+  }
+  if constexpr (S::kParts > 1) {
+#pragma unroll
+    for (int stride = 16; stride >= S::kDim; stride /= 2) {
+      rest_sum += simt::shuffle_xor(rest_sum, stride);
+      margin += simt::shuffle_xor(margin, stride);
+      sum[0] += simt::shuffle_xor(sum[0], stride);
+    }
+  }
+  e.rest = rest_sum;
+  e.margin = margin;
+#pragma unroll
+  for (int i = 0; i < S::kLaneDims; ++i) mean[i] = sum[i] / (1.f + rest_sum);
+  return e;
+}
+
+// Takes the mean [kLaneDims] as the origin: the warp's copy of it, and the codes of the registers relative to it.
+template <int L>
+__device__ __forceinline__ void hold_codes(const Block& b, const Flow& flow, const float (&mean)[Shape<L>::kLaneDims],
+                                           Held& held) {
+  using S = Shape<L>;
+  const int lane = simt::lane(), place = lane % L, group = simt::thread() / L;
+  simt::warp_barrier();
+#pragma unroll
+  for (int i = 0; i < S::kLaneDims; ++i)
+    if (lane < S::kDim) layout().mean[simt::warp()][lane + 32 * i] = mean[i];
+  simt::warp_barrier();
+#pragma unroll
+  for (int n = 0; n < kHeld; ++n) {
+    const int e = n * S::kGroups + group;
+    load_code(b, flow.count, e, place * kDims, held.code[n]);
+    float norm = norm_of(held.code[n]);
+#pragma unroll
+    for (int stride = L / 2; stride; stride /= 2) norm += simt::shuffle_xor(norm, stride);
+    if (n / (kHeld / L) == place) layout().held[e] = scalars_of(b, flow.count, e, flow.log_most, norm);
+  }
+}
+
+// sum_j p_j |c_j|^2 / 2 over the cluster, p relative to its largest, of centred codes.
+template <int L>
+__device__ float half_variance(Block& b, const Flow& flow) {
+  const int place = simt::lane() % L, group = simt::thread() / L;
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kHeld / L; ++i) {
+    const CodeScalars own = layout().held[(place * (kHeld / L) + i) * Shape<L>::kGroups + group];
+    if (own.log_p > kNegInf) sum = fmaf(simt::fast_exp(own.log_p), own.half_norm, sum);
+  }
+  for (int e = kHeld * Shape<L>::kGroups + group; e < flow.count; e += Shape<L>::kGroups) {
+    float c[kDims];
+    load_code(b, flow.count, e, place * kDims, c);
+    const CodeScalars own = scalars_of(b, flow.count, e, flow.log_most, norm_of(c));
+    sum = fmaf(simt::fast_exp(own.log_p), own.half_norm, sum);
+  }
+  sum = warp_sum(sum);
+  if (simt::lane() == 0) post(b, 0, simt::float_bits(sum));
+  const uint32_t* records = collect(b);
+  float all = 0.f;
+  for (int r = 0; r < b.cluster * kWarps; ++r) all += simt::bits_float(records[r * b.words]);
+  return all;
+}
+
+// The flow of the codes kept; all threads of the cluster return the same code.
+template <int L>
+__device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
+  using S = Shape<L>;
+  constexpr int K = S::kLaneDims;
+  const FlowArguments& a = b.launch->a;
+  const int dim = simt::lane() % S::kDim;
+  const float diameter = a.geometry[a.V];
+  // For the rounding of one lane's own sum; like all that decides, the same in every block.
+  const float slack = 1e-6f * (float)(2 + flow.in_cluster / (kHeld * S::kGroups));
+  FlowGrid grid = {};
+  Held held;
+  float u[K] = {}, at[K] = {};            // the token, and where D is asked for
+  float d[K], d0[K] = {}, d1[K] = {}, d2[K] = {};  // D there, at this step, and before it
+  uint32_t known = kNone;  // the code that `nearest` belongs to: it seldom changes, and a look-up costs a trip to L2
+  float nearest = 0.f;
+  *evaluations = 0;
+
+  // One loop with one evaluation in its body: inlined several times it would not fit the instruction cache. Step -1: D
+  // at u = 0 and infinite sigma is the mean, on which the codes are then centred. predicting: Heun's second evaluation.
+  bool predicting = false;
+  hold_codes<L>(b, flow, u, held);
+  for (int step = -1;;) {
+    float inverse_variance = 0.f;
+    if (step >= 0) {
+      const float grown = expf(-grid.h * (float)(step + predicting));
+      const float sigma = step == a.steps ? a.sigma_min : grid.sigma_max * grown;
+      inverse_variance = 1.f / (sigma * sigma);
+    }
+    const Evaluation e = evaluate<L>(b, flow, held, at, inverse_variance, d);
+    if (step < 0) {
+      hold_codes<L>(b, flow, d, held);
+      const float variance = 2.f * half_variance<L>(b, flow) / ((1.f + e.rest) * (float)a.d);
+      if (!(variance > 0.f)) return e.top;  // without spread there is no flow: the likeliest code
+      grid = flow_grid(sqrtf(variance), a.sigma_min, a.steps, a.solver);
+#pragma unroll
+      for (int i = 0; i < K; ++i) {
+        const int k = dim + 32 * i;
+        at[i] = u[i] = k < (int)a.d ? grid.sigma_max * a.noise[b.row * a.d + k] : 0.f;
+      }
+      step = 0;
+      continue;
+    }
+    ++*evaluations;
+    if (step == a.steps) return e.top;
+    if (!predicting) {
+      if (step > 0 && a.early_exit && e.rest < 1.f) {
+        if (e.top != known) nearest = a.geometry[known = e.top];
+        if (flow_is_decided(e.rest, nearest, diameter, 2.f * (e.margin - e.largest), slack)) return e.top;
+      }
+#pragma unroll
+      for (int i = 0; i < K; ++i) {
+        d0[i] = d[i];
+        if (step > 0) continue;
+        // The step from sigma = infinity, where D is the mean (here 0), and the history that goes with it.
+        u[i] += .5f * d[i];
+        d1[i] = grid.g * d[i];
+        d2[i] = grid.g * d1[i];
+      }
+      if (a.solver == kSolverHeun) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) at[i] = fmaf(grid.g, u[i], grid.i0 * d0[i]);
+        predicting = true;
+        continue;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const float before = predicting ? d[i] : d1[i];
+      u[i] = fmaf(grid.g, u[i], fmaf(grid.a0, d0[i], fmaf(grid.a1, before, grid.a2 * d2[i])));
+      at[i] = u[i];
+      d2[i] = d1[i];
+      d1[i] = d0[i];
+    }
+    predicting = false;
+    ++step;
+  }
+}
+
+// Where this block's part of a row is; `words` per record. After it every block of the cluster has started, so others
+// may write to its shared memory.
+__device__ Block open_block(const Launch& launch, int words) {
+  Block b;
+  b.launch = &launch;
+  b.cluster = launch.cluster;
+  b.rank = simt::cluster_rank(b.cluster);
+  b.words = words;
+  b.histogram_turn = b.board_turn = 0;
+  b.positions = (int)share(launch.a.V, b.cluster);
+  uint32_t* lists = boards() + 2 * b.cluster * kWarps * words;
+  if (launch.lists_in_scratch) lists = (uint32_t*)launch.a.scratch + (int64_t)simt::block() * 2 * b.positions;
+  b.keys = lists;
+  b.kept = lists + b.positions;
+  b.row = simt::block() / b.cluster;
+  simt::cluster_barrier(b.cluster);
+  return b;
+}
+
+template <int L>
+__global__ void __launch_bounds__(kThreads, 1) flow_kernel(const __grid_constant__ Launch launch) {  // hot
+  const FlowArguments& a = launch.a;
+  Block b = open_block(launch, Shape<L>::kWords);
+  const int64_t rows_at_a_time = launch.lists_in_scratch && a.rows > kScratchRows ? kScratchRows : a.rows;
+  for (; b.row < a.rows; b.row += rows_at_a_time) {
+    const Statistics row = load_row(b);
+    bool noise_is_finite = true;
+    for (int k = 0; k < (int)a.d; ++k) {
+      const float eps = a.noise[b.row * a.d + k];
+      noise_is_finite &= eps - eps == 0.f;
+    }
+    int64_t code = -1;
+    int32_t evaluations = 0;
+    if (!row.bad && row.finite > 0 && noise_is_finite) {
+      Flow flow;
+      const Threshold threshold = find_threshold(b, row);
+      flow.count = list_kept(b, threshold, &flow.in_cluster);
+      flow.log_most = value_of_key(row.most);
+      code = flow_row<L>(b, flow, &evaluations);
+    }
+    if (b.rank == 0 && simt::thread() == 0) {
+      a.codes[b.row] = code;
+      if (a.evaluations) a.evaluations[b.row] = evaluations;
+    }
+    simt::block_barrier();  // the lists are free for the next row
+  }
+}
+
+int lanes_per_code(int64_t d) { return d <= 8 ? 1 : d <= 16 ? 2 : d <= 32 ? 4 : 8; }
+
+size_t shared_bytes_without_lists(int64_t d, int cluster) {
+  const size_t dim = (size_t)(kDims * lanes_per_code(d));
+  return sizeof(Layout) + 2 * (size_t)cluster * kWarps * (dim + kWordCount) * sizeof(uint32_t);
+}
+
+// Whether a row's lists fit in shared memory, and the shared memory of a block.
+cudaError_t lists_fit(const simt::Device& device, int64_t V, int64_t d, int cluster, bool* fit, size_t* shared) {
+  const size_t lists = (size_t)(2 * share(V, cluster)) * sizeof(uint32_t);
+  const size_t rest = shared_bytes_without_lists(d, cluster);
+  *fit = lists + rest <= (size_t)device.shared_bytes;
+  *shared = rest + (*fit ? lists : 0);
+  return rest <= (size_t)device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t choose_cluster(const simt::Device& device, int64_t V, int64_t d, int64_t top_k, int* cluster) {
+  const int64_t kept = top_k > 0 && top_k < V ? top_k : V, held = kHeld * kThreads / lanes_per_code(d);
+  *cluster = 1;
+  if (device.clusters)
+    while (*cluster < kMaxCluster && (kept > held * *cluster || V > 8192 * *cluster)) *cluster *= 2;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t flow_cluster(int64_t V, int64_t d, int64_t top_k, int* cluster) {
+  simt::Device device;
+  const cudaError_t status = simt::device(&device);
+  return status ? status : choose_cluster(device, V, d, top_k, cluster);
+}
+
+cudaError_t flow_scratch_bytes(int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int64_t* bytes) {
+  simt::Device device;
+  cudaError_t status = simt::device(&device);
+  if (!status && cluster == 0) status = choose_cluster(device, V, d, top_k, &cluster);
+  bool fit = true;
+  size_t shared;
+  if (!status) status = lists_fit(device, V, d, cluster, &fit, &shared);
+  const int64_t in_flight = rows < kScratchRows ? rows : kScratchRows;
+  *bytes = fit ? 0 : in_flight * cluster * 2 * share(V, cluster) * (int64_t)sizeof(uint32_t);
+  return status;
+}
+
+cudaError_t flow_sample_cuda(const FlowArguments& a, int cluster, cudaStream_t stream) {
+  if (a.rows == 0) return cudaSuccess;
+  simt::Device device;
+  cudaError_t status = simt::device(&device);
+  if (!status && cluster == 0) status = choose_cluster(device, a.V, a.d, a.top_k, &cluster);
+  if (status) return status;
+  const bool known_size = cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
+  if (!known_size || a.d < 1 || a.d > kFlowMaxDim || a.V < 1 || a.V > (int64_t)1 << 23 || a.steps < 1 ||
+      a.rows > (int64_t)1 << 27)
+    return cudaErrorInvalidValue;
+  Launch launch{a, cluster, false, a.d % kDims == 0 && (uintptr_t)a.codebook % 16 == 0};
+  bool fit;
+  size_t shared;
+  status = lists_fit(device, a.V, a.d, cluster, &fit, &shared);
+  if (status) return status;
+  launch.lists_in_scratch = !fit;
+  if (!fit && !a.scratch) return cudaErrorInvalidValue;
+  const int64_t blocks = (fit || a.rows < kScratchRows ? a.rows : kScratchRows) * cluster;
+  const auto run = [&](auto kernel) {
+    return simt::launch(kernel, blocks, kThreads, shared, cluster, stream, launch);
+  };
+  switch (lanes_per_code(a.d)) {
+    case 1: return run(flow_kernel<1>);
+    case 2: return run(flow_kernel<2>);
+    case 4: return run(flow_kernel<4>);
+    default: return run(flow_kernel<8>);
+  }
+}
+
+}  // namespace ddfast

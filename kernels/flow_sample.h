@@ -1,0 +1,42 @@
+// Launches flow_sample and sample_codes; see kernels/flow_sample.cu.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda_api.h"
+
+namespace ddfast {
+
+constexpr int64_t kFlowMaxDim = 64;
+
+struct FlowArguments {
+  const void* logits;  // [rows, V]; flow_sample: log-probabilities, and no guidance, temperature 1, top_k 0, top_p 1
+  const void* uncond;  // the same dtype; null: no guidance
+  const float* cfg_scale;  // [rows]; unused without uncond
+  const float* noise;      // [rows, d]
+  const float* codebook;   // [V, d]
+  const float* geometry;   // [V + 1]: distance of each code to its nearest other one; a bound on the diameter
+  int64_t* codes;          // [rows]; -1 where a row has NaN, +inf, nothing finite, or noise that is not finite
+  int32_t* evaluations;    // [rows], or null
+  void* scratch;           // flow_scratch_bytes() of them, or null where that is 0
+  int64_t stride, uncond_stride;  // elements between rows
+  int64_t rows, V, d;
+  int64_t top_k;  // 0: off
+  double top_p;   // 1: off
+  float temperature, sigma_min;
+  int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+  int32_t steps, solver, early_exit;
+};
+
+// Blocks that share a row. Depends on the problem's kind and the device alone, not on the number of rows: a row's
+// result is the same in every batch, bit for bit.
+cudaError_t flow_cluster(int64_t V, int64_t d, int64_t top_k, int* cluster);
+
+// Bytes of global memory that the rows' lists need where shared memory is too small for them (0: none).
+// cluster: blocks per row (1, 2, 4 or 8), or 0 for flow_cluster's choice; the same in both calls, as is top_k
+// (flow_sample: 0).
+cudaError_t flow_scratch_bytes(int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int64_t* bytes);
+
+cudaError_t flow_sample_cuda(const FlowArguments& arguments, int cluster, cudaStream_t stream);
+
+}  // namespace ddfast

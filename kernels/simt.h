@@ -1,0 +1,152 @@
+// Every operation by which the threads of a kernel meet: barriers, warp collectives, tensor-core products, a cluster's
+// shared memory, and the launch. The kernels use nothing else of CUDA, so that tests/cuda/emulator.h, which implements
+// the same names, runs the same .cu files on a CPU, thread by thread.
+//
+// Kernels take all dynamic shared memory and one argument struct; warps are full and converged at every collective.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda_api.h"
+
+#ifndef DDFAST_EMULATE
+
+namespace ddfast {
+namespace simt {
+
+__device__ __forceinline__ int thread() { return (int)threadIdx.x; }
+__device__ __forceinline__ int lane() { return (int)threadIdx.x & 31; }
+__device__ __forceinline__ int warp() { return (int)threadIdx.x >> 5; }
+__device__ __forceinline__ int block() { return (int)blockIdx.x; }
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+constexpr unsigned kAll = 0xffffffffu;
+
+__device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(kAll, value, mask); }
+__device__ __forceinline__ float shuffle(float value, int from) { return __shfl_sync(kAll, value, from); }
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(kAll, value, mask); }
+__device__ __forceinline__ uint64_t shuffle_up(uint64_t value, int by) {  // the lanes below `by` keep their own
+  return (uint64_t)__shfl_up_sync(kAll, (unsigned long long)value, by);
+}
+__device__ __forceinline__ uint32_t reduce_max(uint32_t value) { return __reduce_max_sync(kAll, value); }
+__device__ __forceinline__ uint32_t reduce_min(uint32_t value) { return __reduce_min_sync(kAll, value); }
+__device__ __forceinline__ uint32_t reduce_add(uint32_t value) { return __reduce_add_sync(kAll, value); }
+__device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(kAll, predicate); }
+
+__device__ __forceinline__ int count_bits(uint32_t value) { return __popc(value); }
+__device__ __forceinline__ int lowest_bit(uint32_t value) { return __ffs((int)value) - 1; }
+
+__device__ __forceinline__ void atomic_add(uint32_t* at, uint32_t value) { atomicAdd(at, value); }
+__device__ __forceinline__ void atomic_add(uint64_t* at, uint64_t value) {
+  atomicAdd((unsigned long long*)at, (unsigned long long)value);
+}
+
+// acc += a b for a 16 x 8 tile a, an 8 x 8 tile b and a 16 x 8 tile acc; of a and b the upper 19 bits count (tf32).
+// With lane = 4 g + q: a = (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); b = (q, g), (q + 4, g);
+// acc = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1).
+__device__ __forceinline__ void mma_tf32(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// exp(x) for x <= 0 to about 2^-21 relative, in two instructions.
+__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+__device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
+
+// Clusters exist from compute capability 9.0 on; elsewhere a launch has clusters of one block.
+__device__ __forceinline__ int cluster_rank(int cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster == 1) return 0;
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return (int)rank;
+#else
+  (void)cluster;
+  return 0;
+#endif
+}
+// Also orders every access to shared memory, the other blocks' included, before it against those after it. A cluster of
+// one block takes the block's own, cheaper barrier.
+__device__ __forceinline__ void cluster_barrier(int cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster == 1) {
+    __syncthreads();
+    return;
+  }
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#else
+  (void)cluster;
+  __syncthreads();
+#endif
+}
+// The address of another block's copy of an object in this block's shared memory.
+template <class T>
+__device__ __forceinline__ T* of_rank(T* mine, int rank, int cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (cluster == 1) return mine;
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"((uint64_t)mine), "r"(rank));
+  return (T*)address;
+#else
+  (void)rank;
+  (void)cluster;
+  return mine;
+#endif
+}
+
+struct Device {
+  int shared_bytes;  // that one block may have
+  int multiprocessors;
+  bool clusters;
+};
+
+inline cudaError_t device(Device* out) {
+  int id, clusters;
+  cudaError_t status = cudaGetDevice(&id);
+  if (!status) status = cudaDeviceGetAttribute(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  if (!status) status = cudaDeviceGetAttribute(&out->multiprocessors, cudaDevAttrMultiProcessorCount, id);
+  if (!status) status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, id);
+  if (!status) out->clusters = clusters != 0;
+  return status;
+}
+
+// Asynchronous, capturable into a graph; `blocks` is a multiple of `cluster`.
+template <class Arguments>
+cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes, int cluster,
+                   cudaStream_t stream, const Arguments& arguments) {
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+  if (status) return status;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)blocks);
+  config.blockDim = dim3((unsigned)threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = (unsigned)cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+}  // namespace simt
+}  // namespace ddfast
+
+#endif

@@ -1,0 +1,126 @@
+// The kernels' own source files, compiled as C++ for the emulator, behind C functions for ctypes.
+#include "emulator.h"
+
+#include "../../kernels/codebook_posterior.cu"
+#include "../../kernels/flow_sample.cu"
+#include "../../kernels/nearest_code.cu"
+
+using namespace ddfast;
+
+namespace {
+
+// What the filter keeps, as a mask [rows, V] in place of the codes.
+void filter_kernel(const Launch launch) {
+  Block b = open_block(launch, Shape<1>::kWords);
+  int64_t* mask = launch.a.codes + b.row * launch.a.V;
+  const Statistics row = load_row(b);
+  if (row.bad || row.finite == 0) return;
+  int in_cluster;
+  const int count = list_kept(b, find_threshold(b, row), &in_cluster);
+  for (int e = simt::thread(); e < count; e += kThreads) mask[code_of(b, (int)b.kept[e])] = in_cluster;
+}
+
+// Kernels that are wrong on purpose, to see that the emulator says so. out: [64].
+struct Mistake {
+  int kind;
+  float* out;
+};
+
+void mistake_kernel(const Mistake mistake) {
+  float* shared = (float*)simt::shared_memory();  // [64]
+  const int i = simt::thread();
+  const bool half = i % 2;
+  if (mistake.kind != 5) shared[i] = (float)i;
+  if (mistake.kind == 1 && half) return;                                        // some leave, the others wait
+  if (mistake.kind == 2 && i < 32) simt::warp_barrier();                        // no harm
+  if (mistake.kind == 3) half ? (void)simt::ballot(true) : simt::warp_barrier();  // different collectives
+  if (mistake.kind == 4 && i == 0) shared[64] = 1.f;                            // past the end
+  if (mistake.kind != 6) simt::block_barrier();                                 // 6: forgotten
+  mistake.out[i] = shared[63 - i];
+}
+
+struct Product {
+  const float *a, *b;
+  float* out;
+};
+
+void product_kernel(const Product p) {  // out [16, 8] = a [16, 8] b [8, 8]
+  const int g = simt::lane() / 4, q = simt::lane() % 4;
+  const auto bits = [](float x) { return simt::float_bits(x); };
+  const uint32_t a[4] = {bits(p.a[g * 8 + q]), bits(p.a[(g + 8) * 8 + q]), bits(p.a[g * 8 + q + 4]),
+                         bits(p.a[(g + 8) * 8 + q + 4])};
+  const uint32_t b[2] = {bits(p.b[q * 8 + g]), bits(p.b[(q + 4) * 8 + g])};
+  float out[4] = {};
+  simt::mma_tf32(out, a, b);
+  for (int i = 0; i < 4; ++i) p.out[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = out[i];
+}
+
+}  // namespace
+
+extern "C" {
+
+int mistake_emulated(int kind, float* out) {
+  return simt::launch(mistake_kernel, 1, 64, 64 * sizeof(float), 1, nullptr, Mistake{kind, out});
+}
+int product_emulated(const float* a, const float* b, float* out) {
+  return simt::launch(product_kernel, 1, 32, 0, 1, nullptr, Product{a, b, out});
+}
+int filter_emulated(const FlowArguments* a, int cluster) {
+  bool fit;
+  size_t shared;
+  simt::Device device;
+  simt::device(&device);
+  lists_fit(device, a->V, 8, cluster, &fit, &shared);
+  const Launch launch{*a, cluster, !fit, false};
+  return simt::launch(filter_kernel, a->rows * cluster, kThreads, shared, cluster, nullptr, launch);
+}
+
+const char* emulator_error() { return emulator::state.error.c_str(); }
+
+// seed: draws the order in which threads run (0: ascending); the rest is what the device would report.
+void emulator_configure(uint64_t seed, int shared_limit, int clusters) {
+  emulator::state.seed = seed;
+  emulator::state.shared_limit = shared_limit;
+  emulator::state.clusters = clusters != 0;
+}
+
+int flow_sample_emulated(const FlowArguments* a, int cluster) { return flow_sample_cuda(*a, cluster, nullptr); }
+int flow_cluster_emulated(int64_t V, int64_t d, int64_t top_k, int* out) { return flow_cluster(V, d, top_k, out); }
+int flow_scratch_emulated(int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int64_t* out) {
+  return flow_scratch_bytes(rows, V, d, top_k, cluster, out);
+}
+
+int posterior_emulated(const PosteriorArguments* a, int backward) {
+  return backward ? codebook_posterior_backward_cuda(*a, nullptr) : codebook_posterior_forward_cuda(*a, nullptr);
+}
+
+int nearest_emulated(const NearestArguments* a, int cluster) { return nearest_code_cuda(*a, cluster, nullptr); }
+float nearest_error(int dim) {
+  return dim == 8 ? kDotError<8> : dim == 16 ? kDotError<16> : dim == 32 ? kDotError<32> : kDotError<64>;
+}
+
+// v of nearest_code, in the order of operations that defines it.
+void nearest_scores(const float* x, const float* codebook, int64_t V, int64_t d, int cosine, float* out) {
+  for (int64_t j = 0; j < V; ++j) {
+    float score = 0.f;
+    for (int64_t k = 0; k < d && !cosine; ++k) score = fmaf(codebook[j * d + k], codebook[j * d + k], score);
+    score /= 2.f;
+    for (int64_t k = 0; k < d; ++k) score = fmaf(-x[k], codebook[j * d + k], score);
+    out[j] = score;
+  }
+}
+
+// Shared math, as the host has it.
+uint32_t math_key_of(float x) { return key_of(x); }
+float math_value_of_key(uint32_t key) { return value_of_key(key); }
+uint64_t math_fixed_mass(float weight) { return fixed_mass(weight); }
+uint64_t math_mass_goal(double fraction, uint64_t total) { return mass_goal(fraction, total); }
+void math_exponential_integrals(float h, float* out) { exponential_integrals(h, out, out + 1, out + 2); }
+void math_flow_grid(float spread, float sigma_min, int steps, int solver, float* out) {
+  const FlowGrid grid = flow_grid(spread, sigma_min, steps, solver);
+  std::memcpy(out, &grid, sizeof grid);
+}
+int math_flow_is_decided(float rest, float nearest, float diameter, float gap, float slack) {
+  return flow_is_decided(rest, nearest, diameter, gap, slack);
+}
+}

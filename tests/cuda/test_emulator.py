@@ -1,0 +1,60 @@
+"""The emulator itself: a proof is worth what its tool would have caught."""
+
+import ctypes
+
+import pytest
+import torch
+
+
+def run(emulator, kind: int) -> torch.Tensor:
+    out = torch.full((64,), torch.nan)
+    emulator.check(emulator.library.mistake_emulated(kind, ctypes.c_void_p(out.data_ptr())))
+    return out
+
+
+@pytest.mark.parametrize("kind", [0, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_correct_kernel(emulator, kind, seed):
+    emulator.configure(seed=seed)
+    assert run(emulator, kind).tolist() == list(range(63, -1, -1))
+
+
+@pytest.mark.parametrize(("kind", "words"), [(1, "others never reach"), (3, "different"), (4, "past the end")])
+def test_mistakes_are_errors(emulator, kind, words):
+    with pytest.raises(RuntimeError, match=words):
+        run(emulator, kind)
+
+
+def test_memory_that_nobody_wrote_is_nan(emulator):
+    assert run(emulator, 5).isnan().all()
+
+
+def test_a_forgotten_barrier_shows(emulator):
+    results = []
+    for seed in range(1, 4):
+        emulator.configure(seed=seed)
+        results.append(run(emulator, 6))
+    assert not torch.equal(results[0].nan_to_num(-1), results[1].nan_to_num(-1))
+    assert torch.cat(results).isnan().any()
+
+
+def test_tensor_core_fragments(emulator):
+    a, b = torch.randint(-8, 9, (16, 8)).float(), torch.randint(-8, 9, (8, 8)).float()
+    out = torch.empty(16, 8)
+    emulator.check(emulator.library.product_emulated(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, out))))
+    assert torch.equal(out, a @ b)
+
+
+def test_tensor_cores_round_to_tf32(emulator):
+    a, b, out = torch.zeros(16, 8), torch.zeros(8, 8), torch.empty(16, 8)
+    a[3, 2], b[2, 5] = 1 + 2**-10 + 2**-11, 1.0
+    emulator.check(emulator.library.product_emulated(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, out))))
+    assert out[3, 5] == 1 + 2**-10
+    assert out.count_nonzero() == 1
+
+
+def test_launches_that_a_device_would_refuse(emulator):
+    emulator.configure(clusters=False)
+    noise, codebook = torch.randn(1, 8), torch.randn(64, 8)
+    with pytest.raises(RuntimeError, match="refuse"):
+        emulator.sample_codes(torch.randn(1, 64), noise, codebook, cluster=2)

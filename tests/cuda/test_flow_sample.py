@@ -1,0 +1,268 @@
+"""flow_sample and sample_codes: one kernel, on the emulator."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from truth import filtered, flow_codes, problem
+
+from ddfast.ops import native
+from ddfast.ops.filter_logits import filter_logits_reference
+from ddfast.ops.flow_sample import SOLVERS, flow_sample_reference
+from ddfast.ops.geometry import codebook_geometry
+
+GOLDEN = load_file(Path(__file__).parents[1] / "data" / "filter_golden.safetensors")
+GOLDEN_SETTINGS = [(0, 0.0), (14, 0.95), (1, 0.0), (64, 0.0), (0, 0.53), (5, 0.31), (0, 0.998), (20, 1.0)]
+
+
+def small(rows, num_codes, dim, **options):
+    return [tensor.float() for tensor in problem(rows, num_codes, dim, **options)]
+
+
+# ---- what the filter keeps ----
+
+
+def assert_kept(emulator, logits, cluster, *, temperature=1.0, top_k=0, top_p=1.0):
+    mask = emulator.kept(logits, cluster, temperature=temperature, top_k=top_k, top_p=top_p)
+    expected = filter_logits_reference(logits, None, None, temperature, top_k, top_p) > -math.inf
+    assert torch.equal(mask > 0, expected)
+    assert torch.equal(mask.amax(-1), expected.sum(-1))
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+@pytest.mark.parametrize("num_codes", [1, 2, 33, 700, 4095])
+@pytest.mark.parametrize(
+    ("dtype", "ties"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)]
+)
+def test_filter_keeps_what_the_reference_keeps(emulator, cluster, num_codes, dtype, ties):
+    generator = torch.Generator().manual_seed(num_codes)
+    logits = 3 * torch.randn(2, num_codes, generator=generator)
+    logits = ((logits * 2).round() / 2 if ties else logits).to(dtype)
+    emulator.configure(seed=num_codes)
+    for top_k, top_p, temperature in [(0, 1.0, 1.0), (1, 1.0, 0.3), (5, 0.5, 1.0), (300, 0.9, 2.5), (0, 0.02, 1.0)]:
+        assert_kept(emulator, logits, cluster, top_k=top_k, top_p=top_p, temperature=temperature)
+
+
+@pytest.mark.parametrize("case", range(len(GOLDEN_SETTINGS)))
+def test_official_keep_rule(emulator, case):
+    """As in tests/ops/test_filter_logits.py: the entries that the official VAR filter keeps."""
+    top_k, top_p = GOLDEN_SETTINGS[case]
+    logits = GOLDEN["flt_logits"]
+    got = emulator.kept(logits.flatten(0, -2), 1, top_k=top_k, top_p=top_p or 1.0).view(logits.shape) > 0
+    official, tied = GOLDEN[f"flt_{case}"] > -math.inf, GOLDEN[f"flt_{case}_tied"].bool()
+    assert torch.equal(got[~tied], official[~tied])
+    for row, mine, theirs in zip(logits[tied], got[tied], official[tied], strict=True):
+        assert torch.equal(row[mine].sort().values, row[theirs].sort().values)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_ties_at_the_nucleus_edge_stay_by_index(emulator, cluster):
+    logits = torch.zeros(2, 1000)
+    logits[1, 500:] = 1.0
+    logits[1, ::7] = -math.inf
+    for top_p in (1e-9, 0.1, 0.55, 0.999):
+        assert_kept(emulator, logits, cluster, top_p=top_p)
+    truth = torch.from_numpy(filtered(logits.double().numpy(), 1.0, 0, 0.1)) > -math.inf
+    assert torch.equal(emulator.kept(logits, cluster, top_p=0.1) > 0, truth)
+
+
+def test_extreme_values(emulator):
+    logits = torch.tensor([[3e38, -3e38, 0.0, -0.0, 1e-45, -1e-45, -math.inf, 1e-38]]).repeat(1, 5)
+    for top_k in (1, 3, 6, 12, 20, 27):
+        assert_kept(emulator, logits, 1, top_k=top_k)
+    assert_kept(emulator, torch.tensor([[1.0, 0.0, -0.0, -1.0, 0.0]]), 1, top_p=0.6)
+
+
+# ---- the flow ----
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize(
+    ("rows", "num_codes", "dim", "support", "cluster"),
+    [(2, 1, 1, 1.0, 1), (6, 7, 3, 1.0, 1), (6, 64, 8, 0.5, 2), (4, 300, 32, 0.5, 1), (3, 101, 64, 1.0, 1),
+     (3, 257, 16, 1.0, 2), (3, 130, 33, 1.0, 1), (1, 300, 8, 1.0, 8)],
+)  # fmt: skip
+def test_against_the_reference(emulator, solver, rows, num_codes, dim, support, cluster):
+    log_probs, noise, codebook = small(rows, num_codes, dim, support=support, seed=3)
+    exact = flow_sample_reference(log_probs.double(), noise.double(), codebook.double(), 20, solver)
+    full = 41 if solver == "heun" else 21
+    for early_exit in (True, False):
+        codes, evaluations = emulator.sample_codes(
+            log_probs, noise, codebook, solver=solver, early_exit=early_exit, cluster=cluster
+        )
+        assert torch.equal(codes, exact)
+        assert (evaluations <= full).all() if early_exit else (evaluations == (full if num_codes > 1 else 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "dim", "top_k", "top_p"), [(16384, 8, 8000, 1.0), (16384, 8, 0, 1.0), (4096, 32, 900, 0.95)]
+)
+def test_real_shapes(emulator, num_codes, dim, top_k, top_p):
+    generator = torch.Generator().manual_seed(num_codes)
+    logits, noise = 2.5 * torch.randn(2, num_codes, generator=generator), torch.randn(2, dim, generator=generator)
+    codebook = torch.nn.functional.normalize(torch.randn(num_codes, dim, generator=generator), dim=-1)
+    codes, _ = emulator.sample_codes(logits, noise, codebook, top_k=top_k, top_p=top_p)
+    log_probs = filter_logits_reference(logits.double(), None, None, 1.0, top_k, top_p)
+    assert torch.equal(codes, flow_sample_reference(log_probs, noise.double(), codebook.double(), 20, "dpm3m"))
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+@pytest.mark.parametrize(("num_codes", "dim"), [(6000, 8), (1500, 32), (900, 64)])
+def test_more_codes_than_registers_hold(emulator, num_codes, dim, cluster):
+    log_probs, noise, codebook = small(2, num_codes, dim, seed=5)
+    codes, _ = emulator.sample_codes(log_probs, noise, codebook, cluster=cluster)
+    assert torch.equal(codes, flow_sample_reference(log_probs, noise, codebook, 20, "dpm3m"))
+
+
+def test_against_another_integrator(emulator):
+    """Shares no coordinate, grid, start or coefficient with the kernel."""
+    log_probs, noise, codebook = problem(20, 64, 8, seed=8)
+    truth = torch.from_numpy(flow_codes(log_probs.numpy(), noise.numpy(), codebook.numpy(), 3000))
+    codes, _ = emulator.sample_codes(log_probs.float(), noise.float(), codebook.float(), steps=60)
+    assert torch.equal(codes, truth)
+
+
+@pytest.mark.parametrize(("dim", "peak"), [(2, 1.0), (8, 4.0), (32, 2.5)])
+def test_early_exit_never_changes_a_code(emulator, dim, peak):
+    log_probs, noise, codebook = small(30, 128, dim, peak=peak, seed=1)
+    early, used = emulator.sample_codes(log_probs, noise, codebook, cluster=1)
+    full, all_of_them = emulator.sample_codes(log_probs, noise, codebook, early_exit=False, cluster=1)
+    assert torch.equal(early, full)
+    assert used.float().mean() < 0.9 * all_of_them.float().mean()
+
+
+def test_exits_when_the_cpu_kernel_does(emulator):
+    if native.cpu is None:
+        pytest.skip(native.cpu_reason)
+    log_probs, noise, codebook = small(30, 200, 8, seed=6)
+    codes, evaluations = emulator.sample_codes(log_probs, noise, codebook)
+    geometry = codebook_geometry(codebook)
+    cpu_codes, cpu_evaluations = torch.empty(30, dtype=torch.int64), torch.empty(30, dtype=torch.int32)
+    native.cpu.flow_sample(
+        log_probs.data_ptr(), 0, 200, noise.data_ptr(), codebook.data_ptr(), geometry.packed.data_ptr(),
+        cpu_codes.data_ptr(), cpu_evaluations.data_ptr(), 30, 200, 8, 20, SOLVERS["dpm3m"], geometry.sigma_min, True, 1,
+    )  # fmt: skip
+    assert torch.equal(codes, cpu_codes)
+    assert (evaluations - cpu_evaluations).abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_guidance_temperature_filter_and_strides(emulator, dtype, cluster):
+    generator = torch.Generator().manual_seed(4)
+    wide, uncond_wide = (2 * torch.randn(6, 1100, generator=generator) for _ in range(2))
+    logits, uncond = wide.to(dtype)[:, 50:1049], uncond_wide.to(dtype)[:, :999]
+    noise, codebook = torch.randn(6, 8, generator=generator), torch.randn(999, 8, generator=generator)
+    options = {"temperature": 0.8, "top_k": 200, "top_p": 0.9}
+    scale = torch.linspace(1, 4, 6)
+    log_probs = filter_logits_reference(logits, uncond, scale, **options)
+    codes, _ = emulator.sample_codes(
+        logits, noise, codebook, uncond=uncond, cfg_scale=scale, cluster=cluster, **options
+    )
+    assert torch.equal(codes, flow_sample_reference(log_probs, noise, codebook, 20, "dpm3m"))
+
+
+def test_minus_infinity_in_both_stays_out(emulator):
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 1.0]])
+    noise, codebook = torch.randn(1, 2), torch.randn(4, 2)
+    codes, _ = emulator.sample_codes(logits, noise, codebook, uncond=logits.clone(), cfg_scale=torch.tensor([3.0]))
+    assert codes.item() in (1, 3)
+
+
+def test_frequencies_are_p(emulator):
+    generator = torch.Generator().manual_seed(2)
+    count, num_codes = 300, 4
+    codebook = torch.randn(num_codes, 4, generator=generator)
+    p = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    noise = torch.randn(count, 4, generator=generator)
+    codes, _ = emulator.sample_codes(p.log().expand(count, -1), noise, codebook)
+    chi_square = ((torch.bincount(codes, minlength=num_codes) - count * p) ** 2 / (count * p)).sum()
+    assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+# ---- what must not matter ----
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+def test_the_order_of_threads_and_the_batch_do_not_matter(emulator, cluster):
+    logits, noise, codebook = small(4, 700, 32, seed=7)
+    options = {"top_k": 400, "top_p": 0.95, "cluster": cluster}
+    codes, evaluations = emulator.sample_codes(logits, noise, codebook, **options)
+    for seed in (1, 2):
+        emulator.configure(seed=seed)
+        again = emulator.sample_codes(logits, noise, codebook, **options)
+        assert torch.equal(again[0], codes)
+        assert torch.equal(again[1], evaluations)
+    alone = emulator.sample_codes(logits[3:4], noise[3:4].contiguous(), codebook, **options)
+    assert (alone[0].item(), alone[1].item()) == (codes[3].item(), evaluations[3].item())
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_lists_in_global_memory_give_the_same(emulator, cluster):
+    logits, noise, codebook = small(3, 8000, 8, seed=9)
+    expected = emulator.sample_codes(logits, noise, codebook, top_k=500, cluster=cluster)
+    emulator.configure(shared_limit=64 << 10)
+    again = emulator.sample_codes(logits, noise, codebook, top_k=500, cluster=cluster)
+    assert torch.equal(again[0], expected[0])
+    assert torch.equal(again[1], expected[1])
+
+
+def test_more_rows_than_scratch_holds(emulator):
+    """1030 rows on the 1024 places of the scratch: the last six reuse the first blocks."""
+    logits = torch.full((1030, 6000), -math.inf)
+    logits[torch.arange(1030), torch.arange(1030) * 5] = 0.0
+    emulator.configure(shared_limit=64 << 10)
+    codes, _ = emulator.sample_codes(logits, torch.zeros(1030, 1), torch.randn(6000, 1), cluster=1)
+    assert torch.equal(codes, torch.arange(1030) * 5)
+
+
+def test_cluster_choice(emulator):
+    assert emulator.flow_cluster(16384, 8, 8000) == 2  # 64 rows of LlamaGen: 128 of an H200's 132 multiprocessors
+    assert emulator.flow_cluster(16384, 8, 0) == 4
+    assert emulator.flow_cluster(4096, 32, 900) == 1  # VAR
+    emulator.configure(clusters=False)
+    assert emulator.flow_cluster(16384, 8, 8000) == 1
+
+
+# ---- rows at the edges ----
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_bad_rows_get_minus_one_and_leave_others_alone(emulator, cluster):
+    logits, noise, codebook = small(8, 70, 8, seed=2)
+    good, _ = emulator.sample_codes(logits, noise, codebook, cluster=cluster)
+    logits[1, 69] = math.nan
+    logits[2, 0] = math.inf
+    logits[3] = -math.inf
+    noise[4, 7] = math.nan
+    noise[5, 0] = -math.inf
+    logits[6] = -math.inf
+    logits[6, 41] = -5.0
+    codes, evaluations = emulator.sample_codes(logits, noise, codebook, cluster=cluster)
+    assert codes.tolist() == [good[0].item(), -1, -1, -1, -1, -1, 41, good[7].item()]
+    assert evaluations[1:7].tolist() == [0] * 6
+
+
+def test_duplicate_codes_go_to_the_likelier_then_the_lower(emulator):
+    log_probs = torch.tensor([[0.1, 0.2, 0.3, 0.3, 0.05, 0.05]]).log()
+    codes, _ = emulator.sample_codes(log_probs, torch.randn(1, 3), torch.ones(6, 3))
+    assert codes.tolist() == [2]
+
+
+def test_far_from_the_origin(emulator):
+    log_probs, noise, codebook = small(20, 64, 8)
+    moved = (codebook * 64).round() / 64 + 1000  # exactly representable: the same problem, translated
+    near = moved - 1000
+    assert torch.equal(
+        emulator.sample_codes(log_probs, noise, moved)[0], emulator.sample_codes(log_probs, noise, near)[0]
+    )
+
+
+def test_empty_and_refused(emulator):
+    assert emulator.sample_codes(torch.zeros(0, 7), torch.zeros(0, 4), torch.randn(7, 4))[0].shape == (0,)
+    with pytest.raises(RuntimeError, match="status 1"):
+        emulator.sample_codes(torch.zeros(1, 7), torch.zeros(1, 65), torch.randn(7, 65))
+    with pytest.raises(RuntimeError, match="status 1"):
+        emulator.sample_codes(torch.zeros(1, 7), torch.zeros(1, 4), torch.randn(7, 4), cluster=3)
