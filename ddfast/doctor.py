@@ -45,7 +45,7 @@ def diagnosis() -> list[str]:
     lines.append(f"Triton kernels: {native.triton_reason()[1]}")
     lines.append(f"CUDA kernels: {native.cuda_reason}")
     if native.cuda is not None:
-        lines.append(f"  compiled for: {native.cuda.architectures}; no op is dispatched to them yet")
+        lines.append(f"  compiled for: {native.cuda.architectures}")
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     for index in gpus:
         major, minor = torch.cuda.get_device_capability(index)

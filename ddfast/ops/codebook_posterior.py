@@ -25,7 +25,7 @@ def codebook_posterior(
         log_probs: [..., V]; -inf marks filtered codes; need not be normalised. Leading dimensions that only `x` has
             are broadcast without a copy (several noise draws per token: x [m, B, n, d], log_probs [B, n, V]).
         codebook: codes [V, d].
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         x0_hat [..., d] in the dtype of `x`.
@@ -126,8 +126,13 @@ def _codebook_posterior(
         return x0_hat, log_norm
     rows = _Rows(x, t, log_probs, codebook)
     out = torch.empty_like(rows.x)
-    norm = torch.empty(len(rows.x))
-    for start in rows.starts:
+    norm = rows.t.new_empty(len(rows.x))
+    if chosen == "cuda":
+        common.cuda_kernels(rows.codes).codebook_posterior_forward(
+            *rows.arguments(0), rows.period, rows.codes.data_ptr(), out.data_ptr(), norm.data_ptr(),
+            len(rows.x), *rows.codes.shape, *common.launch_place(rows.x),
+        )  # fmt: skip
+    for start in rows.starts if chosen == "cpu" else ():
         status = rows.kernels.codebook_posterior_forward(
             *rows.arguments(start),
             rows.codes.data_ptr(),
@@ -172,6 +177,12 @@ def _codebook_posterior_backward(
     rows = _Rows(x, t, log_probs, codebook)
     g, mean, norm = common.float_rows(grad), common.float_rows(x0_hat), log_norm.reshape(-1).contiguous()
     out = torch.empty_like(rows.x)
+    if chosen == "cuda":
+        common.cuda_kernels(rows.codes).codebook_posterior_backward(
+            g.data_ptr(), *rows.arguments(0), rows.period, rows.codes.data_ptr(), mean.data_ptr(), norm.data_ptr(),
+            out.data_ptr(), len(rows.x), *rows.codes.shape, *common.launch_place(rows.x),
+        )  # fmt: skip
+        return out.view(x.shape).to(x.dtype)
     for start in rows.starts:
         rows.kernels.codebook_posterior_backward(
             g[start:].data_ptr(),
@@ -200,9 +211,9 @@ class _Rows:
         self.t = t.reshape(-1).float().contiguous()
         self.log_probs = common.rows_of(log_probs)
         self.codes = codebook.float().contiguous()
-        period = math.prod(log_probs.shape[:-1])
-        self.starts = range(0, len(self.x), period)
-        self.sizes = (period, *codebook.shape, common.threads())
+        self.period = math.prod(log_probs.shape[:-1])
+        self.starts = range(0, len(self.x), self.period)
+        self.sizes = (self.period, *codebook.shape, common.threads())
 
     def arguments(self, start: int) -> tuple[int, ...]:
         """Pointers of x and t at row `start`, and log_probs with its dtype and row stride."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,23 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
 
 def rows_are_checked(backend: str, tensor: Tensor) -> bool:
     """Whether bad values raise: a kernel on a GPU marks them in its result, since looking would wait for the device."""
-    return backend != "triton" or tensor.device.type == "cpu"
+    return backend not in ("triton", "cuda") or tensor.device.type == "cpu"
+
+
+def launch_place(tensor: Tensor) -> tuple[int, int]:
+    """Device number and current stream's address, the CUDA module's trailing arguments."""
+    if tensor.device.type != "cuda":
+        return 0, 0
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def cuda_kernels(codebook: Tensor) -> Any:
+    """The CUDA module, if it takes codes of this dimension."""
+    assert native.cuda is not None
+    if codebook.shape[1] > native.cuda.max_dim:
+        most = f"expected at most {native.cuda.max_dim} for backend 'cuda'; use 'triton' or 'reference'"
+        raise ValueError(f"codebook: got codes of dimension {codebook.shape[1]}, {most}")
+    return native.cuda
 
 
 def backend_of(op: str, backend: str, *tensors: Tensor | None) -> str:

@@ -12,16 +12,16 @@ from ddfast.ops import native
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 KERNELS: dict[str, tuple[str, ...]] = {
-    "nearest_code": ("cpu", "triton"),
+    "nearest_code": ("cpu", "cuda", "triton"),
     "filter_logits": ("cpu", "triton"),
-    "codebook_posterior": ("cpu", "triton"),
-    "flow_sample": ("cpu", "triton"),
-    "sample_codes": ("cpu", "triton"),
-    "noise": ("cpu", "triton"),
+    "codebook_posterior": ("cpu", "cuda", "triton"),
+    "flow_sample": ("cpu", "cuda", "triton"),
+    "sample_codes": ("cpu", "cuda", "triton"),
+    "noise": ("cpu", "cuda", "triton"),
 }
 """Backends that have a kernel for each op, beside the reference that every op has."""
 
-UNMEASURED = ("triton",)
+UNMEASURED = ("cuda", "triton")
 """Backends that were never timed on their device: "auto" does not choose them before that."""
 
 DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -36,20 +36,21 @@ class Choice(NamedTuple):
 
 def available() -> dict[str, str]:
     """Backends that can run here, with a line that says what they are; a missing one is in `missing()`."""
-    found = {"reference": f"PyTorch {torch.__version__}"}
-    if native.cpu is not None:
-        found["cpu"] = native.cpu_reason
-    usable, reason = native.triton_reason()
-    if usable:
-        found["triton"] = reason
-    return found
+    states = _states().items()
+    return {"reference": f"PyTorch {torch.__version__}"} | {name: line for name, (usable, line) in states if usable}
 
 
 def missing() -> dict[str, str]:
     """Backends that cannot run here, with the reason."""
-    absent = {} if native.cpu is not None else {"cpu": native.cpu_reason}
-    usable, reason = native.triton_reason()
-    return absent if usable else {**absent, "triton": reason}
+    return {name: line for name, (usable, line) in _states().items() if not usable}
+
+
+def _states() -> dict[str, tuple[bool, str]]:
+    """Of every backend with kernels: whether it can run here, and what it is or why it cannot."""
+    cuda = (native.cuda is not None, native.cuda_reason)
+    if native.cuda is not None and not torch.cuda.is_available():
+        cuda = (False, "PyTorch sees no GPU")
+    return {"cpu": (native.cpu is not None, native.cpu_reason), "cuda": cuda, "triton": native.triton_reason()}
 
 
 def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> Choice:

@@ -40,7 +40,7 @@ def flow_sample(
         codebook: codes [V, d].
         steps: intervals of the geometric grid in sigma = t/(1-t); each costs one pass over the codes (heun: two).
         solver: "dpm3m" (third-order multistep in x0 form), "dpm2m", "heun" or "euler".
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         codes int64 [...], and the embeddings reached, codebook[codes], [..., d] in the codebook's dtype.
@@ -156,8 +156,30 @@ def triton_flow(
     geometry = codebook_geometry(codebook)
     arguments = (geometry.centred, geometry.packed, geometry.sigma_min, steps, SOLVERS[solver])
     native.triton("flow_sample").flow_sample(rows, common.float_rows(noise), *arguments, out, **filtering)
-    if common.rows_are_checked("triton", out) and bool((out < 0).any()):
-        common.check_rows(name, int((out.flatten() < 0).nonzero()[0, 0]))
+    _check_codes(out, name)
+
+
+def cuda_flow(
+    launch: str, logits_arguments: tuple[int | float, ...], noise: Tensor, codebook: Tensor, out: Tensor, steps: int,
+    solver: str, *, name: str, top_k: int = 0,
+) -> None:  # fmt: skip
+    """Call `launch` of the CUDA module on rows of `name`, described by its leading arguments."""
+    kernels, geometry = common.cuda_kernels(codebook), codebook_geometry(codebook)
+    eps, codes, place = common.float_rows(noise), codebook.float().contiguous(), common.launch_place(out)
+    size = kernels.flow_scratch_bytes(len(eps), *codes.shape, top_k, 0, place[0])
+    scratch = out.new_empty(size, dtype=torch.uint8)  # none at the usual sizes
+    getattr(kernels, launch)(
+        *logits_arguments, eps.data_ptr(), codes.data_ptr(), geometry.packed.data_ptr(), out.data_ptr(), 0,
+        scratch.data_ptr() if size else 0, len(eps), *codes.shape, steps, SOLVERS[solver], geometry.sigma_min, True, 0,
+        *place,
+    )  # fmt: skip
+    _check_codes(out, name)
+
+
+def _check_codes(codes: Tensor, name: str) -> None:
+    """Raise for the first row that a GPU's kernel marked, where looking does not wait for a device."""
+    if codes.device.type == "cpu" and bool((codes < 0).any()):
+        common.check_rows(name, int((codes.flatten() < 0).nonzero()[0, 0]))
 
 
 def native_flow_arguments(
@@ -195,6 +217,10 @@ def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int,
         check_finite_noise(noise)
     if chosen == "triton":
         triton_flow(rows, noise, codebook, out, steps, solver, name="log_probs")
+        return out
+    if chosen == "cuda":
+        logits_arguments = (rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.stride(0))
+        cuda_flow("flow_sample", logits_arguments, noise, codebook, out, steps, solver, name="log_probs")
         return out
     assert native.cpu is not None
     arguments, _alive = native_flow_arguments(noise, codebook, out, steps, solver)

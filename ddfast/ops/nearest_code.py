@@ -16,7 +16,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, cosine: bool = False, backend: 
         x: vectors [..., d], any floating dtype.
         codebook: codes [V, d].
         cosine: compare directions only (a zero vector has cosine 0 with everything).
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         int64 [...]; ties go to the lowest index.
@@ -54,12 +54,18 @@ def _nearest_code(x: Tensor, codebook: Tensor, cosine: bool, backend: str) -> Te
         return nearest_code_reference(x, codebook, cosine)
     out = _fake(x)
     if chosen == "triton":
-        # Lengths of x do not change which cosine is largest.
+        # Lengths of x do not change which cosine is largest (nor do they for the CUDA kernel).
         codes = F.normalize(codebook.float(), dim=-1) if cosine else codebook.contiguous()
         native.triton("nearest_code").nearest_code(common.rows_of(x), codes, out)
         return out
-    assert native.cpu is not None
     rows, codes = common.float_rows(x), codebook.float().contiguous()
+    if chosen == "cuda":
+        kernels = common.cuda_kernels(codes)
+        codes = F.normalize(codes, dim=-1) if cosine else codes
+        addresses = (rows.data_ptr(), codes.data_ptr(), out.data_ptr())
+        kernels.nearest_code(*addresses, len(rows), *codes.shape, cosine, 0, *common.launch_place(rows))
+        return out
+    assert native.cpu is not None
     native.cpu.nearest_code(
         rows.data_ptr(), codes.data_ptr(), out.data_ptr(), len(rows), *codes.shape, cosine, common.threads()
     )

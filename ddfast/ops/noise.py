@@ -28,7 +28,7 @@ def noise(
         index: sample number(s), an int or an int64 tensor [...].
         shape: shape of one sample's noise.
         device: where the result lives (default: index's device, "cpu" for an int).
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         float32 [*index.shape, *shape]. A sample's values depend on (seed, index) alone: not on the device, the batch
@@ -123,10 +123,13 @@ def _noise(seed: int, index: Tensor, shape: list[int], backend: str) -> Tensor:
     if chosen == "triton":
         native.triton("noise").noise(seed % 2**64, samples, math.prod(shape), out)
         return out
-    assert native.cpu is not None
-    native.cpu.noise(
-        seed % 2**64, samples.data_ptr(), samples.numel(), math.prod(shape), out.data_ptr(), common.threads()
-    )
+    arguments = (seed % 2**64, samples.data_ptr(), samples.numel(), math.prod(shape), out.data_ptr())
+    if chosen == "cuda":
+        assert native.cuda is not None
+        native.cuda.noise(*arguments, *common.launch_place(out))
+    else:
+        assert native.cpu is not None
+        native.cpu.noise(*arguments, common.threads())
     return out
 
 

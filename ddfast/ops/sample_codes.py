@@ -18,6 +18,7 @@ from ddfast.ops.flow_sample import (
     DEFAULT_STEPS,
     check_finite_noise,
     check_flow,
+    cuda_flow,
     flow_sample_reference,
     native_flow_arguments,
     triton_flow,
@@ -100,8 +101,11 @@ def _sample_codes(
         filtering = {"kept": kept, "uncond": uncond_rows, "scale": scale, "temperature": temperature}
         triton_flow(rows, noise, codebook, out, steps, solver, name="logits", **filtering)
         return out
-    assert native.cpu is not None
     filter_arguments, _filter_alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
+    if chosen == "cuda":
+        cuda_flow("sample_codes", filter_arguments, noise, codebook, out, steps, solver, name="logits", top_k=top_k)
+        return out
+    assert native.cpu is not None
     flow_arguments, _flow_alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.sample_codes(*filter_arguments, *flow_arguments)
     common.check_rows("logits", status)

@@ -1,0 +1,143 @@
+"""The emulated CUDA kernels, called over PyTorch tensors of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddfast.ops.flow_sample import SOLVERS
+from ddfast.ops.geometry import codebook_geometry
+from ddfast.ops.native import DTYPE_CODES
+
+SHARED_LIMIT = 227 << 10  # bytes of shared memory that a block of an H100 or H200 may have
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class FlowArguments(ctypes.Structure):
+    """As in kernels/flow_sample.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("logits", "uncond", "cfg_scale", "noise", "codebook", "geometry")],
+        *[(name, ctypes.c_void_p) for name in ("codes", "evaluations", "scratch")],
+        *[(name, ctypes.c_int64) for name in ("stride", "uncond_stride", "rows", "num_codes", "dim", "top_k")],
+        ("top_p", ctypes.c_double),
+        *[(name, ctypes.c_float) for name in ("temperature", "sigma_min")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "steps", "solver", "early_exit")],
+    ]
+
+
+class PosteriorArguments(ctypes.Structure):
+    """As in kernels/codebook_posterior.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("x", "t", "log_probs", "codebook", "x0", "log_norm", "grad", "dx")],
+        *[(name, ctypes.c_int64) for name in ("stride", "rows", "period", "num_codes", "dim")],
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class NearestArguments(ctypes.Structure):
+    """As in kernels/nearest_code.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("x", "codebook", "codes")],
+        *[(name, ctypes.c_int64) for name in ("rows", "num_codes", "dim")],
+        ("cosine", ctypes.c_int32),
+    ]
+
+
+class Emulator:
+    """The library, with one method per launch; a failed launch raises with the emulator's words."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulator_error.restype = ctypes.c_char_p
+        self.configure()
+
+    def configure(self, seed: int = 0, shared_limit: int = SHARED_LIMIT, clusters: bool = True) -> None:
+        """The order in which threads run (0: ascending, else drawn), and what the device reports about itself."""
+        self.library.emulator_configure(ctypes.c_uint64(seed), shared_limit, clusters)
+
+    def check(self, status: int) -> None:
+        if status:
+            raise RuntimeError(f"status {status}: {self.library.emulator_error().decode()}")
+
+    def flow(
+        self, launch: str, codes: Tensor, logits: Tensor, noise: Tensor, codebook: Tensor, *,
+        uncond: Tensor | None = None, cfg_scale: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, steps: int = 20, solver: str = "dpm3m", early_exit: bool = True, cluster: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Fills `codes`; returns it and the evaluations."""
+        rows, num_codes = logits.shape
+        dim = codebook.shape[1]
+        geometry = codebook_geometry(codebook)
+        evaluations = torch.full((rows,), -7, dtype=torch.int32)
+        size = ctypes.c_int64()
+        counts = [ctypes.c_int64(value) for value in (rows, num_codes, dim, top_k)]
+        self.check(self.library.flow_scratch_emulated(*counts, cluster, ctypes.byref(size)))
+        scratch = torch.full((size.value,), 255, dtype=torch.uint8)
+        arguments = FlowArguments(
+            address(logits), address(uncond), address(cfg_scale), address(noise), address(codebook),
+            address(geometry.packed), address(codes), address(evaluations), address(scratch) if size.value else None,
+            logits.stride(0), 0 if uncond is None else uncond.stride(0), rows, num_codes, dim, top_k, top_p,
+            temperature, geometry.sigma_min, DTYPE_CODES[logits.dtype], steps, SOLVERS[solver], early_exit,
+        )  # fmt: skip
+        self.check(getattr(self.library, launch)(ctypes.byref(arguments), cluster))
+        return codes, evaluations
+
+    def sample_codes(self, logits: Tensor, noise: Tensor, codebook: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Codes and evaluations of rows of logits; without a filter, of rows of log-probabilities (flow_sample)."""
+        return self.flow("flow_sample_emulated", torch.full((len(logits),), -7), logits, noise, codebook, **options)
+
+    def kept(self, logits: Tensor, cluster: int, **options: Any) -> Tensor:
+        """The filter alone: int64 [rows, V], 0 where an entry is dropped, else how many the row keeps."""
+        mask, codebook = torch.zeros(logits.shape, dtype=torch.int64), torch.zeros(logits.shape[1], 1)
+        return self.flow(
+            "filter_emulated", mask, logits, torch.zeros(len(logits), 1), codebook, cluster=cluster, **options
+        )[0]
+
+    def flow_cluster(self, num_codes: int, dim: int, top_k: int) -> int:
+        """Blocks per row that the launch chooses."""
+        out = ctypes.c_int()
+        counts = [ctypes.c_int64(value) for value in (num_codes, dim, top_k)]
+        self.check(self.library.flow_cluster_emulated(*counts, ctypes.byref(out)))
+        return out.value
+
+    def posterior(
+        self, x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, grad: Tensor | None = None,
+        forward: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(x0_hat, log_norm); with `grad` and these two, (dx, log_norm)."""
+        x0, log_norm = forward or (torch.full_like(x, 7e7), torch.full((len(x),), 7e7))
+        dx = torch.full_like(x, 7e7)
+        arguments = PosteriorArguments(
+            *map(address, (x, t, log_probs, codebook, x0, log_norm, grad, dx)), log_probs.stride(0), len(x),
+            len(log_probs), *codebook.shape, DTYPE_CODES[log_probs.dtype],
+        )  # fmt: skip
+        self.check(self.library.posterior_emulated(ctypes.byref(arguments), grad is not None))
+        return (x0 if grad is None else dx), log_norm
+
+    def nearest_code(self, x: Tensor, codebook: Tensor, cosine: bool = False, cluster: int = 0) -> Tensor:
+        """Codes; for the cosine, of a normalised codebook."""
+        codes = torch.full((len(x),), -7)
+        arguments = NearestArguments(*map(address, (x, codebook, codes)), len(x), *codebook.shape, cosine)
+        self.check(self.library.nearest_emulated(ctypes.byref(arguments), cluster))
+        return codes
+
+    def nearest_scores(self, x: Tensor, codebook: Tensor, cosine: bool = False) -> Tensor:
+        """float32 [rows, V]: what nearest_code compares, in the order of operations that defines it."""
+        out = torch.empty(len(x), len(codebook))
+        num_codes, dim = map(ctypes.c_int64, codebook.shape)
+        for row, target in zip(x, out, strict=True):
+            self.library.nearest_scores(
+                *map(ctypes.c_void_p, (address(row), address(codebook))), num_codes, dim, cosine,
+                ctypes.c_void_p(address(target)),
+            )  # fmt: skip
+        return out

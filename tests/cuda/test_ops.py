@@ -1,0 +1,97 @@
+"""The ops' way to the CUDA kernels: the same calls that go to the compiled module on a GPU, into the emulator."""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulation import FlowArguments, NearestArguments, PosteriorArguments
+from truth import problem
+
+from ddfast.ops import codebook_posterior, dispatch, flow_sample, native, nearest_code, sample_codes
+
+
+@pytest.fixture(autouse=True)
+def module(emulator, monkeypatch):
+    """A module with the compiled one's signatures, and the backend "cuda" on the CPU's tensors."""
+    library, check = emulator.library, emulator.check
+
+    def flow_scratch_bytes(rows, num_codes, dim, top_k, cluster, device):
+        size = ctypes.c_int64()
+        counts = [ctypes.c_int64(value) for value in (rows, num_codes, dim, top_k)]
+        check(library.flow_scratch_emulated(*counts, cluster, ctypes.byref(size)))
+        return size.value
+
+    def sample(
+        logits, dtype, stride, uncond, uncond_stride, cfg_scale, temperature, top_k, top_p, noise, codebook, geometry,
+        codes, evaluations, scratch, rows, num_codes, dim, steps, solver, sigma_min, early_exit, cluster, *_,
+    ):  # fmt: skip
+        arguments = FlowArguments(
+            logits, uncond, cfg_scale, noise, codebook, geometry, codes, evaluations, scratch, stride,
+            uncond_stride, rows, num_codes, dim, top_k, top_p, temperature, sigma_min, dtype, steps, solver, early_exit,
+        )  # fmt: skip
+        check(library.flow_sample_emulated(ctypes.byref(arguments), cluster))
+
+    def flow(log_probs, dtype, stride, *rest):
+        sample(log_probs, dtype, stride, 0, 0, 0, 1.0, 0, 1.0, *rest)
+
+    def posterior(grad, dx, x, t, log_probs, dtype, stride, period, codebook, x0, log_norm, rows, num_codes, dim):
+        arguments = PosteriorArguments(
+            x, t, log_probs, codebook, x0, log_norm, grad, dx, stride, rows, period, num_codes, dim, dtype
+        )
+        check(library.posterior_emulated(ctypes.byref(arguments), dx is not None))
+
+    def forward(*arguments):
+        posterior(None, None, *arguments[:-2])
+
+    def backward(grad, x, t, log_probs, dtype, stride, period, codebook, x0, log_norm, dx, *sizes):
+        posterior(grad, dx, x, t, log_probs, dtype, stride, period, codebook, x0, log_norm, *sizes[:-2])
+
+    def nearest(x, codebook, codes, rows, num_codes, dim, cosine, cluster, device, stream):
+        arguments = NearestArguments(x, codebook, codes, rows, num_codes, dim, cosine)
+        check(library.nearest_emulated(ctypes.byref(arguments), cluster))
+
+    stand_in = SimpleNamespace(
+        max_dim=64, flow_scratch_bytes=flow_scratch_bytes, sample_codes=sample, flow_sample=flow, nearest_code=nearest,
+        codebook_posterior_forward=forward, codebook_posterior_backward=backward,
+    )  # fmt: skip
+    monkeypatch.setattr(native, "cuda", stand_in)
+    monkeypatch.setitem(dispatch.DEVICE_OF, "cuda", "cpu")
+    monkeypatch.setattr(dispatch, "missing", dict)
+
+
+def test_nearest_code():
+    x, codebook = torch.randn(2, 20, 8), torch.randn(100, 8)
+    for cosine in (False, True):
+        ours = nearest_code(x, codebook, cosine=cosine, backend="cuda")
+        assert torch.equal(ours, nearest_code(x, codebook, cosine=cosine, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codebook_posterior(dtype):
+    log_probs, x, codebook = (tensor.float() for tensor in problem(12, 60, 8, support=0.5))
+    results = []
+    for backend in ("cuda", "reference"):
+        leaf = x.view(3, 4, 8).clone().requires_grad_()
+        mean = codebook_posterior(leaf, 0.5, log_probs[:4].to(dtype), codebook, backend=backend)
+        (grad,) = torch.autograd.grad(mean.square().sum(), leaf)
+        results.append((mean.detach(), grad))
+    assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(*results, strict=True))
+
+
+def test_flow():
+    log_probs, noise, codebook = (tensor.float() for tensor in problem(6, 90, 8, support=0.5))
+    shaped = log_probs.view(2, 3, 90), noise.view(2, 3, 8)
+    codes, _ = flow_sample(*shaped, codebook, backend="cuda")
+    assert torch.equal(codes, flow_sample(*shaped, codebook, backend="reference")[0])
+    filters = {"uncond": torch.randn(2, 3, 90), "cfg_scale": 1.7, "temperature": 0.9, "top_k": 30, "top_p": 0.9}
+    codes, _ = sample_codes(*shaped, codebook, **filters, backend="cuda")
+    assert torch.equal(codes, sample_codes(*shaped, codebook, **filters, backend="reference")[0])
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="log_probs: row 2 has NaN"):
+        flow_sample(torch.zeros(3, 5).index_fill(0, torch.tensor(2), torch.nan), torch.randn(3, 4), torch.randn(5, 4),
+                    backend="cuda")  # fmt: skip
+    with pytest.raises(ValueError, match="codebook: got codes of dimension 65, expected at most 64"):
+        nearest_code(torch.randn(2, 65), torch.randn(3, 65), backend="cuda")
