@@ -35,8 +35,8 @@ ROUNDS = 3
 
 
 def record(
-    benchmark: Any, providers: dict[str, Callable[[], Any]], *, num_bytes: float = 0, flop: float = 0, tf32: float = 0,
-    exponentials: float = 0,
+    benchmark: Any, op: str, rows: int, providers: dict[str, Callable[[], Any]], *, num_bytes: float = 0,
+    flop: float = 0, tf32: float = 0, exponentials: float = 0,
 ) -> None:  # fmt: skip
     """Medians, 20th and 80th percentiles and peak memory of all providers; ours against the others and the floor."""
     from triton.testing import do_bench
@@ -56,23 +56,23 @@ def record(
     for _ in range(ROUNDS):
         for name, call in providers.items():
             measured[name].append(do_bench(call, warmup=10, rep=60, quantiles=[0.5, 0.2, 0.8]))
-    rows = {}
+    table = {}
     for name, quantiles in measured.items():
         median, low, high = (sorted(column)[ROUNDS // 2] for column in zip(*quantiles, strict=True))
-        rows[name] = {
+        table[name] = {
             "median_ms": median, "p20_ms": low, "p80_ms": high, "peak_bytes": peaks[name],
             "of_floor": 1e3 * floor / median,
         }  # fmt: skip
-    best = min(OURS, key=lambda name: rows[name]["median_ms"])
-    for row in rows.values():
-        row["ddfast_is_faster_by"] = row["median_ms"] / rows[best]["median_ms"]
+    best = min(OURS, key=lambda name: table[name]["median_ms"])
+    for row in table.values():
+        row["ddfast_is_faster_by"] = row["median_ms"] / table[best]["median_ms"]
     benchmark.extra_info.update(
-        providers=rows, ddfast=best, floors_ms={name: 1e3 * value for name, value in floors.items()}
+        op=op, rows=rows, providers=table, ddfast=best, floors_ms={name: 1e3 * value for name, value in floors.items()}
     )
     benchmark.pedantic(lambda: (providers[best](), torch.cuda.synchronize()), rounds=5, warmup_rounds=1)
     limit = max(floors, key=lambda name: floors[name])
     print(f"\n{benchmark.name}: floor {1e3 * floor:.4f} ms ({limit})")
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["median_ms"]):
+    for name, row in sorted(table.items(), key=lambda item: item[1]["median_ms"]):
         print(
             f"  {name:26s} {row['median_ms']:9.4f} ms [{row['p20_ms']:.4f}, {row['p80_ms']:.4f}]"
             f" {row['ddfast_is_faster_by']:7.2f}x {100 * row['of_floor']:5.1f} % of floor"
@@ -113,7 +113,15 @@ def test_sample_codes(benchmark, shape: Shape):
     providers["eager"] = lambda: eager_sample(logits, noise, codebook, **shape.filters)
     providers["torch.compile"] = lambda: fast(logits, noise, codebook, **shape.filters)
     work = shape.tokens * EVALUATIONS * kept
-    record(benchmark, providers, num_bytes=4 * logits.numel(), flop=4 * work * shape.dim, exponentials=work)
+    record(
+        benchmark,
+        "sample_codes",
+        shape.tokens,
+        providers,
+        num_bytes=4 * logits.numel(),
+        flop=4 * work * shape.dim,
+        exponentials=work,
+    )
 
 
 @pytest.mark.parametrize("shape", LARGEST, ids=lambda shape: shape.name)
@@ -131,7 +139,15 @@ def test_flow_sample(benchmark, shape: Shape):
         "torch.compile": compiled(eager),
     }
     work = shape.tokens * EVALUATIONS * kept
-    record(benchmark, providers, num_bytes=4 * logits.numel(), flop=4 * work * shape.dim, exponentials=work)
+    record(
+        benchmark,
+        "flow_sample",
+        shape.tokens,
+        providers,
+        num_bytes=4 * logits.numel(),
+        flop=4 * work * shape.dim,
+        exponentials=work,
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -147,7 +163,7 @@ def test_filter_logits(benchmark, shape: Shape):
         from flashinfer import sampling
 
         providers["flashinfer top-k mask"] = lambda: sampling.top_k_mask_logits(logits, int(shape.filters["top_k"]))
-    record(benchmark, providers, num_bytes=8 * logits.numel())
+    record(benchmark, "filter_logits", shape.tokens, providers, num_bytes=8 * logits.numel())
 
 
 @pytest.mark.parametrize(
@@ -176,7 +192,15 @@ def test_codebook_posterior(benchmark, rows, num_codes, dim):
     providers |= {"eager": lambda: with_gradient(reference), "torch.compile": lambda: with_gradient(fast)}
     work = rows * num_codes
     # Two products forward, three backward, each as three of tf32.
-    record(benchmark, providers, num_bytes=2 * 2 * work, tf32=3 * 10 * work * dim, exponentials=2 * work)
+    record(
+        benchmark,
+        "codebook_posterior",
+        rows,
+        providers,
+        num_bytes=2 * 2 * work,
+        tf32=3 * 10 * work * dim,
+        exponentials=2 * work,
+    )
 
 
 @pytest.mark.parametrize(("num_codes", "dim"), [(16384, 8), (4096, 32)])
@@ -196,4 +220,4 @@ def test_nearest_code(benchmark, num_codes, dim):
         quantizer._codebook.initted.data.fill_(True)
         providers["vector-quantize-pytorch"] = lambda: quantizer(x[None])[1][0]
     work = 2 * rows * num_codes * dim
-    record(benchmark, providers, num_bytes=4 * x.numel() + 8 * rows, tf32=3 * work)
+    record(benchmark, "nearest_code", rows, providers, num_bytes=4 * x.numel() + 8 * rows, tf32=3 * work)

@@ -42,7 +42,7 @@ def diagnosis() -> list[str]:
     if native.cpu is not None:
         lines.append(f"  instruction sets: {', '.join(native.cpu.isa_available())}; in use: {native.cpu.isa()}")
         lines.append(f"  threads: {torch.get_num_threads()} (torch.get_num_threads())")
-    lines.append(f"Triton kernels: {native.triton_reason()[1]}")
+    lines.append(f"Triton kernels: {native.triton_state()[1]}")
     lines.append(f"CUDA kernels: {native.cuda_reason}")
     if native.cuda is not None:
         lines.append(f"  compiled for: {native.cuda.architectures}")

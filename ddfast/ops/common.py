@@ -44,9 +44,11 @@ def cuda_kernels(codebook: Tensor) -> Any:
 
 
 def backend_of(op: str, backend: str, *tensors: Tensor | None) -> str:
-    """Dispatch on the first tensor's device and the widest dtype of all of them."""
+    """Dispatch on the first tensor's device and rows, and the widest dtype of all of them."""
     present = [tensor for tensor in tensors if tensor is not None]
-    return dispatch.choose(op, present[0].device.type, compute_dtype(*present, kernel=True), backend).backend
+    first = present[0]
+    rows = first.numel() // first.shape[-1] if first.dim() else 1
+    return dispatch.choose(op, first.device.type, compute_dtype(*present, kernel=True), backend, rows).backend
 
 
 def compute_dtype(*tensors: Tensor | None, kernel: bool = False) -> torch.dtype:

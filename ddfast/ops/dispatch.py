@@ -1,13 +1,15 @@
-"""Which backend runs an op, and why: a pure function of the op, the device, the dtype and what is installed."""
+"""Which backend runs an op, and why: a pure function of what is asked, what is installed and what was measured."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from ddfast import env
 from ddfast.ops import native
+from ddfast.ops.measured import FASTEST
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -20,9 +22,6 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "noise": ("cpu", "cuda", "triton"),
 }
 """Backends that have a kernel for each op, beside the reference that every op has."""
-
-UNMEASURED = ("cuda", "triton")
-"""Backends that were never timed on their device: "auto" does not choose them before that."""
 
 DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -47,13 +46,11 @@ def missing() -> dict[str, str]:
 
 def _states() -> dict[str, tuple[bool, str]]:
     """Of every backend with kernels: whether it can run here, and what it is or why it cannot."""
-    cuda = (native.cuda is not None, native.cuda_reason)
-    if native.cuda is not None and not torch.cuda.is_available():
-        cuda = (False, "PyTorch sees no GPU")
-    return {"cpu": (native.cpu is not None, native.cpu_reason), "cuda": cuda, "triton": native.triton_reason()}
+    cpu = (native.cpu is not None, native.cpu_reason)
+    return {"cpu": cpu, "cuda": native.cuda_state(), "triton": native.triton_state()}
 
 
-def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> Choice:
+def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto", rows: int = 1) -> Choice:
     """The backend that runs `op` on tensors of this device and dtype.
 
     Args:
@@ -61,6 +58,7 @@ def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> C
         device: device type, such as "cpu".
         dtype: the widest floating dtype among the inputs.
         backend: "auto", or the one that must run.
+        rows: tokens, vectors or samples: on a GPU decides between kernels, as measured.
 
     Raises:
         ValueError: `backend` is unknown, or asked for by name and cannot run these inputs. There is no silent fallback.
@@ -78,13 +76,21 @@ def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> C
             raise ValueError(f"backend: {backend!r} cannot run {op}: {obstacle}; use backend='auto' or 'reference'")
         return Choice(backend, "asked for by name")
     candidates = [candidate for candidate in KERNELS[op] if DEVICE_OF[candidate] == device]
+    reason = f"fastest kernel for {device} tensors"
+    measured = FASTEST.get(op, {})
+    if device == "cuda" and measured:
+        nearest = min(measured, key=lambda count: abs(math.log(max(rows, 1) / count)))
+        candidates.sort(key=lambda candidate: candidate != measured[nearest])  # stable: the others as they were
+        reason = f"fastest of those measured with {nearest} rows"
+        if measured[nearest] == "reference":
+            return Choice("reference", reason)
     obstacles = []
     for candidate in candidates:
         obstacle = _obstacle(op, candidate, device, dtype)
-        if not obstacle and candidate in UNMEASURED:
-            obstacle = f"not yet measured on a GPU, backend='{candidate}' or DDFAST_BACKEND={candidate} runs it"
+        if not obstacle and device == "cuda" and not measured:
+            obstacle = f"never timed on a GPU, so only backend='{candidate}' or DDFAST_BACKEND={candidate} runs it"
         if not obstacle:
-            return Choice(candidate, f"fastest kernel for {device} tensors")
+            return Choice(candidate, reason)
         obstacles.append(f"{candidate}: {obstacle}")
     return Choice("reference", "; ".join(obstacles) or f"this version has no kernel for {device} tensors")
 

@@ -46,8 +46,16 @@ cuda, cuda_reason = _load("ddfast_cuda")
 
 
 @functools.cache
-def triton_reason() -> tuple[bool, str]:
-    """Whether the Triton kernels can be imported, and a line that says so; Triton itself is loaded by `triton` only."""
+def cuda_state() -> tuple[bool, str]:
+    """Whether the CUDA kernels can run, and a line that says so."""
+    if cuda is not None and not torch.cuda.is_available():
+        return False, "PyTorch sees no GPU"
+    return cuda is not None, cuda_reason
+
+
+@functools.cache
+def triton_state() -> tuple[bool, str]:
+    """Whether the Triton kernels can run, and a line that says so; Triton itself is loaded by `triton` only."""
     for name, remedy in (("triton", "pip install triton"), ("ddfast_kernels", "pip install .")):
         if importlib.util.find_spec(name) is None:
             return False, f"{name} is not installed; run `{remedy}`"

@@ -104,3 +104,25 @@ def test_environment_overrides_auto_only(monkeypatch):
     monkeypatch.setenv("DDFAST_BACKEND", "fast")
     with pytest.raises(ValueError, match="backend: got 'fast'"):
         dispatch.choose("noise", "cpu", torch.float32)
+
+
+def test_a_gpu_gets_what_was_measured(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing", dict)
+    assert "never timed" in dispatch.choose("flow_sample", "cuda", torch.float32, rows=64).reason
+    monkeypatch.setitem(dispatch.FASTEST, "flow_sample", {64: "cuda", 16384: "triton", 2**20: "reference"})
+    for rows, backend in ((1, "cuda"), (900, "cuda"), (1100, "triton"), (2**22, "reference")):
+        assert dispatch.choose("flow_sample", "cuda", torch.float32, rows=rows).backend == backend
+    assert dispatch.choose("flow_sample", "cuda", torch.float32, "triton", rows=64).backend == "triton"
+    monkeypatch.setattr(dispatch, "missing", lambda: {"cuda": "not built"})
+    assert dispatch.choose("flow_sample", "cuda", torch.float32, rows=64).backend == "triton"
+
+
+def test_choices_from_a_recorded_run():
+    from choices import fastest
+
+    def entry(op: str, rows: int, **milliseconds: float) -> dict:
+        providers = {name: {"median_ms": value} for name, value in milliseconds.items()}
+        return {"extra_info": {"op": op, "rows": rows, "providers": providers}}
+
+    run = [entry("noise", 64, triton=2.0, cuda=1.0, eager=0.5), entry("noise", 8, triton=1.0, cuda=3.0, compile=0.1)]
+    assert fastest({"benchmarks": run}) == {"noise": {8: "triton", 64: "reference"}}
