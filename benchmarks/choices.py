@@ -19,6 +19,8 @@ def fastest(run: dict[str, Any]) -> dict[str, dict[int, str]]:
     found: dict[str, dict[int, str]] = {}
     for benchmark in run["benchmarks"]:
         facts = benchmark["extra_info"]
+        if "op" not in facts:  # of a whole update
+            continue
         times = {name: row["median_ms"] for name, row in facts["providers"].items() if name in BACKENDS}
         winner = min(times, key=lambda name: times[name])
         found.setdefault(facts["op"], {})[facts["rows"]] = BACKENDS[winner]

@@ -23,5 +23,7 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 step "benchmarks" timeout 300 "$python" -m pytest benchmarks/test_gpu_kernels.py --benchmark-only -q -s \
   --benchmark-json "$out/$name.json"
+step "the score in an update of DD2" env DDFAST_BACKEND=triton timeout 120 "$python" -m pytest \
+  benchmarks/test_dd2_score.py --benchmark-only -q -s --benchmark-json "$out/$name-dd2-score.json"
 step "table" "$python" benchmarks/table.py "$out/$name.json"
 exit $failed
