@@ -28,7 +28,8 @@ class CMakeExtension(Extension):
 class CMakeBuild(build_ext):
     def run(self) -> None:
         for stale in Path(self.build_lib).glob("ddfast_*"):  # of an earlier build with other modules
-            stale.unlink()
+            if stale.is_file():
+                stale.unlink()
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

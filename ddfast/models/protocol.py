@@ -277,4 +277,9 @@ class Teacher(nn.Module, ABC):
                             drawn = torch.multinomial(flat, 1, generator=generator)
                             codes[:, here] = drawn.view(log_probs.shape[:-1])
                     new = codes[:, here]
+            # A kernel on a GPU marks what it cannot use and goes on: looked at once, when all is decoded.
+            if sampler == "flow" and bool((codes < 0).any()):
+                image, token = (codes < 0).nonzero()[0].tolist()
+                what = "its logits or noise hold NaN or infinite values; check the teacher's weights and precision"
+                raise ValueError(f"token {token} of image {image} has no code: {what}")
         return codes.clone()  # outside inference mode, so that the codes can enter a training graph

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ddfast.models import protocol
 from ddfast.models.protocol import SamplingDefaults
 from ddfast.models.toy import ToyTeacher
 from ddfast.models.transformer import TransformerTeacher
@@ -122,3 +123,12 @@ def test_labels_are_checked():
         teacher().generate(torch.tensor([0, 3]))
     with pytest.raises(TypeError, match=r"condition: got torch\.float32"):
         teacher().generate(torch.ones(2))
+
+
+def test_a_marked_code_is_an_error(monkeypatch):
+    """As a GPU's kernel returns it, which cannot raise by itself."""
+    teacher = ToyTeacher()
+    marked = torch.tensor([[3], [-1]])
+    monkeypatch.setattr(protocol, "sample_codes", lambda *_, **__: (marked, None))
+    with pytest.raises(ValueError, match="token 0 of image 1 has no code"):
+        teacher.generate(torch.zeros(2, dtype=torch.int64), sampler="flow", noise=torch.randn(2, 4, 2))
