@@ -5,7 +5,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-benchmarks/results} failed=0
-name=gpu-$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))") || exit 1
+gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))" 2>/dev/null) ||
+  { echo "error: PyTorch of $python sees no GPU; set PYTHON to a Python whose PyTorch does" >&2; exit 1; }
+name=gpu-$gpu
 step() { printf '\n[%(%H:%M:%S)T] %s\n' -1 "$1"; shift; "$@" || { failed=1; echo "FAILED: $*"; }; }
 
 mkdir -p "$out"
