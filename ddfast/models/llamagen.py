@@ -392,7 +392,10 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         length = state.cache.length
         hidden = self._run(x, slice(length, length + x.shape[1]), attend)
         state.cache.length += x.shape[1]
-        return self.output(self.norm(hidden[:, -1:])).float()
+        return self.norm(hidden[:, -1:])
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden).float()
 
 
 class LlamaGenStudent(_LlamaGenNetwork, DD1Student):

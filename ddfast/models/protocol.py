@@ -85,14 +85,14 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def advance(self, state: Any, codes: Tensor) -> Tensor:
-        """Take in the codes decided since the last call and return the next group's logits.
+        """Take in the codes decided since the last call and return the next group's logits, or what they are read off.
 
         Args:
             state: what `begin` returned; updated in place.
             codes: int64 [B, m], whole groups; m = 0 in the first call unless there is a prefix.
 
         Returns:
-            float32 [R, G, V], unguided.
+            float32 [R, G, V], unguided; hidden states [R, G, W] where `read_out` is overridden.
         """
 
     @abstractmethod
@@ -118,6 +118,14 @@ class Teacher(nn.Module, ABC):
         With `clamp=False`, the decoder's raw output in [-1, 1] scale.
         """
         raise TypeError(f"{type(self).__name__} has no image tokenizer")
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [R, G, V] of what `advance` returned: here they are that already.
+
+        A teacher whose last layer is linear overrides it by that layer: guidance is then applied to the hidden states,
+        where it comes to the same up to rounding, and the layer runs for half of the rows.
+        """
+        return hidden
 
     def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
         """Factor of guidance in one group, in `filter_logits`' sense (1: none); the same for all unless overridden."""
@@ -256,13 +264,19 @@ class Teacher(nn.Module, ABC):
                 if cfg_interval >= 0:
                     scales[cfg_interval + 2 :] = [1.0] * len(scales[cfg_interval + 2 :])
                 guided = any(scale != 1.0 for scale in scales)
+                linear = type(self).read_out is not Teacher.read_out
                 state = self.begin(condition, guided=guided, **options)
                 new = codes[:, :length]
                 for group, scale in zip(todo, scales, strict=True):
-                    logits = self.advance(state, new)
-                    guidance: dict[str, Any] = {"uncond": logits[batch:], "cfg_scale": scale} if scale != 1.0 else {}
+                    hidden = self.advance(state, new)
+                    hidden, uncond = hidden[:batch], hidden[batch:]
+                    guidance: dict[str, Any] = {}
+                    if scale != 1.0 and linear:
+                        hidden = torch.lerp(uncond, hidden, scale)  # uncond + scale (hidden - uncond)
+                    elif scale != 1.0:
+                        guidance = {"uncond": uncond, "cfg_scale": scale}
+                    logits = self.read_out(hidden)
                     here = slice(starts[group], starts[group + 1])
-                    logits = logits[:batch]
                     if sampler == "flow":
                         assert noise is not None
                         codes[:, here] = sample_codes(

@@ -186,7 +186,10 @@ class TransformerTeacher(TransformerNetwork, Teacher):
             level = group_levels(self.groups[first : last + 1], tokens.device)
             mask = F.pad(level[:, None] >= level[None, :], (state.cache.length, 0), value=True)
         hidden = self.body(tokens, mask, False, state.cache)
-        return self.head(hidden[:, -self.groups[last] :])
+        return hidden[:, -self.groups[last] :]
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
 
     def _tokens_known(self, state: DecodeState) -> int:
         return self.group_starts()[max(state.groups_fed - 1, 0)]

@@ -321,7 +321,10 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
             mask = level[starts[first] :, None] >= level[None, :]
         x = self._run(x, state.modulations, CachedAttention(state.cache, mask))
         state.cache.length += x.shape[1]
-        return self.head(self.head_nm(x[:, -self.groups[last] :], state.label)).float()
+        return self.head_nm(x[:, -self.groups[last] :], state.label)
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden).float()
 
 
 class VARStudent(_VARNetwork, DD1Student):

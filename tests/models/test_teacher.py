@@ -132,3 +132,26 @@ def test_a_marked_code_is_an_error(monkeypatch):
     monkeypatch.setattr(protocol, "sample_codes", lambda *_, **__: (marked, None))
     with pytest.raises(ValueError, match="token 0 of image 1 has no code"):
         teacher.generate(torch.zeros(2, dtype=torch.int64), sampler="flow", noise=torch.randn(2, 4, 2))
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5, 4.0])
+def test_guiding_hidden_states_is_guiding_logits(monkeypatch, scale):
+    """The head is linear: the same distribution, up to rounding, and half of the head's rows."""
+    model, seen, rows = teacher((1, 2, 4)), [], []
+
+    def spy(logits, **arguments):
+        seen.append(filter_logits(logits, **arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(protocol, "filter_logits", spy)
+    model.head.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    folded = model.generate(LABELS, sampler="greedy", cfg_scale=scale)
+    whole = type("Whole", (type(model),), {"read_out": protocol.Teacher.read_out})
+    advance = type(model).advance
+    monkeypatch.setattr(whole, "advance", lambda self, *arguments: self.head(advance(self, *arguments)))
+    model.__class__ = whole
+    count = len(seen)
+    assert torch.equal(model.generate(LABELS, sampler="greedy", cfg_scale=scale), folded)
+    assert rows == [len(LABELS)] * count + [2 * len(LABELS)] * count
+    for ours, plain in zip(seen[:count], seen[count:], strict=True):
+        assert torch.allclose(ours, plain, atol=1e-4)

@@ -174,7 +174,7 @@ def test_an_unmasked_prefix_is_another_distribution():
     teacher = var_teacher_like()
     label, codes = torch.tensor([1, 4]), torch.randint(16, (2, 14))
     outputs = [
-        teacher.advance(teacher.begin(label, guided=False, masked_prefix=masked), codes[:, :5])
+        teacher.read_out(teacher.advance(teacher.begin(label, guided=False, masked_prefix=masked), codes[:, :5]))
         for masked in (True, False)
     ]
     assert torch.allclose(outputs[0], teacher.logits(label, codes)[:, 5:], atol=1e-5)
