@@ -38,9 +38,16 @@ def _weighted(x, t):
 
 
 @triton.jit
-def _log_probs(log_probs_ptr, source, inside, j, stride, num_codes):
+def _scores(
+    scaled, square, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim: tl.constexpr,
+    ROWS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """Codes [CODES, DIM] from `start` on, and log p + x.c (1-t) / t^2 - |c|^2 / 2 ((1-t) / t)^2, [ROWS, CODES]."""
+    j = start + tl.arange(0, CODES)
+    c, half_norm = code_tile(codes_ptr, j, k, num_codes, dim)
     mask = inside[:, None] & (j < num_codes)[None, :]
-    return tl.load(log_probs_ptr + source[:, None] * stride + j[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    log_p = tl.load(log_probs_ptr + source[:, None] * stride + j[None, :], mask=mask, other=float("-inf"))
+    return c, log_p.to(tl.float32) + (along(scaled, c, ROWS) - square[:, None] * half_norm[None, :])
 
 
 @tuned(configs, ["rows_class", "num_codes", "dim"])
@@ -59,10 +66,9 @@ def codebook_posterior_kernel(
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, num_codes, CODES):
-        j = start + tl.arange(0, CODES)
-        c, half_norm = code_tile(codes_ptr, j, k, num_codes, dim)
-        log_p = _log_probs(log_probs_ptr, source, inside, j, stride, num_codes)
-        score = log_p + (along(scaled, c, ROWS) - square[:, None] * half_norm[None, :])
+        c, score = _scores(
+            scaled, square, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim, ROWS, CODES
+        )
         reference = tl.maximum(most, tl.max(score, axis=1))
         # Where nothing finite was seen so far, -inf - -inf would be NaN.
         shift = tl.where(reference == float("-inf"), 0.0, reference)
@@ -94,10 +100,9 @@ def codebook_posterior_backward_kernel(
     scaled, square = _weighted(x, t)
     out = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, num_codes, CODES):
-        j = start + tl.arange(0, CODES)
-        c, half_norm = code_tile(codes_ptr, j, k, num_codes, dim)
-        log_p = _log_probs(log_probs_ptr, source, inside, j, stride, num_codes)
-        score = log_p + (along(scaled, c, ROWS) - square[:, None] * half_norm[None, :])
+        c, score = _scores(
+            scaled, square, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim, ROWS, CODES
+        )
         weight = tl.exp(score - norm[:, None]) * (along(g, c, ROWS) - own[:, None])
         out += combined(weight, c, ROWS)
     out = out * ((1.0 - t) / (t * t))[:, None]

@@ -50,19 +50,40 @@ def is_kept(key, j, least, last):
 
 
 @triton.jit
-def _tile(
-    logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
-    GUIDED: tl.constexpr, CODES: tl.constexpr,
-):  # fmt: skip
-    """Values [ROWS, CODES] of codes from `start` on, -inf outside, and their keys."""
-    j = start + tl.arange(0, CODES)[None, :]
-    mask = inside[:, None] & (j < num_codes)
-    value = tl.load(logits_ptr + row[:, None] * logits_stride + j, mask=mask, other=float("-inf"))
+def _tile(logits_ptr, uncond_ptr, scale, temperature, j, mask, GUIDED: tl.constexpr):
+    """Values of codes j [1, CODES] in the rows that the pointers [ROWS, 1] begin, -inf outside, and their keys."""
+    value = tl.load(logits_ptr + j, mask=mask, other=float("-inf"))
     base = value
     if GUIDED:
-        base = tl.load(uncond_ptr + row[:, None] * uncond_stride + j, mask=mask, other=float("-inf"))
-    value = guided(value, base, scale[:, None], temperature, GUIDED)
+        base = tl.load(uncond_ptr + j, mask=mask, other=float("-inf"))
+    value = guided(value, base, scale, temperature, GUIDED)
     return value, order_key(value)
+
+
+@triton.jit
+def _select(
+    logits_ptr, uncond_ptr, scale, temperature, inside, num_codes, most, least, goal,
+    MASS: tl.constexpr, GUIDED: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """Per row the largest key that, with all larger ones, weighs as much as the goal, and at least `least`.
+
+    Codes below `least` weigh nothing, the others exp(value - most) each, or one each without MASS.
+    """
+    found = tl.zeros([ROWS], tl.uint32)
+    for bit in range(32):
+        candidate = found | (tl.full([ROWS], 0x80000000, tl.uint32) >> bit)
+        floor = tl.maximum(candidate, least)[:, None]
+        weight = tl.zeros([ROWS], tl.float64)
+        for start in range(0, num_codes, CODES):
+            j = start + tl.arange(0, CODES)[None, :]
+            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
+            if MASS:
+                heavy = tl.where(key >= floor, tl.exp(value - most[:, None]), 0.0)
+                weight += tl.sum(heavy.to(tl.float64), axis=1)
+            else:
+                weight += tl.sum((key >= floor).to(tl.int32), axis=1).to(tl.float64)
+        found = tl.where(weight >= goal, candidate, found)
+    return tl.maximum(least, found)
 
 
 @triton.jit
@@ -73,19 +94,19 @@ def filter_logits_kernel(
     ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    scale = tl.full([ROWS], 1.0, tl.float32)
+    inside = (row < rows)[:, None]
+    scale = tl.full([ROWS, 1], 1.0, tl.float32)
     if GUIDED:
-        scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
+        scale = tl.load(scale_ptr + row[:, None], mask=inside, other=1.0)
     lane = tl.arange(0, CODES)[None, :]
+    logits_ptr += row[:, None] * logits_stride
+    uncond_ptr += row[:, None] * uncond_stride
 
     most = tl.full([ROWS], float("-inf"), tl.float32)
     wrong = tl.zeros([ROWS], tl.int32)
     for start in range(0, num_codes, CODES):
-        value, key = _tile(
-            logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
-            GUIDED, CODES,
-        )  # fmt: skip
+        j = start + lane
+        value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
         useless = (value != value) | (value == float("inf"))
         wrong += tl.sum(useless.to(tl.int32), axis=1)
         most = tl.maximum(most, tl.max(tl.where(useless, float("-inf"), value), axis=1))
@@ -94,53 +115,30 @@ def filter_logits_kernel(
 
     least = order_key(tl.full([ROWS], float("-inf"), tl.float32)) + 1  # all that is finite
     if TOP_K:
-        found = tl.zeros([ROWS], tl.uint32)
-        for bit in range(32):
-            candidate = found | (tl.full([ROWS], 0x80000000, tl.uint32) >> bit)
-            floor = tl.maximum(candidate, least)[:, None]
-            count = tl.zeros([ROWS], tl.int32)
-            for start in range(0, num_codes, CODES):
-                value, key = _tile(
-                    logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start,
-                    num_codes, GUIDED, CODES,
-                )  # fmt: skip
-                count += tl.sum((key >= floor).to(tl.int32), axis=1)
-            found = tl.where(count >= top_k, candidate, found)
-        least = tl.maximum(least, found)
+        least = _select(
+            logits_ptr, uncond_ptr, scale, temperature, inside, num_codes, most, least, top_k, False, GUIDED, ROWS,
+            CODES,
+        )  # fmt: skip
 
     last = tl.zeros([ROWS], tl.int32) + num_codes
     if TOP_P:
         total = tl.zeros([ROWS], tl.float64)
         for start in range(0, num_codes, CODES):
-            value, key = _tile(
-                logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
-                GUIDED, CODES,
-            )  # fmt: skip
+            j = start + lane
+            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
             weight = tl.exp(value - most[:, None])
             total += tl.sum(tl.where(key >= least[:, None], weight, 0.0).to(tl.float64), axis=1)
         goal = total * top_p
-        found = tl.zeros([ROWS], tl.uint32)
-        for bit in range(32):  # the largest key that, with all larger ones, has the mass asked for
-            candidate = found | (tl.full([ROWS], 0x80000000, tl.uint32) >> bit)
-            floor = tl.maximum(candidate, least)[:, None]
-            mass = tl.zeros([ROWS], tl.float64)
-            for start in range(0, num_codes, CODES):
-                value, key = _tile(
-                    logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start,
-                    num_codes, GUIDED, CODES,
-                )  # fmt: skip
-                weight = tl.exp(value - most[:, None])
-                mass += tl.sum(tl.where(key >= floor, weight, 0.0).to(tl.float64), axis=1)
-            found = tl.where(mass >= goal, candidate, found)
-        least = tl.maximum(least, found)
+        least = _select(
+            logits_ptr, uncond_ptr, scale, temperature, inside, num_codes, most, least, goal, True, GUIDED, ROWS,
+            CODES,
+        )  # fmt: skip
         # Of the codes with that key itself, as many as still have less than the goal before them, and always one.
         above = tl.zeros([ROWS], tl.float64)
         each = tl.zeros([ROWS], tl.float64)
         for start in range(0, num_codes, CODES):
-            value, key = _tile(
-                logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
-                GUIDED, CODES,
-            )  # fmt: skip
+            j = start + lane
+            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
             weight = tl.exp(value - most[:, None]).to(tl.float64)
             above += tl.sum(tl.where(key > least[:, None], weight, 0.0), axis=1)
             each = tl.maximum(each, tl.max(tl.where(key == least[:, None], weight, 0.0), axis=1))
@@ -148,41 +146,35 @@ def filter_logits_kernel(
         before = tl.zeros([ROWS], tl.int32)
         last = tl.full([ROWS], -1, tl.int32)
         for start in range(0, num_codes, CODES):
-            value, key = _tile(
-                logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
-                GUIDED, CODES,
-            )  # fmt: skip
+            j = start + lane
+            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
             tie = (key == least[:, None]).to(tl.int32)
             rank = before[:, None] + tl.cumsum(tie, axis=1)
             stays = (tie != 0) & (rank.to(tl.float64) <= ties[:, None])
-            last = tl.maximum(last, tl.max(tl.where(stays, start + lane, -1), axis=1))
+            last = tl.maximum(last, tl.max(tl.where(stays, j, -1), axis=1))
             before += tl.sum(tie, axis=1)
 
     mass = tl.zeros([ROWS], tl.float64)
     for start in range(0, num_codes, CODES):
-        value, key = _tile(
-            logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
-            GUIDED, CODES,
-        )  # fmt: skip
-        stays = is_kept(key, start + lane, least[:, None], last[:, None])
+        j = start + lane
+        value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
+        stays = is_kept(key, j, least[:, None], last[:, None])
         mass += tl.sum(tl.where(stays, tl.exp(value - most[:, None]), 0.0).to(tl.float64), axis=1)
     log_normaliser = most + tl.log(tl.where(bad, 1.0, mass)).to(tl.float32)
     log_normaliser = tl.where(bad, float("nan"), log_normaliser)
     if WRITE:
         for start in range(0, num_codes, CODES):
-            value, key = _tile(
-                logits_ptr, uncond_ptr, scale, row, inside, logits_stride, uncond_stride, temperature, start, num_codes,
-                GUIDED, CODES,
-            )  # fmt: skip
-            stays = is_kept(key, start + lane, least[:, None], last[:, None])
+            j = start + lane
+            mask = inside & (j < num_codes)
+            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, mask, GUIDED)
+            stays = is_kept(key, j, least[:, None], last[:, None])
             log_prob = tl.where(stays, value, float("-inf")) - log_normaliser[:, None]
-            place = out_ptr + row[:, None] * num_codes + start + lane
-            tl.store(place, log_prob, mask=inside[:, None] & (start + lane < num_codes))
+            tl.store(out_ptr + row[:, None] * num_codes + j, log_prob, mask=mask)
     else:
         kept_ptr += row * 3
-        tl.store(kept_ptr, least.to(tl.int32, bitcast=True), mask=inside)
-        tl.store(kept_ptr + 1, last, mask=inside)
-        tl.store(kept_ptr + 2, log_normaliser.to(tl.int32, bitcast=True), mask=inside)
+        tl.store(kept_ptr, least.to(tl.int32, bitcast=True), mask=row < rows)
+        tl.store(kept_ptr + 1, last, mask=row < rows)
+        tl.store(kept_ptr + 2, log_normaliser.to(tl.int32, bitcast=True), mask=row < rows)
 
 
 def filter_logits(

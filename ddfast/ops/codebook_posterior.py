@@ -119,15 +119,12 @@ def _codebook_posterior(
         common.check_rows("log_probs", common.bad_row(log_probs.reshape(-1, log_probs.shape[-1])))
     if chosen == "reference":
         return codebook_posterior_reference(x, t, log_probs, codebook)
-    if chosen == "triton":
-        out = x0_hat.view(-1, x.shape[-1])
-        kernels = native.triton("codebook_posterior")
-        kernels.codebook_posterior(*_contiguous(x, t, log_probs, codebook), out, log_norm.view(-1))
-        return x0_hat, log_norm
     rows = _Rows(x, t, log_probs, codebook)
     out = torch.empty_like(rows.x)
     norm = rows.t.new_empty(len(rows.x))
-    if chosen == "cuda":
+    if chosen == "triton":
+        native.triton("codebook_posterior").codebook_posterior(rows.x, rows.t, rows.log_probs, rows.codes, out, norm)
+    elif chosen == "cuda":
         common.cuda_kernels(rows.codes).codebook_posterior_forward(
             *rows.arguments(0), rows.period, rows.codes.data_ptr(), out.data_ptr(), norm.data_ptr(),
             len(rows.x), *rows.codes.shape, *common.launch_place(rows.x),
@@ -165,25 +162,18 @@ def _codebook_posterior_backward(
         weights = _log_weights(x.to(dtype), t, log_probs.to(dtype), codes).softmax(-1)
         along_g = g @ codes.T - (mean * g).sum(-1, keepdim=True)
         return ((1 - t) / t.square() * ((weights * along_g) @ codes)).to(x.dtype)
-    if chosen == "triton":
-        out = _fake_backward(grad, x)
-        shape = (-1, x.shape[-1])
-        kernels = native.triton("codebook_posterior")
-        kernels.codebook_posterior_backward(
-            grad.reshape(shape).contiguous(), *_contiguous(x, t, log_probs, codebook),
-            x0_hat.reshape(shape).contiguous(), log_norm.reshape(-1), out.view(shape),
-        )  # fmt: skip
-        return out
     rows = _Rows(x, t, log_probs, codebook)
     g, mean, norm = common.float_rows(grad), common.float_rows(x0_hat), log_norm.reshape(-1).contiguous()
     out = torch.empty_like(rows.x)
-    if chosen == "cuda":
+    if chosen == "triton":
+        kernels = native.triton("codebook_posterior")
+        kernels.codebook_posterior_backward(g, rows.x, rows.t, rows.log_probs, rows.codes, mean, norm, out)
+    elif chosen == "cuda":
         common.cuda_kernels(rows.codes).codebook_posterior_backward(
             g.data_ptr(), *rows.arguments(0), rows.period, rows.codes.data_ptr(), mean.data_ptr(), norm.data_ptr(),
             out.data_ptr(), len(rows.x), *rows.codes.shape, *common.launch_place(rows.x),
         )  # fmt: skip
-        return out.view(x.shape).to(x.dtype)
-    for start in rows.starts:
+    for start in rows.starts if chosen == "cpu" else ():
         rows.kernels.codebook_posterior_backward(
             g[start:].data_ptr(),
             *rows.arguments(start),
@@ -196,14 +186,8 @@ def _codebook_posterior_backward(
     return out.view(x.shape).to(x.dtype)
 
 
-def _contiguous(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
-    """The arguments as the Triton kernels take them: rows, in the dtypes they have."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return rows, t.reshape(-1).float().contiguous(), common.rows_of(log_probs), codebook.contiguous()
-
-
 class _Rows:
-    """Native arguments of one call: rows of x and t, and the log_probs that repeat under x's extra dimensions."""
+    """What kernels read in one call: rows of x and t, and the log_probs that repeat under x's extra dimensions."""
 
     def __init__(self, x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> None:
         self.kernels: Any = native.cpu

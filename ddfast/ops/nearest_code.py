@@ -53,22 +53,21 @@ def _nearest_code(x: Tensor, codebook: Tensor, cosine: bool, backend: str) -> Te
     if chosen == "reference":
         return nearest_code_reference(x, codebook, cosine)
     out = _fake(x)
+    if chosen == "cpu":
+        assert native.cpu is not None
+        rows, codes = common.float_rows(x), codebook.float().contiguous()
+        native.cpu.nearest_code(
+            rows.data_ptr(), codes.data_ptr(), out.data_ptr(), len(rows), *codes.shape, cosine, common.threads()
+        )
+        return out
+    codes = F.normalize(codebook.float(), dim=-1) if cosine else codebook  # x's length changes no order
     if chosen == "triton":
-        # Lengths of x do not change which cosine is largest (nor do they for the CUDA kernel).
-        codes = F.normalize(codebook.float(), dim=-1) if cosine else codebook.contiguous()
-        native.triton("nearest_code").nearest_code(common.rows_of(x), codes, out)
+        native.triton("nearest_code").nearest_code(common.rows_of(x), codes.contiguous(), out)
         return out
-    rows, codes = common.float_rows(x), codebook.float().contiguous()
-    if chosen == "cuda":
-        kernels = common.cuda_kernels(codes)
-        codes = F.normalize(codes, dim=-1) if cosine else codes
-        addresses = (rows.data_ptr(), codes.data_ptr(), out.data_ptr())
-        kernels.nearest_code(*addresses, len(rows), *codes.shape, cosine, 0, *common.launch_place(rows))
-        return out
-    assert native.cpu is not None
-    native.cpu.nearest_code(
-        rows.data_ptr(), codes.data_ptr(), out.data_ptr(), len(rows), *codes.shape, cosine, common.threads()
-    )
+    rows, codes = common.float_rows(x), codes.float().contiguous()
+    addresses = (rows.data_ptr(), codes.data_ptr(), out.data_ptr())
+    kernels = common.cuda_kernels(codes)
+    kernels.nearest_code(*addresses, len(rows), *codes.shape, cosine, 0, *common.launch_place(rows))
     return out
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tiles import use_tile
 from truth import TOLERANCE, problem
 
 import ddfast
@@ -32,14 +33,7 @@ needs_a_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 def backend(request, monkeypatch) -> str:
     """Of Triton's configurations one: tuning would compile five for every shape."""
     if request.param == "triton" and GPU:
-        import triton
-        from ddfast_kernels import codebook_posterior, flow_sample, nearest_code
-
-        tile = triton.Config({"ROWS": 16, "CODES": 32}, num_warps=4, num_stages=2)
-        kernels = [nearest_code.nearest_code_kernel, flow_sample.flow_sample_kernel]
-        kernels += [codebook_posterior.codebook_posterior_kernel, codebook_posterior.codebook_posterior_backward_kernel]
-        for kernel in kernels:
-            monkeypatch.setattr(kernel, "configs", [tile])
+        use_tile(monkeypatch, 16, 32)
     return request.param
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiles import use_tile
 from truth import problem
 
 from ddfast import env
@@ -14,14 +15,7 @@ TILES = [(1, 64), (16, 32), (64, 128)]
 
 @pytest.fixture(params=TILES, ids=str)
 def tile(request, monkeypatch) -> tuple[int, int]:
-    triton = pytest.importorskip("triton")
-    from ddfast_kernels import codebook_posterior, flow_sample, nearest_code
-
-    rows, codes = request.param
-    kernels = [nearest_code.nearest_code_kernel, flow_sample.flow_sample_kernel]
-    kernels += [codebook_posterior.codebook_posterior_kernel, codebook_posterior.codebook_posterior_backward_kernel]
-    for kernel in kernels:
-        monkeypatch.setattr(kernel, "configs", [triton.Config({"ROWS": rows, "CODES": codes})])
+    use_tile(monkeypatch, *request.param)
     return request.param
 
 
