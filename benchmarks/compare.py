@@ -10,16 +10,31 @@ from typing import Any
 import torch
 
 
-def side_by_side(benchmark: Any, providers: dict[str, Callable[[], Any]], *, rounds: int = 10, **facts: Any) -> None:
+def waited(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, which returns once a GPU has done its work too."""
+
+    def both() -> Any:
+        made = call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return made
+
+    return both
+
+
+def side_by_side(
+    benchmark: Any, providers: dict[str, Callable[[], Any]], *, rounds: int = 10, warm_up: int = 2, **facts: Any
+) -> None:
     """Time every provider once per round, so that whatever else the machine does meets all of them alike.
 
     The provider "ddfast" is also what pytest-benchmark reports. `extra_info` gets, per provider, the median with the
     20th and 80th percentile in milliseconds, how many times ddfast is faster, and `facts` (floors, shapes).
     """
+    providers = {name: waited(call) for name, call in providers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for call in providers.values():
-        call()
-        call()
+        for _ in range(warm_up):
+            call()
     for _ in range(rounds):
         for name, call in providers.items():
             start = time.perf_counter()

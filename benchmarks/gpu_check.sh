@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, in its own Python environment: install, prove, time. One JSON and one table in the folder OUT.
-#   make gpu-check [PYTHON=python3] [OUT=benchmarks/results]
+#   make gpu-check [PYTHON=python3] [OUT=benchmarks/results] [PEERS="--peer-path var=VAR --peer-path llamagen=LlamaGen"]
 # Under ten minutes on one GPU. A failing part does not keep the later ones from running; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -27,5 +27,9 @@ step "benchmarks" timeout 300 "$python" -m pytest benchmarks/test_gpu_kernels.py
   --benchmark-json "$out/$name.json"
 step "the score in an update of DD2" env DDFAST_BACKEND=triton timeout 120 "$python" -m pytest \
   benchmarks/test_dd2_score.py --benchmark-only -q -s --benchmark-json "$out/$name-dd2-score.json"
-step "table" "$python" benchmarks/table.py "$out/$name.json"
+# Interrupted, pytest still writes what it has measured.
+# shellcheck disable=SC2086
+step "decoding" env DDFAST_BACKEND=triton timeout -s INT -k 20 240 "$python" -m pytest benchmarks/test_decode.py \
+  --benchmark-only -q -s --benchmark-json "$out/$name-decode.json" ${PEERS:-}
+step "table" "$python" benchmarks/table.py "$out/$name.json" "$out/$name-decode.json"
 exit $failed

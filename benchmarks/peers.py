@@ -7,13 +7,20 @@ import importlib
 import io
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddfast.models.llamagen import LlamaGenTeacher
+from ddfast.models.protocol import Teacher
 from ddfast.models.var import VARTeacher
+
+
+def _quietly() -> contextlib.redirect_stdout[io.StringIO]:
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 @contextlib.contextmanager
@@ -22,7 +29,7 @@ def _importing(path: Path) -> Iterator[None]:
     known = set(sys.modules)
     sys.path.insert(0, str(path))
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the constructors print
+        with _quietly():  # the constructors print
             yield
     finally:
         sys.path.remove(str(path))
@@ -31,8 +38,22 @@ def _importing(path: Path) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def official_var(path: Path, teacher: VARTeacher) -> Callable[[Tensor, Tensor], Tensor]:
-    """(labels, codes) -> logits by FoundationVision/VAR at `path`, with the teacher's weights."""
+@dataclass(frozen=True)
+class Official:
+    """A teacher's weights in the code of its authors.
+
+    Attributes:
+        logits: (labels [B], codes [B, N]) -> [B, N, V], teacher-forced.
+        generate: (labels [B], *, sampler="multinomial" | "greedy", stop=None) -> codes [B, N], by the teacher's
+            defaults, images left undecoded; VAR's decodes all tokens whatever `stop` says.
+    """
+
+    logits: Callable[[Tensor, Tensor], Tensor]
+    generate: Callable[..., Tensor]
+
+
+def official_var(path: Path, teacher: VARTeacher) -> Official:
+    """FoundationVision/VAR at `path`. On a GPU under autocast and with weights in float32, as its script has it."""
     sizes, tokenizer = teacher.sizes, teacher.tokenizer
     with _importing(path):
         models = importlib.import_module("models")
@@ -48,20 +69,35 @@ def official_var(path: Path, teacher: VARTeacher) -> Callable[[Tensor, Tensor], 
     vae.load_state_dict(tokenizer.state_dict())
     state = network.state_dict()
     network.load_state_dict({name: teacher.state_dict().get(name, value) for name, value in state.items()})
-    network.eval()
+    device = teacher.codebook.device
+    network.to(device).eval()
+    vae.to(device)
     sides = [side**2 for side in tokenizer.patch_nums]
+    vae.fhat_to_img = lambda f_hat: f_hat  # image decoding is timed on its own
+    drawn: list[Tensor] = []
+    vae.quantize.embedding.register_forward_pre_hook(lambda _, arguments: drawn.append(arguments[0]))
 
     def logits(labels: Tensor, codes: Tensor) -> Tensor:
         return network(labels, vae.quantize.idxBl_to_var_input(list(codes.split(sides, dim=1))))
 
-    return logits
+    def generate(labels: Tensor, *, sampler: str = "multinomial", stop: int | None = None) -> Tensor:
+        drawn.clear()
+        reduced = teacher.head.weight.dtype
+        with torch.autocast(device.type, reduced, enabled=reduced != torch.float32), _quietly():
+            network.autoregressive_infer_cfg(
+                len(labels), labels, cfg=teacher.defaults.cfg_scale, **_filters(teacher, sampler)
+            )
+        return torch.cat(drawn, dim=1)
+
+    return Official(logits, generate)
 
 
-def official_llamagen(path: Path, teacher: LlamaGenTeacher) -> Callable[[Tensor, Tensor], Tensor]:
-    """(labels, codes) -> logits by FoundationVision/LlamaGen at `path`, with the teacher's weights."""
+def official_llamagen(path: Path, teacher: LlamaGenTeacher) -> Official:
+    """FoundationVision/LlamaGen at `path`, weights in the teacher's precision, as its script has it."""
     sizes = teacher.sizes
     with _importing(path):
         gpt = importlib.import_module("autoregressive.models.gpt")
+        script = importlib.import_module("autoregressive.models.generate")
         network = gpt.Transformer(
             gpt.ModelArgs(
                 dim=sizes.dim, n_layer=sizes.n_layer, n_head=sizes.n_head, vocab_size=teacher.num_codes,
@@ -69,10 +105,26 @@ def official_llamagen(path: Path, teacher: LlamaGenTeacher) -> Callable[[Tensor,
             )
         )  # fmt: skip
     network.load_state_dict({name: teacher.state_dict()[name] for name in network.state_dict()})
-    network.eval()
+    device = teacher.codebook.device
+    network.to(device, teacher.output.weight.dtype).eval()
     positions = torch.arange(sizes.block_size)
 
     def logits(labels: Tensor, codes: Tensor) -> Tensor:
         return network(codes[:, :-1], labels, input_pos=positions)[0]
 
-    return logits
+    def generate(labels: Tensor, *, sampler: str = "multinomial", stop: int | None = None) -> Tensor:
+        settings = {"cfg_scale": teacher.defaults.cfg_scale, "temperature": teacher.defaults.temperature}
+        return script.generate(
+            network, labels, stop or teacher.num_tokens, **settings, **_filters(teacher, sampler)
+        ).long()
+
+    return Official(logits, generate)
+
+
+def _filters(teacher: Teacher, sampler: str) -> dict[str, Any]:
+    """Greedy decoding is the first of one."""
+    return {"top_k": 1 if sampler == "greedy" else teacher.defaults.top_k, "top_p": teacher.defaults.top_p}
+
+
+PEERS = {"var": official_var, "llamagen": official_llamagen}
+"""Official code by a recipe's family: its name up to the first dash."""

@@ -1,13 +1,20 @@
-"""A recorded run as Markdown: python benchmarks/table.py benchmarks/results/FILE.json"""
+"""Recorded runs as Markdown: python benchmarks/table.py benchmarks/results/FILE.json ..."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
+    """Print every run's table."""
+    for name in sys.argv[1:]:
+        show(json.loads(Path(name).read_text()))
+        print()
+
+
+def show(run: dict[str, Any]) -> None:
     """Print a row per benchmark: every provider's median, and how many times ddfast is faster."""
-    run = json.loads(Path(sys.argv[1]).read_text())
     machine, commit = run["machine_info"], run["commit_info"]["id"][:10]
     processor = machine["cpu"].get("brand_raw", machine["processor"])
     threads = machine["threads"]

@@ -5,7 +5,7 @@ import torch
 from compare import side_by_side
 
 import ddfast
-from ddfast.evaluation.speed import generate_plainly
+from ddfast.evaluation.plain_decoding import plain_decoder
 from ddfast.models.student import TransformerStudent
 from ddfast.recipes import get_recipe, untrained_teacher
 
@@ -17,6 +17,7 @@ def test_one_step_against_ar(benchmark, batch: int, decode: bool):
     teacher = untrained_teacher(config)
     student = TransformerStudent.from_teacher(teacher).eval()
     condition = torch.arange(batch) % teacher.num_classes
+    plain = plain_decoder(teacher)
     noise = ddfast.noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim))
 
     def images(made: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ def test_one_step_against_ar(benchmark, batch: int, decode: bool):
                 "2 steps": lambda: images(student.sample(condition, noise, steps=(0, config.dd1.point))),
                 "AR, KV cache": lambda: images(teacher.generate(condition)),
                 "AR, flow sampler": lambda: images(teacher.generate(condition, sampler="flow", noise=noise)),
-                "AR, plain loop": lambda: images(generate_plainly(teacher, condition)),
+                "AR, plain loop": lambda: images(plain.generate(condition)),
             },
             rounds=15,
         )

@@ -6,7 +6,7 @@
 import pytest
 import torch
 from compare import side_by_side
-from peers import official_llamagen, official_var
+from peers import PEERS
 
 import ddfast
 from ddfast.models.attention import MaskedAttention, block_mask
@@ -15,8 +15,6 @@ from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenTeacher
 from ddfast.models.tokenizers import LlamaGenTokenizer
 from ddfast.models.var import VARTeacher
 from ddfast.recipes import get_recipe, untrained_teacher
-
-PEERS = {"var": official_var, "llamagen": official_llamagen}
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -38,8 +36,8 @@ def test_teacher_forcing(benchmark, monkeypatch, peer_paths, recipe: str, batch:
         providers["ddfast, one masked call"] = masked
     family = recipe.split("-")[0]
     if family in peer_paths:
-        official = PEERS[family](peer_paths[family], teacher)  # type: ignore[arg-type]
-        providers["official code"] = lambda: official(labels, codes)
+        official = PEERS[family](peer_paths[family], teacher)  # type: ignore[operator]
+        providers["official code"] = lambda: official.logits(labels, codes)
     with torch.inference_mode():
         expected = providers["ddfast"]()
         for name, provider in providers.items():

@@ -47,7 +47,7 @@ Rows rows_of(Address data, int dtype, int64_t stride) { return {pointer<const vo
 
 PYBIND11_MODULE(ddfast_native, m) {
   m.doc() = "CPU kernels of ddfast. Private: use ddfast.ops.";
-  m.attr("abi") = 1;
+  m.attr("abi") = 2;
   m.attr("version") = DDFAST_VERSION;
 
   m.def("isa_available", [] {
@@ -124,4 +124,26 @@ PYBIND11_MODULE(ddfast_native, m) {
                                    pointer<const float>(geometry), pointer<int64_t>(codes), pointer<int32_t>(evaluations),
                                    rows, V, d, steps, solver, sigma_min, early_exit}, threads);
   }, release_gil(), "filter_logits, then flow_sample on what it keeps. Returns -1, or the first bad row.");
+
+  m.def("draw_codes", [](Address logits, int dtype, int64_t row_stride, Address uncond, int64_t uncond_row_stride,
+                         Address cfg_scale, double temperature, int64_t top_k, double top_p, Address uniform,
+                         Address codes, int64_t rows, int64_t V, int threads) {
+    return kernels().draw_codes({rows_of(logits, dtype, row_stride), rows_of(uncond, dtype, uncond_row_stride),
+                                 pointer<const float>(cfg_scale), temperature, top_k, top_p, rows, V},
+                                pointer<const float>(uniform), pointer<int64_t>(codes), threads);
+  }, release_gil(), "filter_logits, then the code that the uniform number draws. Returns -1, or the first bad row.");
+
+  m.def("decode_attention", [](Address qkv, int dtype, int64_t qkv_stride, Address keys, Address values,
+                               Address position, Address rope, Address first, Address out, int64_t rows, int64_t heads,
+                               int64_t kv_heads, int64_t length, int64_t head_dim, float scale, int threads) {
+    kernels().decode_attention({pointer<const void>(qkv), dtype, qkv_stride, pointer<void>(keys), pointer<void>(values),
+                                pointer<const int64_t>(position), pointer<const float>(rope),
+                                pointer<const int64_t>(first), pointer<void>(out), rows, heads, kv_heads, length,
+                                head_dim, scale}, threads);
+  }, release_gil());
+
+  m.def("activate", [](Address x, Address times, Address out, int dtype, int64_t count, bool gelu, int threads) {
+    kernels().activate({pointer<const void>(x), pointer<const void>(times), pointer<void>(out), dtype, count, gelu},
+                       threads);
+  }, release_gil());
 }

@@ -51,6 +51,27 @@ struct FlowArgs {
   bool early_exit;
 };
 
+struct AttentionArgs {
+  const void* qkv;  // [rows, (heads + 2 kv_heads) head_dim], rows qkv_stride elements apart
+  int dtype;        // of qkv, keys, values and out
+  int64_t qkv_stride;
+  void *keys, *values;      // [rows, kv_heads, length, head_dim]
+  const int64_t* position;  // [1]
+  const float* rope;        // [length, head_dim / 2, 2], cosine and sine; or null
+  const int64_t* first;     // [rows], or null
+  void* out;                // [rows, heads, head_dim]
+  int64_t rows, heads, kv_heads, length, head_dim;
+  float scale;
+};
+
+struct ActivateArgs {
+  const void *x, *times;  // [count]; times may be null
+  void* out;
+  int dtype;              // of all three
+  int64_t count;
+  bool gelu;              // else silu
+};
+
 struct Kernels {
   const char* name;
   void (*nearest_code)(const NearestCodeArgs&, int threads);
@@ -60,6 +81,9 @@ struct Kernels {
                              int threads);
   int64_t (*flow_sample)(const FlowArgs&, int threads);
   int64_t (*sample_codes)(const FilterArgs&, const FlowArgs&, int threads);
+  int64_t (*draw_codes)(const FilterArgs&, const float* uniform, int64_t* codes, int threads);
+  void (*decode_attention)(const AttentionArgs&, int threads);
+  void (*activate)(const ActivateArgs&, int threads);
 };
 
 #if defined(DDFAST_X86)

@@ -34,6 +34,28 @@ static inline vf splat(float x) { return x - (vf){}; }
 static inline vi splat(int32_t x) { return x - (vi){}; }
 static inline vf load(const float* p) { return *(const vf_unaligned*)p; }
 static inline void store(float* p, vf x) { *(vf_unaligned*)p = x; }
+// The first `count` < W floats at p, 0 in the other lanes; nothing beyond them is touched.
+static inline vf load_part(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
+  vf x = {};
+  __builtin_memcpy(&x, p, (size_t)count * sizeof(float));
+  return x;
+#endif
+}
+static inline void store_part(float* p, vf x, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x);
+#else
+  __builtin_memcpy(p, &x, (size_t)count * sizeof(float));
+#endif
+}
+static inline void copy(float* to, const float* from, int64_t count) {  // without a call, unlike memcpy of a variable size
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load(from + i));
+  if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
+}
 static inline vf loada(const float* p) { return *(const vf_may_alias*)p; }   // p aligned to the vector
 static inline void storea(float* p, vf x) { *(vf_may_alias*)p = x; }
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
@@ -101,9 +123,13 @@ static inline uint32_t bits(vi mask) {
 static inline bool any(vi mask) { return bits(mask) != 0; }
 
 static inline float reduce_max(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float r = x[0];
   for (int i = 1; i < W; ++i) r = max_of(r, (float)x[i]);
   return r;
+#endif
 }
 static inline float reduce_min(vf x) {
 #if defined(__AVX512F__)
@@ -163,6 +189,30 @@ static inline float half_to_float(uint16_t h) {
   return f;
 }
 
+// Rounded to the nearest, ties to even; NaN stays NaN.
+static inline uint16_t float_to_bfloat16(float f) {
+  uint32_t x;
+  __builtin_memcpy(&x, &f, 4);
+  if ((x & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(x >> 16 | 0x40);
+  return (uint16_t)((x + 0x7fff + (x >> 16 & 1)) >> 16);
+}
+static inline uint16_t float_to_half(float f) {
+  uint32_t x;
+  __builtin_memcpy(&x, &f, 4);
+  const uint16_t sign = (uint16_t)(x >> 16 & 0x8000);
+  x &= 0x7fffffffu;
+  if (x > 0x7f800000u) return sign | 0x7e00;
+  if (x >= 0x477ff000u) return sign | 0x7c00;  // rounds to 2^16 or more
+  if (x < 0x38800000u) {                        // subnormal: adding 1/2 rounds at 2^-24
+    float small;
+    __builtin_memcpy(&small, &x, 4);
+    small += .5f;
+    __builtin_memcpy(&x, &small, 4);
+    return sign | (uint16_t)(x - 0x3f000000u);
+  }
+  return sign | (uint16_t)((x - 0x38000000u + 0xfff + (x >> 13 & 1)) >> 13);
+}
+
 // W consecutive elements of `dtype` at element offset i, as floats.
 static inline vf load_as_float(const void* data, int dtype, int64_t i) {
   if (dtype == kFloat32) return load((const float*)data + i);
@@ -185,6 +235,25 @@ static inline vf load_tail_as_float(const void* data, int dtype, int64_t i, int6
   const int64_t size = dtype == kFloat32 ? 4 : 2;
   __builtin_memcpy(raw, (const char*)data + i * size, (size_t)(count * size));
   return select(lane_ids() < splat((int32_t)count), load_as_float(raw, dtype, 0), splat(-kInf));
+}
+
+// `count` elements of `dtype` from element `first` on as floats, and back.
+static void widen(const void* from, int dtype, int64_t first, int64_t count, float* to) {
+  if (dtype == kFloat32) {
+    copy(to, (const float*)from + first, count);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load_as_float(from, dtype, first + i));
+  if (i < count) store_part(to + i, load_tail_as_float(from, dtype, first + i, count - i), count - i);
+}
+
+static void narrow(const float* from, int64_t count, void* to, int dtype, int64_t first) {
+  if (dtype == kFloat32)
+    copy((float*)to + first, from, count);
+  else
+    for (int64_t i = 0; i < count; ++i)
+      ((uint16_t*)to)[first + i] = dtype == kBFloat16 ? float_to_bfloat16(from[i]) : float_to_half(from[i]);
 }
 
 // Row `row` from element i on, W of them, -inf beyond V.

@@ -30,11 +30,17 @@ namespace {
 
 #include "flow_sample.h"
 
+#include "draw_codes.h"
+
+#include "decode_attention.h"
+
+#include "activate.h"
+
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {DDFAST_STRING(DDFAST_ISA), nearest_code, filter_logits, posterior_forward, posterior_backward,
-                         flow_sample, sample_codes};
+                         flow_sample, sample_codes, draw_codes, decode_attention, activate};
 
 }  // namespace DDFAST_ISA
 }  // namespace ddfast

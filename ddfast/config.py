@@ -240,7 +240,8 @@ class TrajectoryConfig:
 
     Attributes:
         count: pairs.
-        shard_size: pairs per file, and per batch.
+        shard_size: pairs per file.
+        batch_size: pairs decoded at a time, at most a file's; 0: as many as free memory holds.
         steps: intervals of the flow's grid.
         solver: dpm3m, dpm2m, heun or euler.
         store_noise: store the noise too, which is otherwise regenerated.
@@ -248,12 +249,14 @@ class TrajectoryConfig:
 
     count: int = 20_000
     shard_size: int = 1000
+    batch_size: int = 0
     steps: int = 20
     solver: str = "dpm3m"
     store_noise: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "count", "shard_size", "steps")
+        _require(self.batch_size >= 0, "batch_size", self.batch_size, "a positive number, or 0 for what memory holds")
 
 
 @dataclass(kw_only=True)

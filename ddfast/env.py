@@ -15,6 +15,8 @@ VARIABLES = {
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors too (for tests; never by itself)",
     "RANK": "rank of this process, set by torchrun (default: 0)",
     "WORLD_SIZE": "number of processes, set by torchrun (default: 1)",
+    "LOCAL_RANK": "rank among the processes on this machine, set by torchrun: which GPU --device cuda is (default: 0)",
+    "LOCAL_WORLD_SIZE": "how many of them share this machine's memory, set by torchrun (default: 1)",
 }
 
 
@@ -51,3 +53,8 @@ def triton_interpreted() -> bool:
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of processes (torchrun's convention)."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank_and_world_size() -> tuple[int, int]:
+    """This process's rank among those on this machine, and their number (torchrun's convention)."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

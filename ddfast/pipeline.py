@@ -15,6 +15,7 @@ import nvtx
 import tomli_w
 import torch
 
+from ddfast import env
 from ddfast.config import TrainConfig, read_toml, update
 from ddfast.distill.dd1 import check_point
 from ddfast.distill.stages import adapt, distill, match, new_network, tune
@@ -30,12 +31,13 @@ from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.recipes import build_teacher, get_recipe
-from ddfast.report import quality_table, write_pictures, write_report
+from ddfast.report import machine, quality_table, write_pictures, write_report
 from ddfast.sampling import sample, sources_for
 from ddfast.trajectories.generate import generate_trajectories, store_settings
 from ddfast.trajectories.store import TrajectoryStore
 
 CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
+THROUGHPUT = "throughput.jsonl"
 
 ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
 ADAPTATION_JSON = "adaptation.json"
@@ -44,7 +46,7 @@ DD1_PREFIX = "dd1:"
 ProgressBar = Callable[[str], Progress]
 """Makes the progress callback of a stage from its title."""
 
-LOCATION = ("out", "device", "resume")
+LOCATION = ("out", "device", "resume", "trajectories.batch_size")
 """Fields that decide where and how a run goes on, not what it makes."""
 
 
@@ -182,11 +184,22 @@ def save_network(path: Path, network: FlowNetwork) -> None:
 
 
 def make_trajectories(config: TrainConfig, teacher: Teacher, progress: Progress) -> TrajectoryStore:
-    """The store in `config.out/trajectories` with at least the pairs that the configuration asks for."""
-    wanted = store_settings(teacher, config.trajectories, config.seed)
-    store = TrajectoryStore.open_or_create(config.out / "trajectories", wanted)
-    rate = generate_trajectories(teacher, store, config.trajectories.count, progress=progress)
-    print(f"trajectories: {rate:.0f} pairs/s" if rate else "trajectories: all there, skipped")
+    """The store in `config.out/trajectories` with at least the pairs that the configuration asks for.
+
+    What was made, how fast and on what machine becomes a line of `config.out/throughput.jsonl`.
+    """
+    settings = config.trajectories
+    store = TrajectoryStore.open_or_create(config.out / "trajectories", store_settings(teacher, settings, config.seed))
+    made = generate_trajectories(teacher, store, settings.count, batch_size=settings.batch_size, progress=progress)
+    if not made.pairs:
+        print("trajectories: all there, skipped")
+        return store
+    print(f"trajectories: {made.pairs} pairs, {made.pairs_per_s:.1f} pairs/s in batches of {made.batch_size}")
+    rank, world_size = env.rank_and_world_size()
+    line = {**dataclasses.asdict(made), "pairs_per_s": made.pairs_per_s, "device": config.device}
+    line |= {"process": rank, "processes": world_size, **machine()}
+    with (config.out / THROUGHPUT).open("a") as file:
+        file.write(json.dumps(line) + "\n")
     return store
 
 

@@ -21,8 +21,8 @@ from ddfast.models.student import Student
 from ddfast.ops import noise
 
 _LABELS = {
-    "ar_plain": "AR, plain PyTorch loop",
-    "ar": "AR, ddfast (KV cache)",
+    "ar_plain": "AR, plain PyTorch",
+    "ar": "AR, ddfast",
     "student_1step": "1 step",
     "student_2step": "2 steps",
 }
@@ -65,7 +65,7 @@ def profile(
             cells = [f"{value:.3f} ({plain / value:.1f}x, {own / value:.1f}x)" for value in values]
             lines.append(f"{batch:8d}  " + "  ".join(f"{cell:>24s}" for cell in cells))
     device = teacher.codebook.device
-    lines += ["", "(times as fast as the plain loop, as ddfast's AR decoding)", f"peak memory: {_peak_memory(device)}"]
+    lines += ["", "(times as fast as plain PyTorch's AR decoding, as ddfast's)", f"peak memory: {_peak_memory(device)}"]
     trace = _trace(teacher, student, batches[-1], point, out)
     lines += [f"Chrome trace: {trace} (chrome://tracing or ui.perfetto.dev)", "", "With Nsight on a GPU:"]
     command += "" if device.type == "cuda" else " --device cuda"

@@ -58,7 +58,7 @@ def _published(
         out=Path("runs") / name,
         tokenizer=tokenizer,
         teacher=teacher,
-        trajectories=TrajectoryConfig(count=1_200_000, shard_size=100),
+        trajectories=TrajectoryConfig(count=1_200_000),
         dd1=DD1Config(
             point=point,
             split=split,

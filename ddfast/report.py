@@ -115,7 +115,7 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
     lines += [
         "",
         " ".join(notes) + " Times: medians, all sources in turn in one run; AR "
-        "decoding is this package's KV-cached decoder with guidance. A plain PyTorch loop without a cache takes "
+        "decoding is this package's KV-cached decoder with guidance. The same in plain PyTorch takes "
         + ", ".join(f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches)
         + ".",
     ]

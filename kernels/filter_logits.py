@@ -6,7 +6,8 @@ so that 16384 of them add up); among equal keys at its edge the lowest indices s
 several short ones; a row that fits one tile is held in registers throughout, a longer one is read again from the cache.
 Bytes: a row in (two with guidance), a float32 row out; operations: 64 V compares and adds, which bind.
 
-`sample_codes` takes only the thresholds, and applies them to the logits as it reads them.
+`sample_codes` takes only the thresholds, and applies them to the logits as it reads them; `draw_codes` shares all but
+the last pass.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def is_kept(key, j, least, last):
 
 
 @triton.jit
-def _tile(logits_ptr, uncond_ptr, scale, temperature, j, mask, GUIDED: tl.constexpr):
+def logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, mask, GUIDED: tl.constexpr):
     """Values of codes j [1, CODES] in the rows that the pointers [ROWS, 1] begin, -inf outside, and their keys."""
     value = tl.load(logits_ptr + j, mask=mask, other=float("-inf"))
     base = value
@@ -76,7 +77,7 @@ def _select(
         weight = tl.zeros([ROWS], tl.float64)
         for start in range(0, num_codes, CODES):
             j = start + tl.arange(0, CODES)[None, :]
-            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
+            value, key = logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
             if MASS:
                 heavy = tl.where(key >= floor, tl.exp(value - most[:, None]), 0.0)
                 weight += tl.sum(heavy.to(tl.float64), axis=1)
@@ -87,26 +88,32 @@ def _select(
 
 
 @triton.jit
-def filter_logits_kernel(
-    logits_ptr, uncond_ptr, scale_ptr, out_ptr, kept_ptr, rows, logits_stride, uncond_stride,
-    temperature, top_p, num_codes, top_k,
-    GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, WRITE: tl.constexpr,
-    ROWS: tl.constexpr, CODES: tl.constexpr,
+def rows_of_program(
+    logits_ptr, uncond_ptr, scale_ptr, rows, logits_stride, uncond_stride, GUIDED: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
+    """Indices [ROWS], which of them are rows, their guidance scale and where they begin, [ROWS, 1] each."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None]
     scale = tl.full([ROWS, 1], 1.0, tl.float32)
     if GUIDED:
         scale = tl.load(scale_ptr + row[:, None], mask=inside, other=1.0)
-    lane = tl.arange(0, CODES)[None, :]
-    logits_ptr += row[:, None] * logits_stride
-    uncond_ptr += row[:, None] * uncond_stride
+    return row, inside, scale, logits_ptr + row[:, None] * logits_stride, uncond_ptr + row[:, None] * uncond_stride
 
+
+@triton.jit
+def thresholds(
+    logits_ptr, uncond_ptr, scale, temperature, inside, num_codes, top_k, top_p,
+    GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """Per row, [ROWS] each: the least key kept, the index up to which that key itself is kept, the largest value, the
+    sum of what is kept relative to it, and whether the row is bad.
+    """
+    lane = tl.arange(0, CODES)[None, :]
     most = tl.full([ROWS], float("-inf"), tl.float32)
     wrong = tl.zeros([ROWS], tl.int32)
     for start in range(0, num_codes, CODES):
         j = start + lane
-        value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
+        value, key = logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
         useless = (value != value) | (value == float("inf"))
         wrong += tl.sum(useless.to(tl.int32), axis=1)
         most = tl.maximum(most, tl.max(tl.where(useless, float("-inf"), value), axis=1))
@@ -125,7 +132,7 @@ def filter_logits_kernel(
         total = tl.zeros([ROWS], tl.float64)
         for start in range(0, num_codes, CODES):
             j = start + lane
-            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
+            value, key = logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
             weight = tl.exp(value - most[:, None])
             total += tl.sum(tl.where(key >= least[:, None], weight, 0.0).to(tl.float64), axis=1)
         goal = total * top_p
@@ -138,7 +145,7 @@ def filter_logits_kernel(
         each = tl.zeros([ROWS], tl.float64)
         for start in range(0, num_codes, CODES):
             j = start + lane
-            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
+            value, key = logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
             weight = tl.exp(value - most[:, None]).to(tl.float64)
             above += tl.sum(tl.where(key > least[:, None], weight, 0.0), axis=1)
             each = tl.maximum(each, tl.max(tl.where(key == least[:, None], weight, 0.0), axis=1))
@@ -147,7 +154,7 @@ def filter_logits_kernel(
         last = tl.full([ROWS], -1, tl.int32)
         for start in range(0, num_codes, CODES):
             j = start + lane
-            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
+            value, key = logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
             tie = (key == least[:, None]).to(tl.int32)
             rank = before[:, None] + tl.cumsum(tie, axis=1)
             stays = (tie != 0) & (rank.to(tl.float64) <= ties[:, None])
@@ -157,16 +164,32 @@ def filter_logits_kernel(
     mass = tl.zeros([ROWS], tl.float64)
     for start in range(0, num_codes, CODES):
         j = start + lane
-        value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
+        value, key = logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, inside & (j < num_codes), GUIDED)
         stays = is_kept(key, j, least[:, None], last[:, None])
         mass += tl.sum(tl.where(stays, tl.exp(value - most[:, None]), 0.0).to(tl.float64), axis=1)
-    log_normaliser = most + tl.log(tl.where(bad, 1.0, mass)).to(tl.float32)
+    return least, last, most, tl.where(bad, 1.0, mass), bad
+
+
+@triton.jit
+def filter_logits_kernel(
+    logits_ptr, uncond_ptr, scale_ptr, out_ptr, kept_ptr, rows, logits_stride, uncond_stride,
+    temperature, top_p, num_codes, top_k,
+    GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, WRITE: tl.constexpr,
+    ROWS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    row, inside, scale, logits_ptr, uncond_ptr = rows_of_program(
+        logits_ptr, uncond_ptr, scale_ptr, rows, logits_stride, uncond_stride, GUIDED, ROWS
+    )
+    least, last, most, mass, bad = thresholds(
+        logits_ptr, uncond_ptr, scale, temperature, inside, num_codes, top_k, top_p, GUIDED, TOP_K, TOP_P, ROWS, CODES
+    )
+    log_normaliser = most + tl.log(mass).to(tl.float32)
     log_normaliser = tl.where(bad, float("nan"), log_normaliser)
     if WRITE:
         for start in range(0, num_codes, CODES):
-            j = start + lane
+            j = start + tl.arange(0, CODES)[None, :]
             mask = inside & (j < num_codes)
-            value, key = _tile(logits_ptr, uncond_ptr, scale, temperature, j, mask, GUIDED)
+            value, key = logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, mask, GUIDED)
             stays = is_kept(key, j, least[:, None], last[:, None])
             log_prob = tl.where(stays, value, float("-inf")) - log_normaliser[:, None]
             tl.store(out_ptr + row[:, None] * num_codes + j, log_prob, mask=mask)
@@ -175,6 +198,13 @@ def filter_logits_kernel(
         tl.store(kept_ptr, least.to(tl.int32, bitcast=True), mask=row < rows)
         tl.store(kept_ptr + 1, last, mask=row < rows)
         tl.store(kept_ptr + 2, log_normaliser.to(tl.int32, bitcast=True), mask=row < rows)
+
+
+def rows_and_codes(num_codes: int) -> dict[str, int]:
+    """What a program has: one long row or several short ones."""
+    codes = min(triton.next_power_of_2(num_codes), _LONGEST_TILE)
+    rows = 64 if INTERPRETED else max(1, 1024 // codes)
+    return {"ROWS": rows, "CODES": codes, "num_warps": max(4, min(16, codes // 256))}
 
 
 def filter_logits(
@@ -188,13 +218,12 @@ def filter_logits(
     """
     rows, num_codes = logits.shape
     result = logits.new_empty(rows, THRESHOLDS, dtype=torch.int32) if out is None else out
-    tile = min(triton.next_power_of_2(num_codes), _LONGEST_TILE)
-    rows_of_tile = 64 if INTERPRETED else max(1, 1024 // tile)
+    sizes = rows_and_codes(num_codes)
     with current_device(logits):
-        filter_logits_kernel[(triton.cdiv(rows, rows_of_tile),)](
+        filter_logits_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             logits, logits if uncond is None else uncond, result if scale is None else scale, result, result,
             rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), temperature, top_p, num_codes, top_k,
             GUIDED=uncond is not None, TOP_K=0 < top_k < num_codes, TOP_P=top_p < 1.0, WRITE=out is not None,
-            ROWS=rows_of_tile, CODES=tile, num_warps=max(4, min(16, tile // 256)), **UNFUSED,
+            **sizes, **UNFUSED,
         )  # fmt: skip
     return result

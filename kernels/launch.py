@@ -55,3 +55,8 @@ def padded_dim(arguments: Mapping[str, Any]) -> int:
 def current_device(tensor: Tensor) -> torch.cuda.device:
     """Makes the tensor's GPU the current one, which is where Triton launches; nothing for another tensor."""
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many the tensor's GPU has; an H200's where there is none."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -178,4 +179,6 @@ def _shape(dd2: DD2Config) -> tuple[int, int]:
 
 def _data(config: TrainConfig) -> tuple[object, ...]:
     """What decides the data of every stage."""
-    return config.trajectories, config.teacher, config.tokenizer, config.seed
+    trajectories = dataclasses.asdict(config.trajectories)
+    del trajectories["batch_size"]  # how the pairs are made, not which
+    return trajectories, config.teacher, config.tokenizer, config.seed

@@ -6,48 +6,20 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ddfast.evaluation.plain_decoding import plain_decoder
 from ddfast.models.digits import Progress
-from ddfast.models.protocol import Condition, Teacher, condition_size
+from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
-from ddfast.ops import filter_logits, noise
+from ddfast.ops import noise
 from ddfast.sampling import draw_marginals, marginal_tables, sources_for
 
 _WARM_UP_ROUNDS = 2
 _ENOUGH_SECONDS = 20.0
-"""What one source may take of a measurement before its rounds end: 256 steps without a cache take minutes on a CPU."""
-
-
-def generate_plainly(teacher: Teacher, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
-    """AR decoding as a first script would write it: no cache, the whole sequence through the model at every step.
-
-    condition -> codes int64 [B, N], from the same distribution as `Teacher.generate`.
-    """
-    defaults = teacher.defaults
-    codes = torch.zeros(
-        condition_size(condition), teacher.num_tokens, dtype=torch.int64, device=teacher.codebook.device
-    )
-    for group, (first, last) in enumerate(pairwise(teacher.group_starts())):
-        logits = teacher.logits(condition, codes)[:, first:last]
-        uncond, scale = None, teacher.group_cfg_scale(defaults.cfg_scale, group)
-        if scale != 1.0:
-            uncond = teacher.logits(condition, codes, unconditional=True)[:, first:last]
-        log_probs = filter_logits(
-            logits,
-            uncond=uncond,
-            cfg_scale=scale,
-            temperature=defaults.temperature,
-            top_k=defaults.top_k,
-            top_p=defaults.top_p,
-            backend="reference",
-        )
-        drawn = torch.multinomial(log_probs.exp().flatten(0, 1), 1, generator=generator)
-        codes[:, first:last] = drawn.view(codes[:, first:last].shape)
-    return codes
+"""What one source may take of a measurement before its rounds end: 256 steps take minutes on a CPU."""
 
 
 @torch.no_grad()
@@ -70,7 +42,7 @@ def measure_speed(
         progress: called with rounds done, rounds in all, and the source.
 
     Returns:
-        {source: {batch size: seconds per image}} for "ar" (`Teacher.generate`), "ar_plain" (`generate_plainly`),
+        {source: {batch size: seconds per image}} for "ar" (`Teacher.generate`), "ar_plain" (`plain_decoder`),
         "student_1step", "student_2step", where they can be had "marginals" (one draw from tables made before), and
         "image_decoder" (codes to pixels, which every other source leaves out).
     """
@@ -87,7 +59,7 @@ def measure_speed(
         codes = torch.randint(teacher.num_codes, (batch, teacher.num_tokens), device=device)
         sources: dict[str, Callable[[], Tensor]] = {
             "ar": partial(teacher.generate, condition),
-            "ar_plain": partial(generate_plainly, teacher, condition),
+            "ar_plain": partial(plain_decoder(teacher).generate, condition),
             "student_1step": partial(student.sample, condition, eps),
             "student_2step": partial(student.sample, condition, eps, **student.settings(2, point)),
             "image_decoder": partial(teacher.decode, codes),

@@ -1,6 +1,6 @@
 """How positions look at each other: masks over groups, attention without masks, and the KV cache.
 
-Dimensions: R rows, H heads, S sequence, K head dimension.
+Dimensions: R rows, H query heads, G key heads, S sequence, L positions of a cache, K head dimension.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ddfast.ops.decode_attention import decode_attention, rotated
 
 
 def group_starts(groups: tuple[int, ...]) -> list[int]:
@@ -97,19 +99,28 @@ class BlockCausalAttention:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for the whole sequence."""
+    """Keys and values of every layer, allocated once for the whole sequence.
+
+    `length` is the number of positions held, as the host counts them; `position` int64 [1] is the same number where
+    the cache is, so that a step which reads only that can be replayed without the host.
+    """
 
     def __init__(self, depth: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
         shape = (depth, rows, heads, length, head_dim)
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
+        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new [R, H, S, K] and return all of its keys and values so far."""
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store one layer's new [R, G, S, K]."""
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def extend(self, count: int) -> None:
+        """Count positions that every layer has stored."""
+        self.length += count
+        self.position += count
 
 
 class CachedAttention:
@@ -125,5 +136,67 @@ class CachedAttention:
         self.cache, self.mask, self.causal = cache, mask, causal
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        keys, values = self.cache.append(layer, key, value)
+        self.cache.append(layer, key, value)
+        return self.over(layer, query, scale)
+
+    def over(self, layer: int, query: Tensor, scale: float | None = None) -> Tensor:
+        """Attention of queries [R, H, S, K] whose keys and values the cache has been given already."""
+        end = self.cache.length + query.shape[2]
+        keys, values = self.cache.keys[layer, :, :, :end], self.cache.values[layer, :, :, :end]
         return attention(query, keys, values, mask=self.mask, causal=self.causal, scale=scale)
+
+
+class Mix(Protocol):
+    """What stands between a layer's two projections: (layer, qkv [R, S, (H + 2 G) K]) -> [R, S, H K].
+
+    qkv holds query heads, key heads, value heads, in this order.
+    """
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """Attention output of layer `layer`."""
+
+
+class SequenceMix:
+    """Heads apart, rotated where there are angles, and through `attend`.
+
+    Args:
+        attend: of the whole sequence, or of new positions over a cache.
+        head_dim: K.
+        kv_heads: G; None: as many as query heads.
+        rope: float32 [S, K / 2, 2], the angles of these positions.
+    """
+
+    def __init__(
+        self, attend: Attend, head_dim: int, *, kv_heads: int | None = None, rope: Tensor | None = None
+    ) -> None:
+        self.attend, self.head_dim, self.kv_heads = attend, head_dim, kv_heads
+        self.rope = None if rope is None else rope[:, None]
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        kv_heads = self.kv_heads or heads.shape[2] // 3
+        turning, value = heads.split((heads.shape[2] - kv_heads, kv_heads), dim=2)
+        if self.rope is not None:
+            turning = rotated(turning.float(), self.rope).type_as(turning)
+        query, key = turning.split((turning.shape[2] - kv_heads, kv_heads), dim=2)
+        mixed = self.attend(layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class StepMix:
+    """One new position per row over a cache that it joins, in one call: `ddfast.ops.decode_attention`.
+
+    Args:
+        cache: takes the new key and value, at `cache.position`.
+        rope: float32 [>= L, K / 2, 2], the angles of every position.
+        first: int64 [R], the first position that a row may look at.
+    """
+
+    def __init__(self, cache: KVCache, *, rope: Tensor | None = None, first: Tensor | None = None) -> None:
+        self.cache, self.first = cache, first
+        self.rope = None if rope is None else rope[: cache.keys.shape[3]]
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        cache = self.cache
+        keys, values = cache.keys[layer], cache.values[layer]
+        return decode_attention(qkv[:, 0], keys, values, cache.position, rope=self.rope, first=self.first)[:, None]

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention
+from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention, Mix, SequenceMix, StepMix
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import LlamaGenTokenizer, TokenizedTeacher
 from ddfast.ops import nearest_code
+from ddfast.ops.activate import activate
+from ddfast.ops.add_norm import add_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,13 +97,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return self.add(x, None)[1]
+
+    def add(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + branch [R, L, W], and its norm."""
+        return add_norm(x, branch, weight=self.weight, eps=self.eps, rms=True)
 
 
 def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tensor:
-    """Rotations of the 2-D rotary embedding, complex64 [C + N, K / 2]: row angles first, then column angles.
+    """Cosines and sines of the 2-D rotary embedding, float32 [C + N, K / 2, 2]: row angles first, then column angles.
 
-    Condition tokens have zeros, not ones: their queries and keys become zero vectors.
+    Condition tokens have zeros, not (1, 0): their queries and keys become zero vectors.
     """
     half = sizes.dim // sizes.n_head // 2
     frequency = 1.0 / sizes.rope_base ** (torch.arange(0, half, 2, device=device)[: half // 2].float() / half)
@@ -109,15 +115,9 @@ def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tens
     angle = torch.outer(torch.arange(side, device=device), frequency)
     grid = torch.cat((angle[:, None].expand(-1, side, -1), angle[None].expand(side, -1, -1)), dim=-1).flatten(0, 1)
     grid = torch.cat((torch.zeros(sizes.cls_token_num, half, device=device), grid))
-    table = torch.complex(grid.cos(), grid.sin())
+    table = torch.stack((grid.cos(), grid.sin()), dim=-1)
     table[: sizes.cls_token_num] = 0
     return table
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate interleaved pairs: x [R, L, H, K], table complex64 [L, K / 2]; in float32, cast back."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
 
 
 class LlamaAttention(nn.Module):
@@ -125,17 +125,12 @@ class LlamaAttention(nn.Module):
 
     def __init__(self, sizes: LlamaGenSizes) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = sizes.n_head, sizes.n_kv_head, sizes.dim // sizes.n_head
-        self.wqkv = nn.Linear(sizes.dim, (sizes.n_head + 2 * sizes.n_kv_head) * self.head_dim, bias=False)
+        heads, head_dim = sizes.n_head + 2 * sizes.n_kv_head, sizes.dim // sizes.n_head
+        self.wqkv = nn.Linear(sizes.dim, heads * head_dim, bias=False)
         self.wo = nn.Linear(sizes.dim, sizes.dim, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int) -> Tensor:
-        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
-        rotated, value = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        rotated = rotate(rotated, table)
-        query, key = rotated.split((self.heads, self.kv_heads), dim=2)
-        mixed = attend(layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return self.wo(mixed.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, mix: Mix, layer: int) -> Tensor:
+        return self.wo(mix(layer, self.wqkv(x)))
 
 
 class SwiGLU(nn.Module):
@@ -147,7 +142,7 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(activate(self.w1(x), self.w3(x), kind="silu"))
 
 
 class LlamaBlock(nn.Module):
@@ -160,9 +155,11 @@ class LlamaBlock(nn.Module):
         self.attention_norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.ffn_norm = RMSNorm(sizes.dim, sizes.norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, attend, layer)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x: Tensor, branch: Tensor | None, mix: Mix, layer: int) -> tuple[Tensor, Tensor]:
+        """x [R, L, W] and what the block before adds to it; this block's last branch comes back unadded, like that."""
+        x, normed = self.attention_norm.add(x, branch)
+        x, normed = self.ffn_norm.add(x, self.attention(normed, mix, layer))
+        return x, self.feed_forward(normed)
 
 
 class LabelEmbedding(nn.Module):
@@ -241,17 +238,22 @@ class _LlamaGenNetwork(nn.Module):
             features = features * valid[..., None]
         return self.cls_embedding(features), valid.bool()
 
-    def _run(self, x: Tensor, positions: slice, attend: Attend) -> Tensor:
-        table = self.rope[positions]
+    def _run(self, x: Tensor, mix: Mix) -> Tensor:
+        branch = None
         for layer, block in enumerate(self.layers):
-            x = block(x, table, attend, layer)
-        return x
+            x, branch = block(x, branch, mix, layer)
+        return x if branch is None else x + branch
+
+    def _sequence(self, length: int, attend: Attend) -> SequenceMix:
+        """Attention between the first `length` positions."""
+        sizes = self.sizes
+        return SequenceMix(attend, sizes.dim // sizes.n_head, kv_heads=sizes.n_kv_head, rope=self.rope[:length])
 
     def hidden(self, condition: Condition, tokens: Tensor, unconditional: bool = False) -> Tensor:
         """What the head over codes reads, [B, N, W], from the condition and embedded tokens 0..N-2 [B, N - 1, W]."""
         first, valid = self._condition_tokens(condition, unconditional)
         x = torch.cat((first, tokens), dim=1)
-        x = self._run(x, slice(0, x.shape[1]), MaskedAttention(padded_mask(valid, x.shape[1])))
+        x = self._run(x, self._sequence(x.shape[1], MaskedAttention(padded_mask(valid, x.shape[1]))))
         return self.norm(x[:, first.shape[1] - 1 :])
 
     def _check_condition(self, condition: Condition) -> None:
@@ -286,10 +288,14 @@ def padded_mask(valid: Tensor | None, length: int) -> Tensor | None:
 
 @dataclass
 class LlamaGenState:
-    """Progress of one `LlamaGenTeacher.generate`: what is still to be fed of the condition, its padding, the cache."""
+    """Progress of one `LlamaGenTeacher.generate`: what is still to be fed of the condition, its padding, the cache.
+
+    `first` int64 [R] is where a row's caption begins, behind its padding.
+    """
 
     pending: Tensor | None
     valid: Tensor | None
+    first: Tensor | None
     cache: KVCache
     guided: bool
 
@@ -309,6 +315,7 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         captions: features [M, C, dim] and masks [M, C] that training pairs of a text teacher cycle through.
     """
 
+    graphable = True
     tokenizer: LlamaGenTokenizer
     captions: tuple[Tensor, Tensor] | None = None
 
@@ -358,6 +365,11 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
             super().check_condition(condition)
         else:
             self._check_condition(condition)
+            valid = condition[1].bool()
+            if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+                raise ValueError(
+                    "condition: got a mask with padding behind a token, expected captions padded on the left"
+                )
 
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
         self.check_condition(condition)
@@ -374,28 +386,27 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         length = tokens.shape[1] + self.num_tokens - 1
         head_dim = sizes.dim // sizes.n_head
         cache = KVCache(sizes.n_layer, len(tokens), sizes.n_kv_head, length, head_dim, tokens)
-        return LlamaGenState(pending=tokens, valid=valid, cache=cache, guided=guided)
+        first = None if valid is None else valid.shape[1] - valid.sum(1)
+        return LlamaGenState(pending=tokens, valid=valid, first=first, cache=cache, guided=guided)
 
     def advance(self, state: LlamaGenState, codes: Tensor) -> Tensor:
         new = self.tok_embeddings(codes)
         if state.guided:
             new = torch.cat((new, new))
-        if state.pending is not None:
-            x, state.pending = torch.cat((state.pending, new), dim=1), None
-            # The whole sequence so far: causal, not over what the cache holds beyond it.
-            attend = CachedAttention(state.cache, padded_mask(state.valid, x.shape[1]), causal=state.valid is None)
-        else:
-            x, mask = new, None
-            if state.valid is not None:
-                mask = F.pad(state.valid, (0, state.cache.length + 1 - state.valid.shape[1]), value=True)[:, None, None]
-            attend = CachedAttention(state.cache, mask)
-        length = state.cache.length
-        hidden = self._run(x, slice(length, length + x.shape[1]), attend)
-        state.cache.length += x.shape[1]
+        x, state.pending = new if state.pending is None else torch.cat((state.pending, new), dim=1), None
+        cache, length = state.cache, x.shape[1]
+        mix: Mix
+        if length == 1:
+            mix = StepMix(cache, rope=self.rope, first=state.first)
+        else:  # the whole sequence so far
+            mask = padded_mask(state.valid, length)
+            mix = self._sequence(length, CachedAttention(cache, mask, causal=mask is None))
+        hidden = self._run(x, mix)
+        cache.extend(length)
         return self.norm(hidden[:, -1:])
 
     def read_out(self, hidden: Tensor) -> Tensor:
-        return self.output(hidden).float()
+        return self.output(hidden)
 
 
 class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
@@ -449,7 +460,7 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
         is_data = self.n_d_embed(self.data_levels(t, len(x), width))
         sequence = torch.cat((tokens, self.tok_embeddings(x.to(self.dtype))), dim=1) + is_data
         mask = padded_mask(valid, sequence.shape[1])
-        hidden = self._run(sequence, slice(0, sequence.shape[1]), MaskedAttention(mask))
+        hidden = self._run(sequence, self._sequence(sequence.shape[1], MaskedAttention(mask)))
         if valid is None:
             label = tokens[:, 0]
         else:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ddfast.models.attention import group_levels, group_starts
-from ddfast.ops import filter_logits, sample_codes
+from ddfast.models.decoding import Inputs, Plan, Sampler, decode
+from ddfast.ops import filter_logits
 from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS
 
 Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -23,9 +24,6 @@ Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
 def condition_size(condition: Condition) -> int:
     """B, the number of samples that a condition stands for."""
     return len(condition if isinstance(condition, Tensor) else condition[0])
-
-
-Sampler: TypeAlias = Literal["multinomial", "greedy", "flow"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -49,12 +47,16 @@ class Teacher(nn.Module, ABC):
         groups: sizes of the positions decoded together (LlamaGen: 1 each; VAR: pn^2 per scale); they sum to n.
         num_classes: number of labels; the label `num_classes` stands for "no condition".
         defaults: sampling settings that `generate` uses where the caller gives none.
+        graphable: `begin` and `advance` may be captured as CUDA graphs: they neither wait for the device nor look at
+            the codes on the host, and where all groups have one token, every step after the first reads its position
+            from the device and updates its state in place.
     """
 
     codebook: Tensor
     groups: tuple[int, ...]
     num_classes: int
     defaults: SamplingDefaults
+    graphable: bool = False
 
     # What follows from the five ---------------------------------------------------------------------------------
 
@@ -92,7 +94,7 @@ class Teacher(nn.Module, ABC):
             codes: int64 [B, m], whole groups; m = 0 in the first call unless there is a prefix.
 
         Returns:
-            float32 [R, G, V], unguided; hidden states [R, G, W] where `read_out` is overridden.
+            [R, G, V] of any floating type, unguided; hidden states [R, G, W] where `read_out` is overridden.
         """
 
     @abstractmethod
@@ -120,12 +122,17 @@ class Teacher(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no image tokenizer")
 
     def read_out(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [R, G, V] of what `advance` returned: here they are that already.
+        """Logits [R, G, V] of any floating type of what `advance` returned: here they are that already.
 
         A teacher whose last layer is linear overrides it by that layer: guidance is then applied to the hidden states,
         where it comes to the same up to rounding, and the layer runs for half of the rows.
         """
         return hidden
+
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether `read_out` is overridden."""
+        return type(self).read_out is not Teacher.read_out
 
     def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
         """Factor of guidance in one group, in `filter_logits`' sense (1: none); the same for all unless overridden."""
@@ -201,6 +208,7 @@ class Teacher(nn.Module, ABC):
         stop: int | None = None,
         steps: int = DEFAULT_STEPS,
         solver: str = DEFAULT_SOLVER,
+        graph: bool | None = None,
         **options: Any,
     ) -> Tensor:
         """Decode images token group by token group, with guidance rows in the same forward passes.
@@ -211,13 +219,16 @@ class Teacher(nn.Module, ABC):
                 every token's closed-form flow from `noise` (METHOD.md section 1): the deterministic map that DD1
                 distils, with the same distribution as "multinomial".
             noise: float32 [B, N, D], for the sampler "flow".
-            generator: randomness of "multinomial".
+            generator: randomness of "multinomial": one uniform number per token, whether or not it is decoded.
             cfg_scale, top_k, top_p, temperature: None takes the value of `defaults`. What a scale means in a group is
                 the teacher's to say (`group_cfg_scale`); where no group is guided, half of the work is saved.
             cfg_interval: guide only the first group decoded and this many + 1 after it; negative guides all.
             prefix: int64 [B, m], codes that are already decided; m ends a group.
             stop: decode up to this token (it ends a group) instead of all n.
             steps, solver: of the sampler "flow", as in `ddfast.ops.flow_sample`.
+            graph: replay every step as a CUDA graph, captured in the first call with these shapes and settings and kept
+                with its memory (`ddfast.models.decoding.release_graphs`). The codes are the same. None: on a GPU,
+                where the teacher allows it and a kernel does the sampling.
             options: what else the teacher's `begin` takes.
 
         Returns:
@@ -253,46 +264,30 @@ class Teacher(nn.Module, ABC):
         if stop < length:
             raise ValueError(f"stop: got {stop}, expected at least the prefix's {length} tokens")
 
+        first, last = starts.index(length), starts.index(stop)
+        scales = [self.group_cfg_scale(cfg_scale, group) for group in range(first, last)]
+        if cfg_interval >= 0:
+            scales[cfg_interval + 2 :] = [1.0] * len(scales[cfg_interval + 2 :])
+        plan = Plan(
+            batch=batch,
+            first=first,
+            stop=last,
+            sampler=sampler,
+            scales=tuple(scales),
+            filters=tuple(settings.items()),
+            flow=(("steps", steps), ("solver", solver)),
+            options=tuple(options.items()),
+        )
         device = self.codebook.device
+        prefix = torch.empty(batch, 0, device=device) if prefix is None else prefix
         with torch.inference_mode():
-            codes = torch.empty(batch, stop, dtype=torch.int64, device=device)
-            if prefix is not None:
-                codes[:, :length] = prefix
-            if stop > length:
-                todo = range(starts.index(length), starts.index(stop))
-                scales = [self.group_cfg_scale(cfg_scale, group) for group in todo]
-                if cfg_interval >= 0:
-                    scales[cfg_interval + 2 :] = [1.0] * len(scales[cfg_interval + 2 :])
-                guided = any(scale != 1.0 for scale in scales)
-                linear = type(self).read_out is not Teacher.read_out
-                state = self.begin(condition, guided=guided, **options)
-                new = codes[:, :length]
-                for group, scale in zip(todo, scales, strict=True):
-                    hidden = self.advance(state, new)
-                    hidden, uncond = hidden[:batch], hidden[batch:]
-                    guidance: dict[str, Any] = {}
-                    if scale != 1.0 and linear:
-                        hidden = torch.lerp(uncond, hidden, scale)  # uncond + scale (hidden - uncond)
-                    elif scale != 1.0:
-                        guidance = {"uncond": uncond, "cfg_scale": scale}
-                    logits = self.read_out(hidden)
-                    here = slice(starts[group], starts[group + 1])
-                    if sampler == "flow":
-                        assert noise is not None
-                        codes[:, here] = sample_codes(
-                            logits, noise[:, here], self.codebook, steps=steps, solver=solver, **guidance, **settings
-                        )[0]
-                    else:
-                        log_probs = filter_logits(logits, **guidance, **settings)
-                        if sampler == "greedy":
-                            codes[:, here] = log_probs.argmax(-1)
-                        else:
-                            flat = log_probs.exp().flatten(0, -2)
-                            drawn = torch.multinomial(flat, 1, generator=generator)
-                            codes[:, here] = drawn.view(log_probs.shape[:-1])
-                    new = codes[:, here]
+            chance = noise
+            if sampler == "multinomial":
+                chance = torch.rand(batch, self.num_tokens, generator=generator, device=device)
+            inputs = Inputs(condition=condition, prefix=prefix.long(), chance=chance)
+            codes = inputs.prefix if last == first else decode(self, plan, inputs, graph=graph)
             # A kernel on a GPU marks what it cannot use and goes on: looked at once, when all is decoded.
-            if sampler == "flow" and bool((codes < 0).any()):
+            if bool((codes < 0).any()):
                 image, token = (codes < 0).nonzero()[0].tolist()
                 what = "its logits or noise hold NaN or infinite values; check the teacher's weights and precision"
                 raise ValueError(f"token {token} of image {image} has no code: {what}")

@@ -298,7 +298,7 @@ class TransformerStudent(DD1Student):
         label = self.class_embedding(condition)
         tokens = torch.cat((label[:, None], self.input(x)), dim=1)
         tokens = tokens + self.position_embedding + self.data_embedding(self.data_levels(t, len(x), 1))
-        return self.body(tokens, self.mask, self.mask is None)[:, 1:], label
+        return self.body(tokens, self.mask)[:, 1:], label
 
     def code_logits(self, hidden: Tensor, context: Tensor) -> Tensor:
         return self.head(hidden)

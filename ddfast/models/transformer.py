@@ -11,16 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.models.attention import KVCache, block_mask, group_levels, group_starts
+from ddfast.models.attention import (
+    CachedAttention,
+    KVCache,
+    MaskedAttention,
+    Mix,
+    SequenceMix,
+    StepMix,
+    block_mask,
+    group_levels,
+    group_starts,
+)
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+from ddfast.ops.activate import activate
+from ddfast.ops.add_norm import add_norm
 
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
@@ -28,17 +39,15 @@ class Block(nn.Module):
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None = None, layer: int = 0
-    ) -> Tensor:
-        rows, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(rows, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
-        x = x + self.project(mixed.transpose(1, 2).reshape(rows, length, width))
-        return x + self.contract(F.gelu(self.expand(self.mlp_norm(x)), approximate="tanh"))
+    def forward(self, x: Tensor, branch: Tensor | None, mix: Mix, layer: int) -> tuple[Tensor, Tensor]:
+        """x [R, S, W] and what the block before adds to it; this block's last branch comes back unadded, like that."""
+        x, normed = _add_norm(x, branch, self.attention_norm)
+        x, normed = _add_norm(x, self.project(mix(layer, self.qkv(normed))), self.mlp_norm)
+        return x, self.contract(activate(self.expand(normed), kind="gelu"))
+
+
+def _add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return add_norm(x, branch, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
 class Transformer(nn.Module):
@@ -47,7 +56,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, depth: int, heads: int) -> None:
         super().__init__()
         self.width, self.depth, self.heads = width, depth, heads
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:  # residual branches start small, so that depth does not change the scale
@@ -56,13 +65,21 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None = None) -> Tensor:
-        """x [R, S, W] to [R, S, W]; with a cache, x continues the cached sequence."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [R, S, W] to [R, S, W], whole sequences under a mask [S, S]; None is plain causal."""
+        return self.run(x, SequenceMix(MaskedAttention(mask), self.head_dim))
+
+    def run(self, x: Tensor, mix: Mix) -> Tensor:
+        """x [R, S, W] to [R, S, W], positions seeing each other as `mix` lets them."""
+        branch = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, mask, causal, cache, layer)
-        if cache is not None:
-            cache.length += x.shape[1]
-        return self.norm(x)
+            x, branch = block(x, branch, mix, layer)
+        return _add_norm(x, branch, self.norm)[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Of every layer's attention."""
+        return self.width // self.heads
 
 
 class TransformerNetwork(nn.Module):
@@ -111,8 +128,7 @@ class TransformerNetwork(nn.Module):
     def hidden(self, labels: Tensor, embeddings: Tensor) -> Tensor:
         """Hidden states [R, N, W] of whole sequences, embeddings [R, N, D]; what the head over codes reads."""
         tokens = self.group_inputs(labels, embeddings, 0, len(self.groups) - 1)
-        mask = block_mask(self.groups, tokens.device)
-        return self.body(tokens, mask, mask is None)
+        return self.body(tokens, block_mask(self.groups, tokens.device))
 
 
 def transformer_sizes(
@@ -147,6 +163,8 @@ class TransformerTeacher(TransformerNetwork, Teacher):
         defaults: sampling settings.
     """
 
+    graphable = True
+
     def __init__(
         self,
         *,
@@ -169,23 +187,28 @@ class TransformerTeacher(TransformerNetwork, Teacher):
         if guided:
             labels = torch.cat((labels, self.labels(condition, unconditional=True)))
         body = self.body
-        head_dim = body.width // body.heads
-        cache = KVCache(body.depth, len(labels), body.heads, self.num_tokens, head_dim, self.position_embedding)
+        cache = KVCache(body.depth, len(labels), body.heads, self.num_tokens, body.head_dim, self.position_embedding)
         return DecodeState(labels, cache)
 
     def advance(self, state: DecodeState, codes: Tensor) -> Tensor:
         first, last = state.groups_fed, self.group_starts().index(self._tokens_known(state) + codes.shape[1])
-        embeddings = self.embed(codes)
-        guided = len(state.labels) != len(codes)
-        tokens = self.group_inputs(
-            state.labels, torch.cat((embeddings, embeddings)) if guided else embeddings, first, last
-        )
         state.groups_fed = last + 1
-        mask = None  # one group sees everything before it and itself
-        if first != last:
-            level = group_levels(self.groups[first : last + 1], tokens.device)
-            mask = F.pad(level[:, None] >= level[None, :], (state.cache.length, 0), value=True)
-        hidden = self.body(tokens, mask, False, state.cache)
+        embeddings, cache = self.embed(codes), state.cache
+        if len(state.labels) != len(codes):  # guidance: both halves read the same codes
+            embeddings = torch.cat((embeddings, embeddings))
+        if first and len(self.groups) == self.num_tokens:  # a step like any other: the cache knows where
+            tokens = self.input(embeddings) + self.position_embedding.index_select(0, cache.position)
+        else:
+            tokens = self.group_inputs(state.labels, embeddings, first, last)
+        mix: Mix = StepMix(cache)
+        if tokens.shape[1] > 1:
+            mask = None  # one group sees everything before it and itself
+            if first != last:
+                level = group_levels(self.groups[first : last + 1], tokens.device)
+                mask = F.pad(level[:, None] >= level[None, :], (cache.length, 0), value=True)
+            mix = SequenceMix(CachedAttention(cache, mask), self.body.head_dim)
+        hidden = self.body.run(tokens, mix)
+        cache.extend(tokens.shape[1])
         return hidden[:, -self.groups[last] :]
 
     def read_out(self, hidden: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import TokenizedTeacher, VARTokenizer
+from ddfast.ops.activate import activate
+from ddfast.ops.add_norm import add_norm
+from ddfast.ops.append_normed import append_normed
 
 MAX_LOG_SCALE = math.log(100)
 """Attention with normalised queries and keys has a learned scale per head, at most 100."""
@@ -48,17 +51,47 @@ class VARAttention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, attend: Attend, layer: int) -> Tensor:
-        rows, length, width = x.shape
+    def constants(self) -> tuple[Tensor, Tensor | None]:
+        """What weights alone decide: the bias [3 W] of query, key and value, and every head's scale [H] of queries."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        if not hasattr(self, "scale_mul_1H11"):
+            return bias, None
+        return bias, self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().flatten()
+
+    def forward(self, x: Tensor, bias: Tensor, head_scale: Tensor | None, attend: Attend, layer: int) -> Tensor:
+        rows, length, width = x.shape
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(rows, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        scale = 0.25 / math.sqrt(width // self.heads)
-        if hasattr(self, "scale_mul_1H11"):
-            query = F.normalize(query, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
-            key, scale = F.normalize(key, dim=-1), 1.0
-        mixed = attend(layer, query, key, value, scale)
+        if head_scale is not None and isinstance(attend, CachedAttention):
+            cache = attend.cache
+            query = append_normed(qkv, cache.keys[layer], cache.values[layer], cache.length, scale=head_scale)
+            mixed = attend.over(layer, query, 1.0)
+        else:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            scale = 0.25 / math.sqrt(width // self.heads)
+            if head_scale is not None:
+                query = F.normalize(query, dim=-1) * head_scale[:, None, None]
+                key, scale = F.normalize(key, dim=-1), 1.0
+            mixed = attend(layer, query, key, value, scale)
         return self.proj(mixed.transpose(1, 2).reshape(rows, length, width))
+
+
+@dataclass
+class BlockConstants:
+    """What a block reads at every step and weights and class decide: computed once per sequence.
+
+    Attributes:
+        modulation: gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2 as [R, 1, 6, W].
+        bias: of query, key and value [3 W].
+        head_scale: of normalised queries [H]; None: nothing is normalised.
+    """
+
+    modulation: Tensor
+    bias: Tensor
+    head_scale: Tensor | None
+
+
+Gated: TypeAlias = tuple[Tensor, Tensor] | tuple[None, None]
+"""What is to be added to the residual stream: a branch [R, L, W] and its gate [R, 1, W], or nothing."""
 
 
 class FeedForward(nn.Module):
@@ -69,7 +102,7 @@ class FeedForward(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(activate(self.fc1(x), kind="gelu"))
 
 
 class VARBlock(nn.Module):
@@ -85,19 +118,27 @@ class VARBlock(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def modulation(self, label: Tensor, shared: Tensor | None) -> Tensor:
-        """gamma1, gamma2, scale1, scale2, shift1, shift2 as [R, 1, 6, W], from the class embedding [R, W]."""
-        if shared is not None:
-            return self.ada_gss + shared
-        return self.ada_lin(label).view(len(label), 1, 6, -1)
+    def constants(self, label: Tensor, shared: Tensor | None) -> BlockConstants:
+        """For class embeddings [R, W]; `shared` [R, 1, 6, W] where all blocks share one modulation layer."""
+        raw = self.ada_gss + shared if shared is not None else self.ada_lin(label).view(len(label), 1, 6, -1)
+        modulation = torch.cat((raw[:, :, :2], 1 + raw[:, :, 2:4], raw[:, :, 4:]), dim=2)
+        return BlockConstants(modulation, *self.attn.constants())
 
-    def forward(self, x: Tensor, modulation: Tensor, attend: Attend, layer: int, extra: Tensor | None = None) -> Tensor:
-        """x [R, L, W]; `extra` [R, L, W] joins between attention and feed-forward (DD1's students)."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        x = x + self.attn(_modulate(x, scale1, shift1, self.eps), attend, layer) * gamma1
+    def forward(
+        self, x: Tensor, gated: Gated, own: BlockConstants, attend: Attend, layer: int, extra: Tensor | None = None
+    ) -> tuple[Tensor, Gated]:
+        """x [R, L, W] and what the block before adds to it; this block's last branch comes back unadded, like that.
+
+        `extra` [R, L, W] joins between attention and feed-forward (DD1's students).
+        """
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = own.modulation.unbind(2)
+        branch, gate = gated
+        x, normed = add_norm(x, branch, gate=gate, weight=scale1, bias=shift1, eps=self.eps)
+        mixed = self.attn(normed, own.bias, own.head_scale, attend, layer)
         if extra is not None:
             x = x + extra
-        return x + self.ffn(_modulate(x, scale2, shift2, self.eps)) * gamma2
+        x, normed = add_norm(x, mixed, gate=gamma1, weight=scale2, bias=shift2, eps=self.eps)
+        return x, (self.ffn(normed), gamma2)
 
 
 class HeadNorm(nn.Module):
@@ -110,12 +151,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         scale, shift = self.ada_lin(label).view(len(label), 1, 2, -1).unbind(2)
-        return _modulate(x, scale, shift, self.eps)
-
-
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm without affine, times (1 + scale), plus shift."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+        return add_norm(x, None, weight=1 + scale, bias=shift, eps=self.eps)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,20 +207,26 @@ class _VARNetwork(nn.Module):
         self.head = nn.Linear(width, num_codes)
         _initialise(self)
 
-    def _modulations(self, label: Tensor) -> list[Tensor]:
-        """Every block's modulation for class embeddings [R, W]; constant over scales, so computed once."""
+    def _constants(self, label: Tensor) -> list[BlockConstants]:
+        """Every block's, for class embeddings [R, W]."""
         shared = None
         if self.sizes.shared_aln:
             shared = self.shared_ada_lin(label).view(len(label), 1, 6, -1)
-        return [cast(VARBlock, block).modulation(label, shared) for block in self.blocks]
+        return [cast(VARBlock, block).constants(label, shared) for block in self.blocks]
 
     def _run(
-        self, x: Tensor, modulations: list[Tensor], attend: Attend, extra: Callable[[int], Tensor | None] | None = None
+        self,
+        x: Tensor,
+        constants: list[BlockConstants],
+        attend: Attend,
+        extra: Callable[[int], Tensor | None] | None = None,
     ) -> Tensor:
         """All blocks; `extra(layer)` is what a student adds inside each."""
-        for layer, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
-            x = block(x, modulation, attend, layer, extra(layer) if extra else None)
-        return x
+        gated: Gated = (None, None)
+        for layer, (block, own) in enumerate(zip(self.blocks, constants, strict=True)):
+            x, gated = block(x, gated, own, attend, layer, extra(layer) if extra else None)
+        branch, gate = gated
+        return x if branch is None or gate is None else torch.addcmul(x, branch, gate)
 
     def labels(self, condition: Condition, unconditional: bool = False) -> Tensor:
         """Class embeddings [B, W]."""
@@ -208,7 +250,7 @@ class _VARNetwork(nn.Module):
     def hidden(self, label: Tensor, inputs: Tensor) -> Tensor:
         """What the head over codes reads, [B, N, W]; label [B, W], inputs [B, N', D] are those after scale 0."""
         x = self._tokens(label, inputs, 0, len(self.groups) - 1)
-        x = self._run(x, self._modulations(label), BlockCausalAttention(self.groups))
+        x = self._run(x, self._constants(label), BlockCausalAttention(self.groups))
         return self.head_nm(x, label)
 
     @property
@@ -236,7 +278,7 @@ class VARState:
     """Progress of one `VARTeacher.generate`: labels [R, W], cache, and the latents that the codes so far add up to."""
 
     label: Tensor
-    modulations: list[Tensor]
+    constants: list[BlockConstants]
     cache: KVCache
     f_hat: Tensor
     masked_prefix: bool
@@ -255,6 +297,7 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
     """
 
     tokenizer: VARTokenizer
+    graphable = True
 
     def __init__(self, tokenizer: VARTokenizer, sizes: VARSizes, *, defaults: SamplingDefaults | None = None) -> None:
         super().__init__()
@@ -297,7 +340,7 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
         side = self.tokenizer.side
         return VARState(
             label=label,
-            modulations=self._modulations(label),
+            constants=self._constants(label),
             cache=KVCache(sizes.depth, len(label), sizes.num_heads, self.num_tokens, head_dim, label),
             f_hat=self.codebook.new_zeros(batch, self.code_dim, side, side),
             masked_prefix=masked_prefix,
@@ -319,12 +362,12 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
         if first != last and state.masked_prefix:
             level = self.level[: starts[last + 1]]
             mask = level[starts[first] :, None] >= level[None, :]
-        x = self._run(x, state.modulations, CachedAttention(state.cache, mask))
-        state.cache.length += x.shape[1]
+        x = self._run(x, state.constants, CachedAttention(state.cache, mask))
+        state.cache.extend(x.shape[1])
         return self.head_nm(x[:, -self.groups[last] :], state.label)
 
     def read_out(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden).float()
+        return self.head(hidden)
 
 
 class VARStudent(_VARNetwork, DD1Student):
@@ -382,7 +425,7 @@ class VARStudent(_VARNetwork, DD1Student):
         is_data = self.data_levels(t, len(x), 1)
         hidden = tokens + self.lvl_embed(levels) + self.pos_1LC + self.n_d_embed(is_data)
         attend, extra = MaskedAttention(self.mask), partial(self._layerwise, is_data=is_data)
-        hidden = self._run(hidden, self._modulations(label), attend, extra)
+        hidden = self._run(hidden, self._constants(label), attend, extra)
         return (hidden + self._layerwise(-1, is_data))[:, 1:], label
 
     def _layerwise(self, layer: int, is_data: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "codebook_posterior": ("cpu", "cuda", "triton"),
     "flow_sample": ("cpu", "cuda", "triton"),
     "sample_codes": ("cpu", "cuda", "triton"),
+    "draw_codes": ("cpu", "triton"),
+    "decode_attention": ("cpu", "triton"),
+    "add_norm": ("triton",),
+    "append_normed": ("triton",),
+    "activate": ("cpu", "triton"),
     "noise": ("cpu", "cuda", "triton"),
 }
 """Backends that have a kernel for each op, beside the reference that every op has."""

@@ -11,8 +11,8 @@ import torch
 
 from ddfast import env
 
-ABI = 1
-"""Version of the calling convention between this package and `ddfast_native`."""
+ABI = 2
+"""Version of the calling convention between this package and its native modules."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the native modules name the element type of logits."""

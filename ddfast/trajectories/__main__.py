@@ -6,7 +6,9 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from ddfast import cli
+import torch
+
+from ddfast import cli, env
 from ddfast.config import TrainConfig
 from ddfast.pipeline import check_device, make_trajectories
 from ddfast.recipes import build_teacher
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.trajectories.count = options.count
             options.trajectories.__post_init__()
         check_device(options.device)
+        if options.device == "cuda":  # under torchrun, each process takes a GPU of its own
+            torch.cuda.set_device(env.local_rank_and_world_size()[0] % torch.cuda.device_count())
         teacher = build_teacher(options, cli.progress_bar("teacher"))
         store = make_trajectories(options, teacher, cli.progress_bar("trajectories"))
         print(f"{store.num_shards() * store.settings.shard_size} pairs in {store.path}")

@@ -87,7 +87,8 @@ def test_killed_twice_and_run_again_is_the_same_run(environment, finished, tmp_p
     kill(arguments, environment, (out / "trajectories" / "shard-000002.safetensors").exists)
     kill(arguments, environment, (out / "checkpoint.safetensors").exists)
     assert not (out / "student.safetensors").exists()
-    subprocess.run([*arguments, "--resume"], env=environment, check=True, capture_output=True)
+    resumed = [*arguments, "--resume", "--trajectories.batch-size=20"]  # no matter to pairs that are there
+    subprocess.run(resumed, env=environment, check=True, capture_output=True)
     for shard in sorted((finished / "trajectories").glob("shard-*.safetensors")):
         assert (out / "trajectories" / shard.name).read_bytes() == shard.read_bytes()
     ours, whole = load_file(out / "student.safetensors"), load_file(finished / "student.safetensors")
@@ -124,6 +125,8 @@ def test_trajectories_extend(run, tmp_path):
     first = (tmp_path / "trajectories" / "shard-000000.safetensors").read_bytes()
     assert "150 pairs in" in run("trajectories", "--out", tmp_path, "--count=150", *SIZES).stdout
     assert (tmp_path / "trajectories" / "shard-000000.safetensors").read_bytes() == first
+    throughput = [json.loads(line) for line in (tmp_path / "throughput.jsonl").read_text().splitlines()]
+    assert [line["pairs"] for line in throughput] == [100, 50]
     refused(
         run, "seed is 0, not 5", "trajectories", "--out", tmp_path, "--count=150", *SIZES, "--trajectories.steps=20",
         "--seed=5",

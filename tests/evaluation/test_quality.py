@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ddfast.evaluation import speed
+from ddfast.evaluation.plain_decoding import PlainDecoder
 from ddfast.evaluation.quality import frechet_distance, pair_table_distance
-from ddfast.evaluation.speed import generate_plainly, measure_speed
+from ddfast.evaluation.speed import measure_speed
 from ddfast.models.digits import digit_batch
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.student import TransformerStudent
@@ -50,14 +51,6 @@ def test_marginals_are_right_and_independent():
     codes = draw_marginals(tables, torch.zeros(100_000, dtype=torch.int64), generator)
     pairs = torch.bincount(codes[:, 0] * 8 + codes[:, 3], minlength=64).view(8, 8) / len(codes)
     assert (pairs - tables[0, 0][:, None] * tables[0, 3][None]).abs().max() < 0.01
-
-
-def test_the_plain_decoder_has_the_same_distribution():
-    toy = ToyTeacher()
-    condition = torch.zeros(50_000, dtype=torch.int64)
-    plain = generate_plainly(toy, condition, torch.Generator().manual_seed(0))
-    cached = toy.generate(condition, generator=torch.Generator().manual_seed(1))
-    assert abs(toy.total_variation(plain) - toy.total_variation(cached)) < 0.005  # both at the sampling-noise floor
 
 
 def networks():
@@ -124,7 +117,7 @@ def test_speed_has_every_source_and_batch_size():
 def test_speed_measures_a_slow_source_once(monkeypatch):
     teacher, student = networks()
     calls = []
-    monkeypatch.setattr(speed, "generate_plainly", lambda *_: calls.append(time.sleep(0.02)))
+    monkeypatch.setattr(PlainDecoder, "generate", lambda *_: calls.append(time.sleep(0.02)))
     monkeypatch.setattr(speed, "_ENOUGH_SECONDS", 0.01)
     seconds = measure_speed(teacher, student, batch_sizes=(2,), point=5, rounds=3)
     assert len(calls) == 1

@@ -67,13 +67,13 @@ def test_nearest_code_ties_go_to_the_lowest_index(backend, cosine):
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 900, "top_p": 0.95}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_codes", SIZES)
-def test_filter_logits(backend, num_codes, dtype, filters):
+def test_filter_logits(num_codes, dtype, filters):
     rows = ROWS // 4 + 1
     logits, uncond = moved(3 * torch.randn(rows, num_codes), torch.randn(rows, num_codes), dtype=dtype)
     logits[0] = logits[0, 0]  # all tied
     logits[:, num_codes // 2] = -math.inf if num_codes > 1 else 0.0
     for guidance in ({}, {"uncond": uncond, "cfg_scale": 2.0}):
-        ours = ops.filter_logits(logits, **guidance, **filters, temperature=0.9, backend=backend).cpu()
+        ours = ops.filter_logits(logits, **guidance, **filters, temperature=0.9, backend="triton").cpu()
         if guidance:
             guidance["uncond"] = uncond.float().cpu()
         exact = ops.filter_logits(logits.float().cpu(), **guidance, **filters, temperature=0.9, backend="reference")
@@ -126,9 +126,123 @@ def test_sample_codes(backend, dtype):
     noise, codebook = moved(torch.randn(ROWS, 8), torch.randn(num_codes, 8))
     settings = {"cfg_scale": 1.5, "temperature": 1.1, "top_k": num_codes // 4, "top_p": 0.95}
     codes, _ = ops.sample_codes(logits, noise, codebook, uncond=uncond, **settings, backend=backend)
-    log_probs = ops.filter_logits(logits, uncond=uncond, **settings, backend=backend)
+    log_probs = ops.filter_logits(logits, uncond=uncond, **settings, backend="triton")
     apart, _ = ops.flow_sample(log_probs, noise, codebook, backend=backend)
     assert (codes != apart).sum() <= 0.002 * ROWS + 1
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 900, "top_p": 0.95}], ids=str)
+@pytest.mark.parametrize("num_codes", SIZES)
+def test_draw_codes(num_codes, filters):
+    rows = ROWS // 4 + 1
+    logits, uncond = moved(3 * torch.randn(rows, num_codes), torch.randn(rows, num_codes))
+    uniform = torch.rand(rows, device=DEVICE)
+    settings = {"uncond": uncond, "cfg_scale": 2.0, "temperature": 0.9, **filters}
+    codes = ops.draw_codes(logits, uniform, **settings, backend="triton").cpu()
+    # Of the distribution that the same kernel filters by: a sum that lies within rounding of top_p may fall either way.
+    mass = ops.filter_logits(logits, **settings, backend="triton").cpu().double().exp().cumsum(-1)
+    goal = uniform.cpu().double() * mass[:, -1]
+    before = mass.gather(1, (codes[:, None] - 1).clamp(min=0))[:, 0].masked_fill(codes == 0, 0)
+    passed = mass.gather(1, codes[:, None])[:, 0]
+    assert ((before <= goal + 2e-6) & (passed >= goal - 2e-6) & (passed > before)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "length", "dim"),
+    [(3, 2, 2, 9, 24), (2, 4, 1, 33, 6), (2, 16, 16, 1025, 64), (24, 16, 16, 257, 64), (70, 16, 4, 300, 128)][
+        : None if GPU else 2
+    ],
+)
+def test_decode_attention(rows, heads, kv_heads, length, dim, dtype):
+    cache = moved(*torch.randn(2, rows, kv_heads, length, dim), dtype=dtype)
+    (rope,) = moved(torch.randn(length, dim // 2, 2))
+    exact_cache = [tensor.double().cpu() for tensor in cache]
+    first = torch.arange(rows, device=DEVICE) % (length // 2)
+    for index in (0, length // 3, length - 1):
+        (qkv,) = moved(torch.randn(rows, (heads + 2 * kv_heads) * dim), dtype=dtype)
+        for tensor in cache:
+            tensor[:, :, index:] = math.nan  # of an older sequence, or never written
+        position = torch.tensor([index], device=DEVICE)
+        ours = ops.decode_attention(qkv, *cache, position, rope=rope, first=first, backend="triton")
+        exact = ops.decode_attention(
+            qkv.double().cpu(), *exact_cache, position.cpu(), rope=rope.cpu(), first=first.cpu()
+        )
+        tolerance = TOLERANCE["decode_attention", dtype]
+        assert ((ours.double().cpu() - exact).abs() <= tolerance * (1 + exact.abs())).all()
+        for now, then in zip(cache, exact_cache, strict=True):
+            stored, wanted = now[:, :, index].double().cpu(), then[:, :, index]
+            assert ((stored - wanted).abs() <= tolerance * (1 + wanted.abs())).all()
+            assert now[:, :, index + 1 :].isnan().all()
+            now.copy_(then)
+
+
+@pytest.mark.parametrize("index", [-1, 9, 2**40])
+def test_a_position_outside_the_cache_is_marked_and_not_written(index):
+    cache = moved(*torch.randn(2, 2, 4, 9, 8))
+    before = [tensor.clone() for tensor in cache]
+    (qkv,) = moved(torch.randn(2, 12 * 8))
+    out = ops.decode_attention(qkv, *cache, torch.tensor([index], device=DEVICE), backend="triton")
+    assert out.isnan().all()
+    assert all(torch.equal(now, then) for now, then in zip(cache, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["LlamaGen", "VAR", "VAR, nothing added", "LayerNorm"])
+@pytest.mark.parametrize(
+    ("rows", "length", "width"),
+    [(3, 1, 96), (2, 5, 33), (128, 1, 1024), (32, 256, 1536), (3, 700, 64), (2, 2, 20_000)][: None if GPU else 2],
+)
+def test_add_norm(rows, length, width, variant, dtype):
+    x, branch = moved(*torch.randn(2, rows, length, width), dtype=dtype)
+    gate, weight, bias = moved(torch.randn(rows, 1, 6, width), dtype=dtype)[0].unbind(2)[:3]
+    given = {
+        "LlamaGen": {"weight": weight[0, 0]},
+        "VAR": {"gate": gate, "weight": weight, "bias": bias},
+        "VAR, nothing added": {"weight": weight, "bias": bias},
+        "LayerNorm": {"weight": weight[0, 0], "bias": bias[0, 0]},
+    }[variant]
+    settings = {"eps": 1e-5, "rms": variant == "LlamaGen"}
+    branch = None if variant == "VAR, nothing added" else branch
+    ours = ops.add_norm(x, branch, **given, **settings, backend="triton")
+    doubles = {name: tensor.double().cpu() for name, tensor in given.items()}
+    branch = None if branch is None else branch.double().cpu()
+    exact = ops.add_norm(x.double().cpu(), branch, **doubles, **settings, backend="reference")
+    for one, other in zip(ours, exact, strict=True):
+        assert one.dtype == dtype
+        assert ((one.double().cpu() - other).abs() <= TOLERANCE["add_norm", dtype] * (1 + other.abs())).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "length", "heads", "dim", "start"),
+    [(2, 1, 16, 64, 0), (3, 4, 3, 6, 1), (2, 256, 16, 64, 424), (16, 169, 24, 64, 255), (5, 7, 2, 1000, 3)][
+        : None if GPU else 2
+    ],
+)
+def test_append_normed(rows, length, heads, dim, start, dtype):
+    (qkv,) = moved(torch.randn(rows, length, 3, heads, dim), dtype=dtype)
+    cache = moved(*torch.full((2, rows, heads, start + length + 3, dim), math.nan), dtype=dtype)
+    exact_cache = [tensor.double().cpu() for tensor in cache]
+    (scale,) = moved(1 + torch.rand(heads), dtype=dtype)
+    ours = ops.append_normed(qkv, *cache, start, scale=scale, backend="triton")
+    exact = ops.append_normed(qkv.double().cpu(), *exact_cache, start, scale=scale.double().cpu())
+    for one, other in ((ours, exact), *zip(cache, exact_cache, strict=True)):
+        one = one.double().cpu()
+        assert torch.equal(one.isnan(), other.isnan())
+        tolerance = TOLERANCE["append_normed", dtype] * (1 + other.nan_to_num().abs())
+        assert ((one - other).nan_to_num().abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["gelu", "silu"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("count", [1, 1023, 2 * 2816, 3_000_001][: None if GPU else 2])
+def test_activate(count, gated, kind, dtype):
+    x, times = moved(4 * torch.randn(count), torch.randn(count), dtype=dtype)
+    ours = ops.activate(x, times if gated else None, kind=kind, backend="triton").double().cpu()
+    exact = ops.activate(x.double().cpu(), times.double().cpu() if gated else None, kind=kind)
+    assert ((ours - exact).abs() <= TOLERANCE["activate", dtype] * (1 + exact.abs())).all()
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 + 5, 2**64 - 1])
@@ -152,7 +266,9 @@ def test_bad_rows_are_marked_without_waiting(backend):
     log_probs[1], log_probs[2, 3], log_probs[3, 4], noise[5, 0] = -math.inf, math.nan, math.inf, math.inf
     codes, _ = ops.flow_sample(log_probs, noise, codebook, backend=backend)
     assert (codes == -1).nonzero()[:, 0].tolist() == [1, 2, 3, 5]
-    assert ops.filter_logits(log_probs, backend=backend).isnan().all(-1).nonzero()[:, 0].tolist() == [1, 2, 3]
+    assert ops.filter_logits(log_probs, backend="triton").isnan().all(-1).nonzero()[:, 0].tolist() == [1, 2, 3]
+    codes = ops.draw_codes(log_probs, torch.zeros(8, device=DEVICE), backend="triton")
+    assert (codes == -1).nonzero()[:, 0].tolist() == [1, 2, 3]
 
 
 @needs_a_gpu
@@ -189,6 +305,37 @@ def test_in_a_cuda_graph(backend):
 
 
 @needs_a_gpu
+@pytest.mark.parametrize(("rows", "length"), [(2, 1025), (64, 257)])
+def test_a_graph_of_one_step_is_right_at_every_position(rows, length):
+    """Of a split cache too; the graph counts its positions itself."""
+    heads, dim = 16, 64
+    cache = moved(*torch.zeros(2, rows, heads, length, dim))
+    (qkv, rope) = moved(torch.randn(rows, 3 * heads * dim), torch.randn(length, dim // 2, 2))
+    position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    plain_cache = [tensor.clone() for tensor in cache]
+
+    def step() -> torch.Tensor:
+        out = ops.decode_attention(qkv, *cache, position, rope=rope, backend="triton")
+        position.add_(1)
+        return out
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compiles
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    position.zero_()
+    for index in range(length):
+        qkv.copy_(torch.randn_like(qkv))
+        graph.replay()
+        here = torch.tensor([index], device=DEVICE)
+        plain = ops.decode_attention(qkv, *plain_cache, here, rope=rope, backend="reference")
+        assert torch.allclose(out, plain, atol=2e-5, rtol=0)
+
+
+@needs_a_gpu
 def test_offsets_beyond_31_bits(backend):
     """2.2 G log-probabilities; the last rows are as right as the first."""
     rows, num_codes = 34_000, 65_536
@@ -200,3 +347,53 @@ def test_offsets_beyond_31_bits(backend):
     assert torch.equal(codes, wanted)
     mean = ops.codebook_posterior(torch.randn(rows, 4, device=DEVICE), 0.5, log_probs, codebook, backend=backend)
     assert torch.allclose(mean, codebook[wanted], atol=1e-5)
+
+
+@needs_a_gpu
+def test_layers_in_a_cuda_graph():
+    x, branch = moved(*torch.randn(2, 4, 9, 192), dtype=torch.bfloat16)
+    cache = moved(*torch.zeros(2, 4, 2, 20, 32), dtype=torch.bfloat16)
+
+    def step() -> list[torch.Tensor]:
+        total, normed = ops.add_norm(x, branch, eps=1e-5, backend="triton")
+        query = ops.append_normed(normed.view(4, 9, 3, 2, 32), *cache, 5, backend="triton")
+        return [total, query, ops.activate(normed, branch, kind="silu", backend="triton")]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compiles
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    made += [tensor.clone() for tensor in cache]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, [*step(), *cache], strict=True))
+
+
+@needs_a_gpu
+def test_offsets_of_layers_beyond_31_bits():
+    """The last of 2.1 G elements are as right as they are alone."""
+    last = 3072 * 4
+    x = torch.zeros(3072 * 700_000, dtype=torch.float16, device=DEVICE)
+    x[-last:].copy_(torch.randn(last))
+    assert x.numel() > 2**31
+    end = x[-last:].clone()
+    ours = ops.activate(x, kind="gelu", backend="triton")[-last:]
+    assert torch.equal(ours, ops.activate(end, kind="gelu", backend="triton"))
+    for one, other in zip(
+        ops.add_norm(x.view(1, -1, 1024), x.view(1, -1, 1024), eps=1e-5, backend="triton"),
+        ops.add_norm(end.view(1, -1, 1024), end.view(1, -1, 1024), eps=1e-5, backend="triton"),
+        strict=True,
+    ):
+        assert torch.allclose(one[:, -last // 1024 :], other, atol=2e-3)
+    del ours, one, other
+    heads, dim = 16, 64
+    made = []
+    for source in (x, end):
+        qkv = source.view(-1, 2, 3, heads, dim)
+        cache = [source.new_zeros(len(qkv), heads, 3, dim) for _ in range(2)]
+        query = ops.append_normed(qkv, *cache, 1, backend="triton")
+        made.append([tensor[-2:].clone() for tensor in (query, *cache)])
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from ddfast_kernels import codebook_posterior, filter_logits, flow_sample, nearest_code, noise
+from ddfast_kernels import (
+    activate,
+    add_norm,
+    append_normed,
+    codebook_posterior,
+    decode_attention,
+    draw_codes,
+    filter_logits,
+    flow_sample,
+    nearest_code,
+    noise,
+)
 from ddfast_kernels.launch import FUSED, UNFUSED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -27,8 +38,9 @@ TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
     "out_ptr": "*i64", "kept_ptr": "*i32", "evaluations_ptr": "*i32", "index_ptr": "*i64",
     "logits_ptr": "*bf16", "uncond_ptr": "*bf16", "log_probs_ptr": "*bf16",
+    "qkv_ptr": "*bf16", "keys_ptr": "*bf16", "values_ptr": "*bf16", "position_ptr": "*i64", "first_ptr": "*i64",
 }  # fmt: skip
-FLOATS = ("temperature", "top_p", "sigma_min")
+FLOATS = ("temperature", "top_p", "sigma_min", "scale", "eps")
 
 
 class Case(NamedTuple):
@@ -40,6 +52,8 @@ class Case(NamedTuple):
     types: dict[str, str] = {}  # noqa: RUF012
     options: dict[str, Any] = {}  # noqa: RUF012
     hot: bool = True
+    multiples: tuple[str, ...] = ()
+    """Numbers that 16 divides, which a launch finds out."""
 
 
 def cases(*, every: bool) -> Iterator[Case]:
@@ -53,6 +67,10 @@ def cases(*, every: bool) -> Iterator[Case]:
         # A row of LlamaGen's fills the registers, and what spills is read again from the nearest cache: not marked hot.
         kernel = filter_logits.filter_logits_kernel
         yield Case("filter_logits", kernel, constants, 16, types=floats, options=UNFUSED, hot=False)
+    constants = {**switches, "ROWS": 1, "CODES": 16384, "PART": 4096}
+    yield Case("draw_codes", draw_codes.draw_codes_kernel, constants, 16, options=UNFUSED, hot=False)
+    yield from _decode_attention()
+    yield from _fused_layers()
     for dim in (8, 32):
         for config in nearest_code.configs(dim)[: None if every else 1]:
             yield _tuned("nearest_code", nearest_code.nearest_code_kernel, dim, config)
@@ -65,6 +83,41 @@ def cases(*, every: bool) -> Iterator[Case]:
                 switches = {"SOLVER": 3, "FILTER": filtered, "GUIDED": filtered, "EARLY_EXIT": True, "COUNT": False}
                 name = "sample_codes" if filtered else "flow_sample"
                 yield _tuned(name, flow_sample.flow_sample_kernel, dim, config, **switches)
+
+
+def _decode_attention() -> Iterator[Case]:
+    """LlamaGen-L on an H200: 16 heads of 64; two rows of a long and a short sequence, a few rows and many."""
+    out = {"out_ptr": "*bf16"}
+    for rows, length in ((2, 1025), (2, 257), (16, 257), (128, 257)):
+        tile, splits, num_warps = decode_attention.cut(16 * rows, 1, length, 64, 2, 132)
+        constants = {"dim": 64, "DIM": 64, "SPLITS": splits}
+        if splits > 1:
+            parts = {**constants, "PARTS": triton.next_power_of_2(splits)}
+            yield Case("decode_attention_merge", decode_attention.merge_kernel, parts, types=out)
+        constants |= {"ROPE": True, "FIRST": True, "GROUP": 1, "HEADS": 1, "TILE": tile}
+        yield Case("decode_attention", decode_attention.decode_attention_kernel, constants, num_warps, types=out)
+
+
+def _fused_layers() -> Iterator[Case]:
+    """LlamaGen-L, 2 and 128 rows of one position; VAR-d16 and d24, a first scale of 2 rows and a last of 128."""
+    names = ("x", "branch", "gate", "weight", "bias", "total", "normed", "times", "scale", "out")
+    bf16 = {f"{name}_ptr": "*bf16" for name in names}
+    rms = {"BRANCH": True, "GATE": False, "WEIGHT": True, "BIAS": False, "RMS": True}
+    modulated = {"BRANCH": True, "GATE": True, "WEIGHT": True, "BIAS": True, "RMS": False}
+    for variant, rows, length, width in (
+        (rms, 1, 2, 1024), (rms, 1, 128, 1024),
+        *((modulated, *sizes, width) for sizes in ((2, 1), (128, 256)) for width in (1024, 1536)),
+    ):  # fmt: skip
+        tile, num_warps = add_norm.cut(rows * length, length, width, 132)
+        constants = {**variant, "width": width, "WIDTH": triton.next_power_of_2(width), "TILE": tile}
+        strides = ("gate_stride", "weight_stride", "bias_stride")
+        yield Case("add_norm", add_norm.add_norm_kernel, constants, num_warps, types=bf16, multiples=strides)
+    for gelu in (False, True):
+        constants = {"GELU": gelu, "TIMES": not gelu, "ELEMENTS": 1024}
+        yield Case("activate", activate.activate_kernel, constants, types=bf16, multiples=("count",))
+    for heads in (16, 24):
+        constants = {"SCALE": True, "heads": heads, "dim": 64, "DIM": 64, "ROWS": 16}
+        yield Case("append_normed", append_normed.append_normed_kernel, constants, types=bf16)
 
 
 def _tuned(name: str, kernel: Any, dim: int, config: triton.Config, types: dict[str, str] | None = None, **more: Any):
@@ -87,7 +140,11 @@ def compiled(case: Case, architecture: int) -> Any:
         else "i32"
         for name in names
     }  # fmt: skip
-    source = ASTSource(function, signature, {(names.index(name),): value for name, value in case.constants.items()})
+    # PyTorch's allocations begin at multiples of 16 bytes, which is what copies of 16 bytes are made for.
+    multiples = [name for name in names if name.endswith("_ptr") or name in case.multiples]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(function, signature, constants, aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED, **case.options}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -105,7 +162,8 @@ if __name__ == "__main__":
     for number, architecture in enumerate(map(int, sys.argv[1:])):
         for case in cases(every=number == 0):
             kernel = compiled(case, architecture)
-            sizes = {name: value for name, value in case.constants.items() if name in ("ROWS", "CODES", "dim")}
+            shown = ("ROWS", "CODES", "dim", "width", "TILE", "SPLITS")
+            sizes = {name: value for name, value in case.constants.items() if name in shown}
             facts = {"name": case.name, "sm": architecture, **sizes, "warps": case.num_warps, "hot": case.hot}
             fused = "fma.rn.f64" in kernel.asm["ptx"]
             print(

@@ -25,7 +25,8 @@ def kernels() -> list[dict]:
 
 def test_every_kernel_compiles(kernels):
     names = {"noise", "filter_logits", "nearest_code", "codebook_posterior", "codebook_posterior_backward"}
-    names |= {"flow_sample", "sample_codes"}
+    names |= {"flow_sample", "sample_codes", "draw_codes", "decode_attention", "decode_attention_merge"}
+    names |= {"add_norm", "append_normed", "activate"}
     for architecture in (80, 90):
         assert {kernel["name"] for kernel in kernels if kernel["sm"] == architecture} == names
 

@@ -6,7 +6,7 @@ from tiles import use_tile
 from truth import problem
 
 from ddfast import env
-from ddfast.ops import codebook_posterior, flow_sample, nearest_code
+from ddfast.ops import add_norm, codebook_posterior, decode_attention, flow_sample, nearest_code
 
 pytestmark = pytest.mark.skipif(not env.triton_interpreted(), reason="needs Triton's interpreter")
 
@@ -41,3 +41,49 @@ def test_nearest(tile):
         pytest.skip("its tiles have 16 rows and more")
     x, codebook = torch.randn(70, 8), torch.randn(300, 8)
     assert torch.equal(nearest_code(x, codebook, backend="triton"), nearest_code(x, codebook, backend="reference"))
+
+
+@pytest.mark.parametrize("cut", [(4, 1), (8, 3), (64, 5)], ids=str)
+@pytest.mark.parametrize("position", [0, 7, 39])
+def test_attention(monkeypatch, cut, position):
+    """Split or not, with splits that have nothing to see."""
+    from ddfast_kernels import decode_attention as kernels
+
+    monkeypatch.setattr(kernels, "cut", lambda *_: kernels.Cut(*cut, num_warps=4))
+    qkv, rope, first = torch.randn(2, (6 + 2 * 2) * 24), torch.randn(40, 12, 2), torch.tensor([0, 5])
+    cache = torch.randn(2, 2, 2, 40, 24)
+    cache[:, :, :, position:] = torch.nan
+    results = []
+    for backend in ("triton", "reference"):
+        keys, values = cache.clone()
+        out = decode_attention(qkv, keys, values, torch.tensor([position]), rope=rope, first=first, backend=backend)
+        results.append((out, keys[:, :, : position + 1], values[:, :, : position + 1]))
+    assert all(torch.allclose(ours, theirs, atol=5e-6) for ours, theirs in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("tile", [1, 4, 16])
+@pytest.mark.parametrize("own_vectors", [False, True])
+def test_add_norm(monkeypatch, tile, own_vectors):
+    """Positions of a program end where a row does, if rows have vectors of their own."""
+    from ddfast_kernels import add_norm as kernels
+
+    monkeypatch.setattr(kernels, "cut", lambda *_: kernels.Cut(tile, num_warps=4))
+    x, branch = torch.randn(2, 3, 7, 24)
+    gate, weight, bias = torch.randn(3, 1, 6, 24).unbind(2)[:3] if own_vectors else torch.randn(3, 24)
+    results = [
+        add_norm(x, branch, gate=gate, weight=weight, bias=bias, eps=1e-5, backend=backend)
+        for backend in ("triton", "reference")
+    ]
+    assert all(torch.allclose(ours, theirs, atol=5e-6) for ours, theirs in zip(*results, strict=True))
+
+
+def test_tiles_of_add_norm():
+    """Powers of two within a row, several only where every multiprocessor still has four programs."""
+    from ddfast_kernels import add_norm as kernels
+
+    assert kernels.cut(2, 1, 1024, 132) == (1, 4)
+    assert kernels.cut(2 * 256, 256, 1024, 132) == (1, 4)
+    assert kernels.cut(128 * 256, 256, 1024, 132) == (4, 4)
+    assert kernels.cut(128 * 3, 3, 64, 8) == (2, 1)
+    assert kernels.cut(10**6, 10**6, 64, 132) == (64, 4)
+    assert kernels.cut(10**6, 10**6, 5000, 132) == (1, 32)

@@ -14,12 +14,12 @@ from ddfast.models.llamagen import (
     LlamaGenTeacher,
     padded_mask,
     rope_table,
-    rotate,
 )
 from ddfast.models.loading import load_student, load_teacher, load_tokenizer, start_student
 from ddfast.models.tokenizers import LlamaGenTokenizer
 from ddfast.models.vqgan import ConvSizes
 from ddfast.ops import filter_logits
+from ddfast.ops.decode_attention import rotated
 
 CASE, TEXT, STUDENT = Case("llamagen_c2i"), Case("llamagen_t2i"), Case("dd_llamagen")
 POINTS = {"t0": 0, "tmid": STUDENT.config["t_mid"], "tmix": torch.tensor(STUDENT.config["t_mix"])}
@@ -227,19 +227,18 @@ def test_rotation_of_known_angles():
     """Token j of a g x g grid is rotated by row j // g in the first half of the pairs, column j % g in the rest."""
     sizes = LlamaGenSizes(dim=16, n_head=2, n_kv_head=2, n_layer=1, block_size=9, cls_token_num=2, rope_base=100.0)
     table = rope_table(sizes)
-    assert table.shape == (11, 4)
+    assert table.shape == (11, 4, 2)
     assert (table[:2] == 0).all()
     for token in range(9):
         row, column = divmod(token, 3)
         angles = torch.tensor([row, row * 0.1, column, column * 0.1])
-        assert torch.allclose(table[2 + token], torch.polar(torch.ones(4), angles), atol=1e-6)
+        assert torch.allclose(table[2 + token], torch.stack((angles.cos(), angles.sin()), -1), atol=1e-6)
     x = torch.randn(1, 11, 2, 8)
-    rotated = rotate(x, table)
-    assert (rotated[:, :2] == 0).all()
+    turned = rotated(x, table[:, None])
+    assert (turned[:, :2] == 0).all()
     a, b = x[0, 7, 1, 4:6]
-    angle = table[7, 2].angle()
-    expected = torch.stack((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
-    assert torch.allclose(rotated[0, 7, 1, 4:6], expected, atol=1e-6)
+    cosine, sine = table[7, 2]
+    assert torch.allclose(turned[0, 7, 1, 4:6], torch.stack((a * cosine - b * sine, b * cosine + a * sine)), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from ddfast.models import protocol
-from ddfast.models.protocol import SamplingDefaults
+from ddfast.models import decoding
+from ddfast.models.protocol import SamplingDefaults, Teacher
 from ddfast.models.toy import ToyTeacher
 from ddfast.models.transformer import TransformerTeacher
-from ddfast.ops import filter_logits
+from ddfast.ops import draw_codes, filter_logits
 
 GROUPS = [(1,) * 7, (1, 2, 4), (2, 2, 3), (7,)]
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -129,7 +129,7 @@ def test_a_marked_code_is_an_error(monkeypatch):
     """As a GPU's kernel returns it, which cannot raise by itself."""
     teacher = ToyTeacher()
     marked = torch.tensor([[3], [-1]])
-    monkeypatch.setattr(protocol, "sample_codes", lambda *_, **__: (marked, None))
+    monkeypatch.setattr(decoding, "sample_codes", lambda *_, **__: (marked, None))
     with pytest.raises(ValueError, match="token 0 of image 1 has no code"):
         teacher.generate(torch.zeros(2, dtype=torch.int64), sampler="flow", noise=torch.randn(2, 4, 2))
 
@@ -139,14 +139,14 @@ def test_guiding_hidden_states_is_guiding_logits(monkeypatch, scale):
     """The head is linear: the same distribution, up to rounding, and half of the head's rows."""
     model, seen, rows = teacher((1, 2, 4)), [], []
 
-    def spy(logits, **arguments):
-        seen.append(filter_logits(logits, **arguments))
-        return seen[-1]
+    def spy(logits, uniform, **arguments):
+        seen.append(filter_logits(logits, **{**arguments, "top_k": 0}))
+        return draw_codes(logits, uniform, **arguments)
 
-    monkeypatch.setattr(protocol, "filter_logits", spy)
+    monkeypatch.setattr(decoding, "draw_codes", spy)
     model.head.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     folded = model.generate(LABELS, sampler="greedy", cfg_scale=scale)
-    whole = type("Whole", (type(model),), {"read_out": protocol.Teacher.read_out})
+    whole = type("Whole", (type(model),), {"read_out": Teacher.read_out})
     advance = type(model).advance
     monkeypatch.setattr(whole, "advance", lambda self, *arguments: self.head(advance(self, *arguments)))
     model.__class__ = whole

@@ -25,6 +25,14 @@ def tensors() -> dict[str, torch.Tensor]:
         "scale": torch.full((B, N), 1.5),
         "t": torch.rand(B, N, generator=generator) * 0.9 + 0.05,
         "index": torch.arange(B),
+        "uniform": torch.rand(B, N, generator=generator),
+        "qkv": normal(B, (4 + 2 * 2) * D),
+        "keys": normal(B, 2, 7, D),
+        "values": normal(B, 2, 7, D),
+        "position": torch.tensor([5]),
+        "rope": normal(7, D // 2, 2),
+        "vectors": normal(B, 1, 3, D),
+        "block": normal(B, N, 3, 2, D),
     }
 
 
@@ -39,13 +47,33 @@ def schemas(backend: str) -> dict[str, tuple]:
         "codebook_posterior_backward": (a["x"], *flow, x0_hat, norm, backend),
         "flow_sample": (a["log_probs"], a["x"], a["codebook"], 8, "dpm3m", backend),
         "sample_codes": (a["logits"], None, None, 1.0, 0, 1.0, a["x"], a["codebook"], 8, "dpm3m", backend),
+        "draw_codes": (a["logits"], a["uncond"], a["scale"], 1.0, 7, 0.9, a["uniform"], backend),
+        "decode_attention": (a["qkv"], a["keys"], a["values"], a["position"], a["rope"], a["index"], 0.5, backend),
+        "add_norm": (a["x"], a["x"] + 1, *a["vectors"].unbind(2), 1e-5, False, backend),
+        "append_normed": (a["block"], a["keys"], a["values"], 1, a["uniform"][0, :2], backend),
+        "activate": (a["x"], a["x"] + 1, "silu", backend),
         "noise": (3, a["index"], [3, 2], backend),
     }
 
 
 @pytest.mark.parametrize("op", sorted(schemas("auto")))
 def test_opcheck(backend, op):
+    if backend not in ("reference", *dispatch.KERNELS[op.removesuffix("_backward")]):
+        pytest.skip("no kernel of its own")
     torch.library.opcheck(getattr(torch.ops.ddfast, op).default, schemas(backend)[op])
+
+
+def attention_and_cache(a: dict[str, torch.Tensor]) -> torch.Tensor:
+    keys, values = a["keys"].clone(), a["values"].clone()
+    out = ops.decode_attention(a["qkv"], keys, values, a["position"], rope=a["rope"])
+    return torch.cat([out.flatten(), keys.flatten(), values.flatten()])
+
+
+def normed_and_cache(a: dict[str, torch.Tensor]) -> torch.Tensor:
+    keys, values = a["keys"].clone(), a["values"].clone()
+    # By name, as of others below: on a CPU "auto" does without the op.
+    out = ops.append_normed(a["block"], keys, values, 1, scale=a["uniform"][0, :2], backend="reference")
+    return torch.cat([out.flatten(), keys.flatten(), values.flatten()])
 
 
 PUBLIC = {
@@ -56,6 +84,11 @@ PUBLIC = {
     "score": lambda a: ops.score(a["x"], a["t"], a["log_probs"], a["codebook"]),
     "flow_sample": lambda a: ops.flow_sample(a["log_probs"], a["x"], a["codebook"])[1],
     "sample_codes": lambda a: ops.sample_codes(a["logits"], a["x"], a["codebook"], top_k=9)[0],
+    "draw_codes": lambda a: ops.draw_codes(a["logits"], a["uniform"], top_k=9, top_p=0.9),
+    "decode_attention": attention_and_cache,
+    "add_norm": lambda a: ops.add_norm(a["x"], a["x"] + 1, weight=a["x"][0, 0], eps=1e-5, backend="reference")[1],
+    "append_normed": normed_and_cache,
+    "activate": lambda a: ops.activate(a["x"], a["x"] + 1, kind="silu", backend="reference"),
     "noise": lambda a: ddfast.noise(3, a["index"], (3, 2)),
 }
 

@@ -1,0 +1,76 @@
+"""activate: the elementwise part of a feed-forward layer, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddfast.ops import common, native
+
+KINDS = ("gelu", "silu")
+
+_WORTH_A_CALL = 4096
+"""Elements from which on the CPU's kernel saves more than an op's call costs: 10 us, in which PyTorch does as many."""
+
+
+def activate(x: Tensor, times: Tensor | None = None, *, kind: str, backend: str = "auto") -> Tensor:
+    """gelu(x) (tanh form) or silu(x), times `times` where it is given (SwiGLU).
+
+    Args:
+        x: floating point, any shape.
+        times: of the shape and dtype of x, or None.
+        kind: "gelu" or "silu".
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        As x.
+
+    Numerics: float32 throughout, rounded once (the reference of a reduced precision rounds before `times`).
+    Autograd: through PyTorch's own functions: whatever needs a gradient goes to the reference.
+    Raises: `TypeError`/`ValueError`, an argument is not as above.
+    """
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (times is not None and times.requires_grad))
+    few = x.device.type == "cpu" and x.numel() < _WORTH_A_CALL
+    if wants_gradient or (few and backend == "auto" and kind in KINDS):
+        return activate_reference(x, times, kind)
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected 'gelu' or 'silu'")
+    common.check_float("x", x)
+    if times is not None:
+        common.check_float("times", times, x)
+        common.check_shape("times", times, tuple(x.shape))
+        if times.dtype != x.dtype:
+            raise TypeError(f"times: got {times.dtype}, expected {x.dtype} as x")
+    return torch.ops.ddfast.activate(x, times, kind, backend)
+
+
+def activate_reference(x: Tensor, times: Tensor | None, kind: str) -> Tensor:
+    """The definition, in plain PyTorch."""
+    y = F.gelu(x, approximate="tanh") if kind == "gelu" else F.silu(x)
+    return y if times is None else y * times
+
+
+def _activate(x: Tensor, times: Tensor | None, kind: str, backend: str) -> Tensor:
+    chosen = common.backend_of("activate", backend, x)
+    if chosen == "reference" or x.numel() == 0:
+        return activate_reference(x, times, kind)
+    x = x.contiguous()
+    times = None if times is None else times.contiguous()
+    out = torch.empty_like(x)
+    if chosen == "triton":
+        native.triton("activate").activate(x, times, out, kind)
+        return out
+    assert native.cpu is not None
+    native.cpu.activate(
+        x.data_ptr(), 0 if times is None else times.data_ptr(), out.data_ptr(), native.DTYPE_CODES[x.dtype], x.numel(),
+        kind == "gelu", common.threads(),
+    )  # fmt: skip
+    return out
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+common.define("activate(Tensor x, Tensor? times, str kind, str backend) -> Tensor", _activate, _fake)

@@ -1,0 +1,122 @@
+"""add_norm: what stands between two layers of a transformer, in one pass: residual, norm, scale and shift.
+
+Dimensions: R rows, S sequence, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddfast.ops import common, native
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    *,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float,
+    rms: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """x + gate * branch, and its norm * weight + bias.
+
+    The norm is LayerNorm's, or with `rms` RMSNorm's; LlamaGen: `weight`; VAR: `gate`, `weight` (1 + scale) and `bias`
+    (shift) from the class, one row each.
+
+    Args:
+        x: [R, S, W].
+        branch: [R, S, W], what a layer adds; None: nothing.
+        gate, weight, bias: [W], or [R, 1, W]; None: 1, 1 and 0. All of the dtype of x.
+        eps: of the norm.
+        rms: no mean is taken off.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        The sum and its norm, [R, S, W] each (the sum is x itself where nothing is added).
+
+    Numerics: the statistics and what is between them in float32; the sum is rounded to the dtype of x and normalised
+        as rounded.
+    Autograd: through PyTorch's own functions: whatever needs a gradient goes to the reference.
+    Raises: `TypeError`/`ValueError`, an argument is not as above.
+    """
+    # There is no kernel for the CPU, where a call of an op costs as much as what it would save; under autocast, which
+    # is for training, dtypes differ.
+    plain = not x.is_cuda or torch.is_grad_enabled() or (branch is not None and branch.dtype != x.dtype)
+    if backend == "auto" and plain:
+        return add_norm_reference(x, branch, gate, weight, bias, eps, rms)
+    common.check_float("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [rows, sequence, width]")
+    rows, _, width = x.shape
+    if branch is not None:
+        common.check_shape("branch", branch, tuple(x.shape))
+    for name, vector in (("branch", branch), ("gate", gate), ("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.dtype != x.dtype or vector.device != x.device:
+            raise ValueError(f"{name}: got {vector.dtype} on {vector.device}, expected {x.dtype} on {x.device}")
+        if name != "branch" and tuple(vector.shape) not in ((width,), (rows, 1, width)):
+            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected [{width}] or [{rows}, 1, {width}]")
+    total, normed = torch.ops.ddfast.add_norm(x, branch, gate, weight, bias, eps, rms, backend)
+    return (x if branch is None else total), normed
+
+
+def add_norm_reference(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch."""
+    if branch is not None:
+        x = x + branch if gate is None else torch.addcmul(x, branch, gate)
+    shape = x.shape[-1:]
+    if rms:
+        normed = F.rms_norm(x.float(), shape, eps=eps).type_as(x)
+    elif weight is not None and weight.dim() == 1:
+        return x, F.layer_norm(x, shape, weight, bias, eps)
+    else:
+        normed = F.layer_norm(x, shape, eps=eps)
+    if weight is None:
+        return x, normed if bias is None else normed + bias
+    return x, normed * weight if bias is None else torch.addcmul(bias, normed, weight)
+
+
+def _add_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = common.backend_of("add_norm", backend, x)
+    if chosen == "reference" or x.numel() == 0:
+        total, normed = add_norm_reference(x, branch, gate, weight, bias, eps, rms)
+        return (x.new_empty(0) if branch is None else total), normed
+    total, normed = _fake(x, branch)
+    native.triton("add_norm").add_norm(x.contiguous(), branch, gate, weight, bias, eps, rms, total, normed)
+    return total, normed
+
+
+def _fake(x: Tensor, branch: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return (x.new_empty(0) if branch is None else torch.empty_like(normed)), normed
+
+
+common.define(
+    "add_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? weight, Tensor? bias, float eps, bool rms, str backend)"
+    " -> (Tensor, Tensor)",
+    _add_norm,
+    _fake,
+)

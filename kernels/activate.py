@@ -1,0 +1,50 @@
+"""activate in Triton: x sigmoid(r), times a second tensor, where r is x for SiLU and for GELU
+
+    2 sqrt(2 / pi) (x + 0.044715 x^3),    since (1 + tanh(y)) / 2 = sigmoid(2 y).
+
+Bytes: every element of the inputs in and of the result out, which bind; an exponential and a division each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from ddfast_kernels.launch import FUSED, current_device
+from torch import Tensor
+
+_SILU = tl.constexpr(math.log2(math.e))
+_GELU = tl.constexpr(2 * math.sqrt(2 / math.pi) * math.log2(math.e))
+"""The linear term of r for either kind, times log2(e): the exponential is one of 2."""
+
+_ELEMENTS = 1024
+"""Of a program: 16 bytes of bf16 for every thread of its four warps."""
+
+
+@triton.jit
+def activate_kernel(
+    x_ptr, times_ptr, out_ptr, count, GELU: tl.constexpr, TIMES: tl.constexpr, ELEMENTS: tl.constexpr
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = i < count
+    x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if TIMES:
+        times = tl.load(times_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if GELU:
+        fall = x * (-_GELU - _GELU * 0.044715 * x * x)
+    else:
+        fall = x * -_SILU
+    y = x / (1.0 + tl.exp2(fall))
+    if TIMES:
+        y *= times
+    tl.store(out_ptr + i, y, mask=mask)
+
+
+def activate(x: Tensor, times: Tensor | None, out: Tensor, kind: str) -> None:
+    """gelu(x) or silu(x), times `times` where it is given, into out; all contiguous, of one shape and dtype."""
+    with current_device(x):
+        activate_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](
+            x, x if times is None else times, out, x.numel(),
+            GELU=kind == "gelu", TIMES=times is not None, ELEMENTS=_ELEMENTS, **FUSED,
+        )  # fmt: skip

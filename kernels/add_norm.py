@@ -1,0 +1,105 @@
+"""add_norm in Triton: the residual sum that a layer leaves, and its norm, in one pass.
+
+    total = x + gate * branch,  normed = norm(total) * weight + bias
+
+A program has some positions of one row, and holds them in registers between the sum and what is written; the vectors of
+that row are read once for all of them. Everything is asked for before anything waits for a sum.
+Bytes: x and branch in, total and normed out, which bind; of few rows the latency of one read and two sums does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from ddfast_kernels.launch import FUSED, current_device, multiprocessors
+from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """Positions and warps of a program."""
+
+    tile: int
+    num_warps: int
+
+
+def cut(positions: int, row: int, width: int, processors: int) -> Cut:
+    """For so many positions in all, `row` of them with the same vectors.
+
+    A thread takes 16 bytes of bf16 of a position, and of up to four positions where that leaves every multiprocessor
+    four programs.
+    """
+    padded = triton.next_power_of_2(width)
+    most = max(1, min(4096 // padded, row, positions // (4 * processors)))
+    tile = 1 << (most.bit_length() - 1)
+    return Cut(tile, max(1, min(32, max(padded // 256, tile * padded // 1024))))
+
+
+@triton.jit(do_not_specialize=["length"])
+def add_norm_kernel(
+    x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, gate_stride, weight_stride, bias_stride,
+    length, eps,
+    BRANCH: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
+    width: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(length, TILE)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    position = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)[:, None]
+    j = tl.arange(0, WIDTH)[None, :]
+    mask = (position < length) & (j < width)
+    place = (row * length + position) * width + j
+
+    rounded = x_ptr.dtype.element_ty
+    total = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if BRANCH:
+        branch = tl.load(branch_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if GATE:
+        gate = tl.load(gate_ptr + row * gate_stride + j, mask=j < width, other=0.0).to(tl.float32)
+    if WEIGHT:
+        weight = tl.load(weight_ptr + row * weight_stride + j, mask=j < width, other=0.0).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + row * bias_stride + j, mask=j < width, other=0.0).to(tl.float32)
+
+    if BRANCH:
+        total += branch * gate if GATE else branch
+        # What is normalised is what the next layer adds to.
+        total = total.to(rounded).to(tl.float32)
+        tl.store(total_ptr + place, total, mask=mask)
+    if not RMS:
+        total = tl.where(mask, total - tl.sum(total, axis=1, keep_dims=True) / width, 0.0)
+    normed = total * tl.rsqrt(tl.sum(total * total, axis=1, keep_dims=True) / width + eps)
+    if RMS:  # as LlamaGen casts it back before its weight
+        normed = normed.to(rounded).to(tl.float32)
+    if WEIGHT:
+        normed *= weight
+    if BIAS:
+        normed += bias
+    tl.store(normed_ptr + place, normed, mask=mask)
+
+
+def add_norm(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    rms: bool, total: Tensor, normed: Tensor,
+) -> None:  # fmt: skip
+    """What the op says, into normed [R, S, W] and, where there is a branch, total [R, S, W].
+
+    x is contiguous; gate, weight and bias [W] or [R, 1, W].
+    """
+    rows, length, width = x.shape
+    gate = None if branch is None else gate
+    branch = None if branch is None else branch.contiguous()
+    vectors, strides = [], []
+    for vector in (gate, weight, bias):
+        vectors.append(vector if vector is None or vector.stride(-1) == 1 else vector.contiguous())
+        strides.append(vectors[-1].stride(0) if vector is not None and vector.numel() > width else 0)
+    if not any(strides):  # one long row
+        rows, length = 1, rows * length
+    tile, num_warps = cut(rows * length, length, width, multiprocessors(x))
+    with current_device(x):
+        add_norm_kernel[(rows * triton.cdiv(length, tile),)](
+            x, x if branch is None else branch, *(x if vector is None else vector for vector in vectors),
+            total, normed, *strides, length, eps,
+            BRANCH=branch is not None, GATE=gate is not None, WEIGHT=weight is not None, BIAS=bias is not None,
+            RMS=rms, width=width, WIDTH=triton.next_power_of_2(width), TILE=tile, num_warps=num_warps, **FUSED,
+        )  # fmt: skip

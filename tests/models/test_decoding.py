@@ -1,0 +1,179 @@
+"""Captured decoding. On the CPU a recorder stands for CUDA graphs: it repeats what was recorded, on the same memory."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from official import llamagen_teacher_like, var_teacher_like
+from small import build
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ddfast.models import decoding
+from ddfast.models.protocol import Teacher
+
+CAPTION = (torch.randn(2, 6, 12), torch.arange(6) >= torch.tensor([[0], [2]]))
+TEACHERS: dict[str, Callable] = {
+    "one token per group": lambda: (build((1,) * 7, trained=True)[0], torch.tensor([0, 1, 2, 0])),
+    "growing groups": lambda: (build((1, 2, 4), trained=True)[0], torch.tensor([0, 1, 2, 0])),
+    "LlamaGen": lambda: (llamagen_teacher_like(n_kv_head=2), torch.tensor([1, 4])),
+    "LlamaGen, captions": lambda: (llamagen_teacher_like(model_type="t2i", cls_token_num=6), CAPTION),
+    "VAR": lambda: (var_teacher_like(), torch.tensor([1, 4])),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph does: the same operations on the same memory, nothing that Python did in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class RecordedGraphs:
+    """In the place of `decoding.CudaGraphs`; counts what is captured."""
+
+    captures = 0
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        RecordedGraphs.captures += 1
+        with Recorder() as recorder:
+            work()
+        return recorder.replay
+
+
+@pytest.fixture
+def captures(monkeypatch) -> Callable[[], int]:
+    """How many graphs were captured since the last call."""
+    monkeypatch.setattr(decoding, "CudaGraphs", RecordedGraphs)
+    RecordedGraphs.captures = 0
+
+    def since() -> int:
+        count, RecordedGraphs.captures = RecordedGraphs.captures, 0
+        return count
+
+    return since
+
+
+def other(condition):
+    """Another condition of the same shape."""
+    return condition.flip(0) if isinstance(condition, torch.Tensor) else tuple(part.flip(0) for part in condition)
+
+
+@pytest.mark.parametrize("sampler", ["flow", "multinomial", "greedy"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_same_codes_with_graphs(captures, name, sampler):
+    teacher, condition = TEACHERS[name]()
+    batch, tokens = len(tree_leaves(condition)[0]), teacher.num_tokens
+
+    def codes(given, seed: int, **settings) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if sampler == "flow":
+            settings["noise"] = torch.randn(batch, tokens, teacher.code_dim, generator=generator)
+        elif sampler == "multinomial":
+            settings["generator"] = generator
+        return teacher.generate(given, sampler=sampler, cfg_scale=2.5, top_k=12, **settings)
+
+    for number, given in enumerate((condition, other(condition), condition)):
+        assert torch.equal(codes(given, number, graph=True), codes(given, number))
+        shapes = 2 if len(teacher.groups) == tokens else len(teacher.groups)
+        assert captures() == (1 + shapes if number == 0 else 0)
+    middle = teacher.group_starts()[1]
+    for _ in range(2):
+        prefix = codes(other(condition), 7)[:, :middle]
+        assert torch.equal(codes(condition, 8, prefix=prefix, graph=True), codes(condition, 8, prefix=prefix))
+    assert captures() > 0
+    assert torch.equal(codes(condition, 9, stop=middle, graph=True), codes(condition, 9, stop=middle))
+
+
+def test_guidance_that_ends_asks_for_a_graph_of_its_own(captures):
+    teacher, label = TEACHERS["LlamaGen"]()
+    settings = {"sampler": "greedy", "cfg_scale": 3.0, "cfg_interval": 2}
+    for _ in range(2):
+        assert torch.equal(teacher.generate(label, graph=True, **settings), teacher.generate(label, **settings))
+    assert captures() == 1 + 3  # the beginning; the first step, guided ones, unguided ones
+
+
+def test_a_head_that_is_not_linear(captures):
+    """Its teacher returns logits from `advance`, and both streams are filtered together."""
+    teacher, label = TEACHERS["one token per group"]()
+    advance = type(teacher).advance
+    whole = {"read_out": Teacher.read_out, "advance": lambda self, *given: self.head(advance(self, *given))}
+    expected = teacher.generate(label, sampler="greedy", cfg_scale=2.5)
+    teacher.__class__ = type("Whole", (type(teacher),), whole)
+    for _ in range(2):
+        assert torch.equal(teacher.generate(label, sampler="greedy", cfg_scale=2.5, graph=True), expected)
+
+
+def test_new_weights_are_captured_anew(captures):
+    teacher, label = TEACHERS["one token per group"]()
+    settings = {"sampler": "greedy", "graph": True}
+    before = teacher.generate(label, **settings)
+    captures()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.copy_(torch.randn_like(parameter))  # in place: the graphs read them where they were
+    changed = teacher.generate(label, **settings)
+    assert captures() == 0
+    assert not torch.equal(changed, before)
+    assert torch.equal(changed, teacher.generate(label, sampler="greedy"))
+    for parameter in teacher.parameters():
+        parameter.data = torch.randn_like(parameter)  # elsewhere
+    assert torch.equal(teacher.generate(label, **settings), teacher.generate(label, sampler="greedy"))
+    assert captures() > 0
+
+
+def test_graphs_are_bounded_and_released(captures):
+    teacher, _ = TEACHERS["one token per group"]()
+    for batch in (1, 2, 3, 4, 5, 2, 1):
+        teacher.generate(torch.zeros(batch, dtype=torch.int64), graph=True)
+    assert captures() == 6 * 3  # 2 was kept, 1 had made room
+    assert len(decoding._graphed[teacher]) == decoding.KEPT_GRAPHS
+    decoding.release_graphs(teacher)
+    assert teacher not in decoding._graphed
+    decoding.release_graphs(teacher)
+
+
+def test_a_teacher_that_is_gone_takes_its_graphs_along(captures):
+    teacher, label = TEACHERS["one token per group"]()
+    teacher.generate(label, graph=True)
+    graphs = weakref.ref(next(iter(decoding._graphed[teacher].values())))
+    del teacher
+    gc.collect()
+    assert graphs() is None
+
+
+def test_graphs_need_a_gpu():
+    teacher, label = TEACHERS["one token per group"]()
+    with pytest.raises(ValueError, match="graph: got True for a teacher on cpu, expected one on a GPU"):
+        teacher.generate(label, graph=True)
+
+
+def test_what_cannot_be_captured_says_so(captures, monkeypatch):
+    teacher, label = TEACHERS["one token per group"]()
+    monkeypatch.setenv("DDFAST_BACKEND", "draw_codes=reference")
+    with pytest.raises(ValueError, match=r"draw_codes would run on its reference.*DDFAST_BACKEND=triton"):
+        teacher.generate(label, graph=True)
+    monkeypatch.delenv("DDFAST_BACKEND")
+    teacher.graphable = False
+    with pytest.raises(ValueError, match="TransformerTeacher does not say that its steps can be captured"):
+        teacher.generate(label, graph=True)
