@@ -71,7 +71,8 @@ class CMakeBuild(build_ext):
                 sys.exit(f"ddfast: building {ext.name} failed (messages above); {without} installs without it")
         # A copy that an editable install left in the source folder would shadow this module there: keep it the same.
         in_place = ROOT / Path(self.get_ext_filename(ext.name)).name
-        if in_place.exists():
+        if in_place.exists() and in_place.resolve() != (output / in_place.name):
+            in_place.unlink()  # not overwritten: a process that runs keeps the one it has
             shutil.copyfile(output / in_place.name, in_place)
 
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "runtime.h"
 
 namespace py = pybind11;
 
@@ -67,6 +68,9 @@ PYBIND11_MODULE(ddfast_native, m) {
     }
     throw py::value_error("name: got '" + name + "', expected one of " + names);
   }, "Use another variant from now on, in the whole process.");
+
+  m.def("use_openmp", [](Address gomp_parallel) { use_openmp(pointer<void>(gomp_parallel)); },
+        "Run on the threads of the OpenMP runtime that this address of GOMP_parallel belongs to; 0: on threads of our own.");
 
   using release_gil = py::call_guard<py::gil_scoped_release>;
 

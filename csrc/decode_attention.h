@@ -98,5 +98,7 @@ static void decode_attention_pieces(void* context, int64_t begin, int64_t end) {
 }
 
 static void decode_attention(const AttentionArgs& args, int threads) {
-  parallel_for(args.rows * args.kv_heads, 16, threads, decode_attention_pieces, (void*)&args);
+  // Long runs of pieces, so that what is fetched ahead is mostly one's own.
+  const int64_t pieces = args.rows * args.kv_heads;
+  parallel_for(pieces, max_of<int64_t>(16, pieces / (2 * threads)), threads, decode_attention_pieces, (void*)&args);
 }

@@ -53,6 +53,6 @@ static void draw_codes_rows(void* context, int64_t begin, int64_t end) {
 
 static int64_t draw_codes(const FilterArgs& args, const float* uniform, int64_t* codes, int threads) {
   Draw d{&args, uniform, codes, kOk};
-  parallel_for(args.rows, 1, threads, draw_codes_rows, &d);
+  parallel_for(args.rows, max_of<int64_t>(1, 16384 / args.V), threads, draw_codes_rows, &d);
   return d.status;
 }

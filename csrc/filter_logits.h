@@ -270,6 +270,6 @@ static void filter_logits_rows(void* context, int64_t begin, int64_t end) {
 
 static int64_t filter_logits(const FilterArgs& args, float* out, int threads) {
   Filter f{&args, out, kOk};
-  parallel_for(args.rows, 1, threads, filter_logits_rows, &f);
+  parallel_for(args.rows, max_of<int64_t>(1, 16384 / args.V), threads, filter_logits_rows, &f);
   return f.status;
 }

@@ -22,31 +22,47 @@ inline void pause() {
 // Long enough to bridge the gap between two ops of one step, short enough not to steal a core from other threads.
 constexpr int kSpins = 2000;
 
+// One job, whose pieces threads take from each other until none is left.
 struct Job {
   void (*body)(void*, int64_t, int64_t);
   void* context;
   int64_t count, grain;
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr error;
+
+  void take_pieces() {
+    try {
+      for (;;) {
+        const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+        if (begin >= count) return;
+        body(context, begin, begin + grain < count ? begin + grain : count);
+      }
+    } catch (...) {
+      next.store(count, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  }
 };
 
 class Pool {
  public:
-  void run(const Job& job, int threads) {
+  void run(Job& job, int threads) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) {
-      job.body(job.context, 0, job.count);
+      job.take_pieces();
       return;
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       for (; workers_ < threads - 1; ++workers_) std::thread([this] { work(); }).detach();
-      job_ = job;
-      next_.store(0, std::memory_order_relaxed);
-      error_ = nullptr;
+      job_ = &job;
       free_seats_ = threads - 1;
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    take_pieces(job);
+    job.take_pieces();
     std::unique_lock<std::mutex> lock(mutex_);
     free_seats_ = 0;  // late workers stay out: the job ends with this call
     if (seated_ != 0) {
@@ -55,33 +71,14 @@ class Pool {
       lock.lock();
       left_.wait(lock, [this] { return seated_ == 0; });
     }
-    if (error_) {
-      std::exception_ptr error = error_;
-      error_ = nullptr;
-      std::rethrow_exception(error);
-    }
   }
 
  private:
-  void take_pieces(const Job& job) {
-    try {
-      for (;;) {
-        const int64_t begin = next_.fetch_add(job.grain, std::memory_order_relaxed);
-        if (begin >= job.count) return;
-        job.body(job.context, begin, begin + job.grain < job.count ? begin + job.grain : job.count);
-      }
-    } catch (...) {
-      next_.store(job.count, std::memory_order_relaxed);
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!error_) error_ = std::current_exception();
-    }
-  }
-
   void work() {
     uint64_t seen = 0;
     for (;;) {
       for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) pause();
-      Job job;
+      Job* job;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
@@ -91,7 +88,7 @@ class Pool {
         ++seated_;
         job = job_;
       }
-      take_pieces(job);
+      job->take_pieces();
       std::lock_guard<std::mutex> lock(mutex_);
       if (--seated_ == 0) left_.notify_one();
     }
@@ -101,11 +98,9 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, left_;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int64_t> next_{0};
   std::atomic<int> seated_{0};
   int free_seats_ = 0, workers_ = 0;
-  Job job_{};
-  std::exception_ptr error_;
+  Job* job_ = nullptr;  // of the call that is running: no worker is seated when it returns
 };
 
 // Never destroyed: parked workers must not outlive their mutex at interpreter exit. A forked child has none of the
@@ -123,6 +118,10 @@ Pool& pool() {
   }
   return *pool;
 }
+
+// GOMP_parallel: runs the function once in every thread of a team, the caller's included.
+using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<Team> g_team{nullptr};
 
 struct Buffers {
   void* data[kNumSlots] = {};
@@ -142,7 +141,18 @@ void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*,
     body(context, 0, count);
     return;
   }
-  pool().run(Job{body, context, count, grain}, threads);
+  Job job{body, context, count, grain, {}, {}, {}};
+  if (Team team = g_team.load(std::memory_order_acquire))
+    team([](void* shared) { static_cast<Job*>(shared)->take_pieces(); }, &job, static_cast<unsigned>(threads), 0);
+  else
+    pool().run(job, threads);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+void use_openmp(void* gomp_parallel) {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { g_team.store(nullptr); });
+  (void)registered;
+  g_team.store(reinterpret_cast<Team>(gomp_parallel), std::memory_order_release);
 }
 
 void* scratch(Slot slot, size_t bytes) {

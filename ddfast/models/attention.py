@@ -99,7 +99,7 @@ class BlockCausalAttention:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for the whole sequence.
+    """Keys and values [R, G, L, K] of every layer, allocated once for the whole sequence.
 
     `length` is the number of positions held, as the host counts them; `position` int64 [1] is the same number where
     the cache is, so that a step which reads only that can be replayed without the host.
@@ -107,15 +107,15 @@ class KVCache:
 
     def __init__(self, depth: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
         shape = (depth, rows, heads, length, head_dim)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.keys, self.values = like.new_empty(shape).unbind(), like.new_empty(shape).unbind()
         self.length = 0
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store one layer's new [R, G, S, K]."""
         end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
 
     def extend(self, count: int) -> None:
         """Count positions that every layer has stored."""
@@ -142,7 +142,7 @@ class CachedAttention:
     def over(self, layer: int, query: Tensor, scale: float | None = None) -> Tensor:
         """Attention of queries [R, H, S, K] whose keys and values the cache has been given already."""
         end = self.cache.length + query.shape[2]
-        keys, values = self.cache.keys[layer, :, :, :end], self.cache.values[layer, :, :, :end]
+        keys, values = self.cache.keys[layer][:, :, :end], self.cache.values[layer][:, :, :end]
         return attention(query, keys, values, mask=self.mask, causal=self.causal, scale=scale)
 
 
@@ -194,7 +194,7 @@ class StepMix:
 
     def __init__(self, cache: KVCache, *, rope: Tensor | None = None, first: Tensor | None = None) -> None:
         self.cache, self.first = cache, first
-        self.rope = None if rope is None else rope[: cache.keys.shape[3]]
+        self.rope = None if rope is None else rope[: cache.keys[0].shape[2]]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         cache = self.cache

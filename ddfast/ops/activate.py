@@ -42,7 +42,7 @@ def activate(x: Tensor, times: Tensor | None = None, *, kind: str, backend: str 
         common.check_shape("times", times, tuple(x.shape))
         if times.dtype != x.dtype:
             raise TypeError(f"times: got {times.dtype}, expected {x.dtype} as x")
-    return torch.ops.ddfast.activate(x, times, kind, backend)
+    return _op(x, times, kind, backend)
 
 
 def activate_reference(x: Tensor, times: Tensor | None, kind: str) -> Tensor:
@@ -73,4 +73,4 @@ def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-common.define("activate(Tensor x, Tensor? times, str kind, str backend) -> Tensor", _activate, _fake)
+_op = common.define("activate(Tensor x, Tensor? times, str kind, str backend) -> Tensor", _activate, _fake)

@@ -62,7 +62,7 @@ def add_norm(
             raise ValueError(f"{name}: got {vector.dtype} on {vector.device}, expected {x.dtype} on {x.device}")
         if name != "branch" and tuple(vector.shape) not in ((width,), (rows, 1, width)):
             raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected [{width}] or [{rows}, 1, {width}]")
-    total, normed = torch.ops.ddfast.add_norm(x, branch, gate, weight, bias, eps, rms, backend)
+    total, normed = _op(x, branch, gate, weight, bias, eps, rms, backend)
     return (x if branch is None else total), normed
 
 
@@ -114,7 +114,7 @@ def _fake(x: Tensor, branch: Tensor | None, *_: object) -> tuple[Tensor, Tensor]
     return (x.new_empty(0) if branch is None else torch.empty_like(normed)), normed
 
 
-common.define(
+_op = common.define(
     "add_norm(Tensor x, Tensor? branch, Tensor? gate, Tensor? weight, Tensor? bias, float eps, bool rms, str backend)"
     " -> (Tensor, Tensor)",
     _add_norm,

@@ -40,7 +40,7 @@ def append_normed(
         return append_normed_reference(qkv, keys, values, start, scale)
     _check(qkv, keys, values, start, scale)
     scale = None if scale is None else scale.detach()
-    return torch.ops.ddfast.append_normed(qkv.detach(), keys, values, start, scale, backend)
+    return _op(qkv.detach(), keys, values, start, scale, backend)
 
 
 def append_normed_reference(qkv: Tensor, keys: Tensor, values: Tensor, start: int, scale: Tensor | None) -> Tensor:
@@ -91,7 +91,7 @@ def _fake(qkv: Tensor, *_: object) -> Tensor:
     return qkv.new_empty(rows, heads, length, dim)
 
 
-common.define(
+_op = common.define(
     "append_normed(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, int start, Tensor? scale, str backend) -> Tensor",
     _append_normed,
     _fake,

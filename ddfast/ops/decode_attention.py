@@ -52,7 +52,7 @@ def decode_attention(
     _check(qkv, keys, values, position, rope, first)
     dim = keys.shape[3]
     scale = dim**-0.5 if scale is None else float(scale)
-    return torch.ops.ddfast.decode_attention(qkv.detach(), keys, values, position, rope, first, scale, backend)
+    return _op(qkv.detach(), keys, values, position, rope, first, scale, backend)
 
 
 def rotated(x: Tensor, rope: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _decode_attention(
     chosen = common.backend_of("decode_attention", backend, qkv)
     if chosen == "reference":
         return decode_attention_reference(qkv, keys, values, position, rope, first, scale)
-    qkv = common.rows_of(qkv)
+    qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     rope = None if rope is None else rope.contiguous()
     first = None if first is None else first.contiguous()
     if chosen == "triton":
@@ -151,7 +151,7 @@ def _fake(qkv: Tensor, keys: Tensor, *_: object) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3])
 
 
-common.define(
+_op = common.define(
     "decode_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? rope, Tensor? first,"
     " float scale, str backend) -> Tensor",
     _decode_attention,

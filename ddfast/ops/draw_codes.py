@@ -50,9 +50,7 @@ def draw_codes(
     common.check_shape("uniform", uniform, tuple(logits.shape[:-1]))
     scale = cfg_rows(logits, uncond, cfg_scale)
     uncond = None if uncond is None else uncond.detach()
-    return torch.ops.ddfast.draw_codes(
-        logits.detach(), uncond, scale, float(temperature), int(top_k), float(top_p), uniform.detach(), backend
-    )
+    return _op(logits.detach(), uncond, scale, float(temperature), int(top_k), float(top_p), uniform.detach(), backend)
 
 
 def draw_codes_reference(log_probs: Tensor, uniform: Tensor) -> Tensor:
@@ -102,7 +100,7 @@ def _fake(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[:-1], dtype=torch.int64)
 
 
-common.define(
+_op = common.define(
     "draw_codes(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, int top_k, float top_p,"
     " Tensor uniform, str backend) -> Tensor",
     _draw_codes,

@@ -48,9 +48,7 @@ def filter_logits(
     scale = cfg_rows(logits, uncond, cfg_scale)
     if uncond is not None:
         uncond = uncond.detach()
-    return torch.ops.ddfast.filter_logits(
-        logits.detach(), uncond, scale, float(temperature), int(top_k), float(top_p), backend
-    )
+    return _op(logits.detach(), uncond, scale, float(temperature), int(top_k), float(top_p), backend)
 
 
 def check_filter(logits: Tensor, uncond: Tensor | None, temperature: float, top_k: int, top_p: float) -> None:
@@ -178,7 +176,7 @@ def _fake(logits: Tensor, uncond: Tensor | None, *_: object) -> Tensor:
     return torch.empty(logits.shape, dtype=common.compute_dtype(logits, uncond), device=logits.device)
 
 
-common.define(
+_op = common.define(
     "filter_logits(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, int top_k, float top_p,"
     " str backend) -> Tensor",
     _filter_logits,

@@ -59,7 +59,7 @@ def flow_sample(
     check_log_probs(log_probs, codebook, noise)
     common.check_shape("log_probs", log_probs, (*noise.shape[:-1], codebook.shape[0]))
     log_probs, noise, codebook = log_probs.detach(), noise.detach(), codebook.detach()
-    codes = torch.ops.ddfast.flow_sample(log_probs, noise, codebook, steps, solver, backend)
+    codes = _op(log_probs, noise, codebook, steps, solver, backend)
     return codes, codebook[codes]
 
 
@@ -233,7 +233,7 @@ def _fake(log_probs: Tensor, noise: Tensor, *_: object) -> Tensor:
     return noise.new_empty(noise.shape[:-1], dtype=torch.int64)
 
 
-common.define(
+_op = common.define(
     "flow_sample(Tensor log_probs, Tensor noise, Tensor codebook, int steps, str solver, str backend) -> Tensor",
     _flow_sample,
     _fake,

@@ -36,7 +36,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, cosine: bool = False, backend: 
     if x.dim() < 1:
         raise ValueError("x: got a scalar, expected shape [..., d]")
     common.check_codebook(codebook, x.shape[-1], x)
-    return torch.ops.ddfast.nearest_code(x.detach(), codebook.detach(), cosine, backend)
+    return _op(x.detach(), codebook.detach(), cosine, backend)
 
 
 def nearest_code_reference(x: Tensor, codebook: Tensor, cosine: bool = False) -> Tensor:
@@ -75,4 +75,4 @@ def _fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
-common.define("nearest_code(Tensor x, Tensor codebook, bool cosine, str backend) -> Tensor", _nearest_code, _fake)
+_op = common.define("nearest_code(Tensor x, Tensor codebook, bool cosine, str backend) -> Tensor", _nearest_code, _fake)

@@ -57,7 +57,7 @@ def sample_codes(
     common.check_shape("logits", logits, (*noise.shape[:-1], codebook.shape[0]))
     scale = cfg_rows(logits, uncond, cfg_scale)
     codebook = codebook.detach()
-    codes = torch.ops.ddfast.sample_codes(
+    codes = _op(
         logits.detach(),
         None if uncond is None else uncond.detach(),
         scale,
@@ -125,7 +125,7 @@ def _fake(
     return noise.new_empty(noise.shape[:-1], dtype=torch.int64)
 
 
-common.define(
+_op = common.define(
     "sample_codes(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, int top_k, float top_p,"
     " Tensor noise, Tensor codebook, int steps, str solver, str backend) -> Tensor",
     _sample_codes,

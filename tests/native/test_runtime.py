@@ -2,11 +2,27 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 native = pytest.importorskip("ddfast_native")
+
+
+@pytest.fixture(params=["own threads", "PyTorch's threads"], autouse=True)
+def threads_of(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here with both sets of threads."""
+    from ddfast.ops.native import _gomp_parallel
+
+    address = 0
+    if request.param == "PyTorch's threads":
+        address = _gomp_parallel()
+        if not address:
+            pytest.skip("this PyTorch does not bring GNU's OpenMP runtime")
+    native.use_openmp(address)
+    yield
+    native.use_openmp(_gomp_parallel())
 
 
 def problem() -> tuple[np.ndarray, np.ndarray]:
@@ -66,6 +82,18 @@ def test_interpreter_exits_while_workers_wait() -> None:
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
 
 
-def test_out_of_memory_is_an_exception() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_out_of_memory_is_an_exception(threads) -> None:
+    """Also one that strikes in another thread, and the next call is none the wiser."""
+    x, codebook = problem()
     with pytest.raises(MemoryError):
         native.nearest_code(0, 0, 0, 1, 2**50, 8, False, 2)
+    qkv, position = np.zeros((64, 24), np.float32), np.zeros(1, np.int64)
+    address = [array.ctypes.data for array in (qkv, position)]
+    with pytest.raises(MemoryError):  # scores of 2^50 positions, in every thread
+        native.decode_attention(address[0], 0, 24, 0, 0, address[1], 0, 0, 0, 64, 1, 1, 2**50, 8, 1.0, threads)
+    codes = np.zeros(len(x), np.int64)
+    native.nearest_code(
+        x.ctypes.data, codebook.ctypes.data, codes.ctypes.data, *x.shape[:1], *codebook.shape, False, threads
+    )
+    assert codes.max() > 0
