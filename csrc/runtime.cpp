@@ -136,16 +136,17 @@ struct Buffers {
 void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
   if (count <= 0) return;
   const int64_t pieces = (count + grain - 1) / grain;
-  if (threads > pieces) threads = static_cast<int>(pieces);
-  if (threads <= 1) {
+  if (threads <= 1 || pieces <= 1) {
     body(context, 0, count);
     return;
   }
   Job job{body, context, count, grain, {}, {}, {}};
+  // A team of always the same size, though some of it may find no piece: for a smaller one the runtime ends threads,
+  // which PyTorch's next job has to start again.
   if (Team team = g_team.load(std::memory_order_acquire))
     team([](void* shared) { static_cast<Job*>(shared)->take_pieces(); }, &job, static_cast<unsigned>(threads), 0);
   else
-    pool().run(job, threads);
+    pool().run(job, threads < pieces ? threads : static_cast<int>(pieces));
   if (job.error) std::rethrow_exception(job.error);
 }
 

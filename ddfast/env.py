@@ -33,8 +33,8 @@ def cache_dir() -> Path:
 
 def backend_overrides() -> dict[str, str]:
     """`DDFAST_BACKEND` as {op: backend}; the key "*" stands for every op."""
-    overrides = {}
-    for item in filter(None, os.environ.get("DDFAST_BACKEND", "").split(",")):
+    value, overrides = os.environ.get("DDFAST_BACKEND"), {}
+    for item in filter(None, value.split(",") if value else ()):
         op, separator, backend = item.strip().partition("=")
         overrides[op if separator else "*"] = backend if separator else op
     return overrides

@@ -59,7 +59,7 @@ def network(teacher: ToyTeacher, seed: int) -> TransformerFlowNetwork:
 
 
 SCORES = {
-    "codes": {"iterations": 800, "optimizer": "muon", "guidance_learning_rate": 4e-3, "guidance_updates": 2},
+    "codes": {"iterations": 1000, "optimizer": "muon", "guidance_learning_rate": 4e-3, "guidance_updates": 2},
     "velocity": {"iterations": 2000, "optimizer": "adamw", "guidance_learning_rate": 3e-3, "guidance_updates": 4},
 }
 

@@ -151,7 +151,8 @@ def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) ->
         drawn = None
         if decoding is not None and codes:
             own = torch.Generator(device).manual_seed(seed)
-            drawn = teacher.generate(condition, generator=own, **dataclasses.asdict(decoding))
+            # No graph: it would keep the teacher's cache through the student's backward pass.
+            drawn = teacher.generate(condition, generator=own, graph=False, **dataclasses.asdict(decoding))
         return Batch(noise=eps, condition=condition, codes=drawn)
 
     return draw

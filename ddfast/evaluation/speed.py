@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddfast.evaluation.plain_decoding import plain_decoder
+from ddfast.models.decoding import release_graphs
 from ddfast.models.digits import Progress
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -76,6 +77,7 @@ def measure_speed(
         for name, values in seconds.items():
             counted = values[_WARM_UP_ROUNDS:] or values[-1:]
             result.setdefault(name, {})[batch] = statistics.median(counted) / batch
+    release_graphs(teacher)
     if progress is not None:
         progress(len(batch_sizes) * turns, len(batch_sizes) * turns, "done")
     return result

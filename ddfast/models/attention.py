@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddfast.ops.decode_attention import decode_attention, rotated
+from ddfast.ops import dispatch
+from ddfast.ops.common import compute_dtype
+from ddfast.ops.decode_attention import decode_attention_unchecked, rotated
 
 
 def group_starts(groups: tuple[int, ...]) -> list[int]:
@@ -22,8 +24,10 @@ def group_starts(groups: tuple[int, ...]) -> list[int]:
 
 def group_levels(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Group of every position, int64 [S]."""
-    sizes = torch.tensor(groups, device=device)
-    return torch.arange(len(groups), device=device).repeat_interleave(sizes, output_size=sum(groups))
+    if len(groups) == sum(groups):
+        return torch.arange(len(groups), device=device)
+    # Filled where it is: a copy from the host would wait, and cannot be captured in a graph.
+    return torch.cat([torch.full((size,), level, device=device) for level, size in enumerate(groups)])
 
 
 def block_mask(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor | None:
@@ -186,6 +190,9 @@ class SequenceMix:
 class StepMix:
     """One new position per row over a cache that it joins, in one call: `ddfast.ops.decode_attention`.
 
+    Where that has no kernel, PyTorch's attention does it, over what the host knows the cache to hold: less work than
+    the op's reference, which reads all of the cache.
+
     Args:
         cache: takes the new key and value, at `cache.position`.
         rope: float32 [>= L, K / 2, 2], the angles of every position.
@@ -194,9 +201,25 @@ class StepMix:
 
     def __init__(self, cache: KVCache, *, rope: Tensor | None = None, first: Tensor | None = None) -> None:
         self.cache, self.first = cache, first
-        self.rope = None if rope is None else rope[: cache.keys[0].shape[2]]
+        keys = cache.keys[0]
+        rows, kv_heads, length, head_dim = keys.shape
+        self.rope = None if rope is None else rope[:length].contiguous()
+        self.scale = head_dim**-0.5
+        self.plain: SequenceMix | None = None
+        dtype = compute_dtype(keys, kernel=True)
+        if dispatch.choose("decode_attention", keys.device.type, dtype, rows=rows).backend == "reference":
+            here = slice(cache.length, cache.length + 1)
+            mask = None
+            if first is not None:
+                column = torch.arange(cache.length + 1, device=keys.device)
+                mask = (column >= first.clamp_max(cache.length)[:, None])[:, None, None]
+            angles = None if rope is None else rope[here]
+            self.plain = SequenceMix(CachedAttention(cache, mask), head_dim, kv_heads=kv_heads, rope=angles)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        if self.plain is not None:
+            return self.plain(layer, qkv)
         cache = self.cache
         keys, values = cache.keys[layer], cache.values[layer]
-        return decode_attention(qkv[:, 0], keys, values, cache.position, rope=self.rope, first=self.first)[:, None]
+        step = (cache.position, self.rope, self.first, self.scale, "auto")
+        return decode_attention_unchecked(qkv[:, 0], keys, values, *step)[:, None]

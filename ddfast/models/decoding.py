@@ -13,13 +13,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from threading import Lock
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ddfast.ops import dispatch, draw_codes, sample_codes
+from ddfast.ops.common import compute_dtype
+from ddfast.ops.geometry import codebook_geometry
 
 if TYPE_CHECKING:
     from ddfast.models.protocol import Condition, Teacher
@@ -115,6 +118,8 @@ class Decoding:
         size = teacher.groups[group]
         here = self.token if size == 1 else self.token + self.offsets[:size]
         new = self.inputs.prefix if group == plan.first else self.latest[:, : teacher.groups[group - 1]]
+        if not teacher.graphable:  # which promises to keep no codes: these are overwritten
+            new = new.clone()
         hidden = teacher.advance(self.state, new)
         hidden, uncond = hidden[: plan.batch], hidden[plan.batch :]
         arguments, scale = dict(plan.filters), plan.scale(group)
@@ -131,7 +136,7 @@ class Decoding:
             codes = sample_codes(logits, noise, teacher.codebook, **arguments, **dict(plan.flow))[0]
         else:
             codes = draw_codes(logits, chance.index_select(1, here), **arguments)
-        self.latest[:, :size] = codes
+        torch.clamp_min(codes, 0, out=self.latest[:, :size])  # -1 marks a bad row, and is no index
         self.codes.index_copy_(1, here, codes)
         self.token += size
 
@@ -151,15 +156,17 @@ class Decoding:
 class CudaGraphs:
     """Captures work on one GPU into graphs that share their memory."""
 
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # cuBLAS keeps a workspace for every stream
+
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise ValueError(f"graph: got True for a teacher on {device}, expected one on a GPU")
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self.stream = self._streams.setdefault(device, torch.cuda.Stream(device))
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Do the work outside of a graph, as capturing needs it: kernels get loaded and tuned, workspaces made."""
+        """Do the work outside of a graph, as capturing needs it: kernels get loaded and tuned."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             work()
@@ -170,8 +177,11 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads (one that writes training pairs, say) may go on using the GPU.
         settings: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        # cuBLAS' workspaces are to lie in the graphs' own memory: others may free those that are there by now.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, **settings):
             work()
+        torch._C._cuda_clearCublasWorkspaces()
         return graph.replay
 
 
@@ -199,43 +209,55 @@ class GraphedDecoding:
         decoding.state = None  # its cache makes room for the graphs' own
         self.start = graphs.capture(decoding.start)
         self.steps = {shape: graphs.capture(partial(decoding.step, group)) for shape, group in one_of_each.items()}
-        self.codes, self.memory = decoding.codes, decoding.state  # not the teacher: it decides how long this lives
+        # A graph holds on to no memory but its own pool's: the rest of what it touches lives as long as this. Not the
+        # teacher, which decides how long this lives.
+        self.memory = (vars(decoding), codebook_geometry(teacher.codebook) if plan.sampler == "flow" else None)
+        decoding.teacher = None  # type: ignore[assignment]
+        self.codes = decoding.codes
+        self.lock = Lock()
 
     def run(self, inputs: Inputs) -> Tensor:
-        """Decode anew; returns codes int64 [B, n], overwritten by the next call."""
-        for own, given in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
-            own.copy_(given)
-        self.start()
-        for shape in self.order:
-            self.steps[shape]()
-        return self.codes
+        """Decode anew; returns codes int64 [B, n]."""
+        with self.lock:
+            for own, given in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
+                own.copy_(given)
+            self.start()
+            for shape in self.order:
+                self.steps[shape]()
+            return self.codes.clone()
 
 
 KEPT_GRAPHS = 4
 """Shapes of decoding that a teacher keeps captured; the one not used for longest makes room."""
 
-_graphed: WeakKeyDictionary[Teacher, OrderedDict[Any, GraphedDecoding]] = WeakKeyDictionary()
+_graphed: WeakKeyDictionary[Teacher, OrderedDict[Any, GraphedDecoding | None]] = WeakKeyDictionary()
+"""Per teacher and what a graph depends on; None: met once, and not captured for that."""
 
 
 def decode(teacher: Teacher, plan: Plan, inputs: Inputs, *, graph: bool | None = None) -> Tensor:
     """Codes int64 [B, n] of a plan; see `Teacher.generate` for `graph`."""
-    if graph is None:
-        graph = teacher.codebook.is_cuda and not _obstacle(teacher, plan)
-    if not graph:
+    if graph is False or not (graph or teacher.codebook.is_cuda):
         return Decoding(teacher, plan, inputs).run()
-    obstacle = _obstacle(teacher, plan)
-    if obstacle:
+    obstacle = _obstacle(teacher, plan, inputs)
+    if obstacle and graph:
         raise ValueError(f"graph: got True, but {obstacle}")
+    if obstacle:
+        return Decoding(teacher, plan, inputs).run()
     kept = _graphed.setdefault(teacher, OrderedDict())
     weights = tuple(tensor.data_ptr() for tensor in (*teacher.parameters(), *teacher.buffers()))
+    version = 0 if teacher.codebook.is_inference() else teacher.codebook._version  # the flow's grid depends on it
     shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs.tensors())
-    key = (plan, shapes, weights)
-    if key not in kept:
-        while len(kept) >= KEPT_GRAPHS:
+    key = (plan, shapes, weights, version)
+    met, graphed = key in kept, kept.get(key)
+    if graphed is None:
+        while len(kept) >= KEPT_GRAPHS and not met:
             kept.popitem(last=False)
-        kept[key] = GraphedDecoding(teacher, plan, inputs)
+        kept[key] = None
+        if not (graph or met):
+            return Decoding(teacher, plan, inputs).run()
+        graphed = kept[key] = GraphedDecoding(teacher, plan, inputs)
     kept.move_to_end(key)
-    return kept[key].run(inputs)
+    return graphed.run(inputs)
 
 
 def release_graphs(teacher: Teacher) -> None:
@@ -243,14 +265,18 @@ def release_graphs(teacher: Teacher) -> None:
     _graphed.pop(teacher, None)
 
 
-def _obstacle(teacher: Teacher, plan: Plan) -> str:
+def _obstacle(teacher: Teacher, plan: Plan, inputs: Inputs) -> str:
     """Why a decoding cannot be captured, or an empty string."""
     if not teacher.graphable:
         return f"{type(teacher).__name__} does not say that its steps can be captured (its attribute `graphable`)"
+    codebook = teacher.codebook
+    if plan.sampler == "flow" and codebook.is_inference():
+        return "the teacher was made in inference mode, in which its codebook's distances are computed at every step"
     op = "sample_codes" if plan.sampler == "flow" else "draw_codes"
-    device = teacher.codebook.device.type
-    for group in plan.groups:
-        rows = plan.batch * teacher.groups[group]
-        if dispatch.choose(op, device, torch.float32, rows=rows).backend == "reference":
-            return f"{op} would run on its reference, which waits for the device; set DDFAST_BACKEND=triton"
+    tensors = (codebook, next(teacher.parameters(), codebook), inputs.chance)
+    dtype = compute_dtype(*tensors, kernel=True)
+    ops = {(op, plan.batch * teacher.groups[group]) for group in plan.groups} | {("decode_attention", plan.batch)}
+    for name, rows in sorted(ops):
+        if dispatch.choose(name, codebook.device.type, dtype, rows=rows).backend == "reference":
+            return f"{name} would run on its reference, which a graph cannot hold; set DDFAST_BACKEND=triton"
     return ""

@@ -365,17 +365,21 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
             super().check_condition(condition)
         else:
             self._check_condition(condition)
-            valid = condition[1].bool()
-            if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
-                raise ValueError(
-                    "condition: got a mask with padding behind a token, expected captions padded on the left"
-                )
 
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
         self.check_condition(condition)
         if codes.is_floating_point():
             codes = nearest_code(codes, self.codebook)
         return self.output(self.hidden(condition, self.tok_embeddings(codes[:, :-1]), unconditional)).float()
+
+    def generate(self, condition: Condition, **settings: Any) -> Tensor:
+        """As `Teacher.generate`; captions are padded on the left."""
+        self.check_condition(condition)
+        if isinstance(condition, tuple):
+            valid = condition[1].bool()
+            if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+                raise ValueError("condition: got a mask with padding behind a token, expected padding on the left")
+        return super().generate(condition, **settings)
 
     def begin(self, condition: Condition, *, guided: bool) -> LlamaGenState:
         tokens, valid = self._condition_tokens(condition)

@@ -48,8 +48,8 @@ class Teacher(nn.Module, ABC):
         num_classes: number of labels; the label `num_classes` stands for "no condition".
         defaults: sampling settings that `generate` uses where the caller gives none.
         graphable: `begin` and `advance` may be captured as CUDA graphs: they neither wait for the device nor look at
-            the codes on the host, and where all groups have one token, every step after the first reads its position
-            from the device and updates its state in place.
+            the codes on the host nor keep them, and where all groups have one token, every step after the first reads
+            its position from the device and updates its state in place.
     """
 
     codebook: Tensor
@@ -227,8 +227,8 @@ class Teacher(nn.Module, ABC):
             stop: decode up to this token (it ends a group) instead of all n.
             steps, solver: of the sampler "flow", as in `ddfast.ops.flow_sample`.
             graph: replay every step as a CUDA graph, captured in the first call with these shapes and settings and kept
-                with its memory (`ddfast.models.decoding.release_graphs`). The codes are the same. None: on a GPU,
-                where the teacher allows it and a kernel does the sampling.
+                with its memory (`ddfast.models.decoding.release_graphs`). The codes are the same. None: on a GPU, from
+                the second such call on, where the teacher allows it and kernels do the sampling.
             options: what else the teacher's `begin` takes.
 
         Returns:
@@ -280,7 +280,8 @@ class Teacher(nn.Module, ABC):
         )
         device = self.codebook.device
         prefix = torch.empty(batch, 0, device=device) if prefix is None else prefix
-        with torch.inference_mode():
+        # Autocast is for training: decoding is in the dtype of the weights.
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             chance = noise
             if sampler == "multinomial":
                 chance = torch.rand(batch, self.num_tokens, generator=generator, device=device)

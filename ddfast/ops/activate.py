@@ -27,13 +27,9 @@ def activate(x: Tensor, times: Tensor | None = None, *, kind: str, backend: str 
         As x.
 
     Numerics: float32 throughout, rounded once (the reference of a reduced precision rounds before `times`).
-    Autograd: through PyTorch's own functions: whatever needs a gradient goes to the reference.
+    Autograd: none by a backend that is asked for; "auto" leaves what needs a gradient to PyTorch's functions.
     Raises: `TypeError`/`ValueError`, an argument is not as above.
     """
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (times is not None and times.requires_grad))
-    few = x.device.type == "cpu" and x.numel() < _WORTH_A_CALL
-    if wants_gradient or (few and backend == "auto" and kind in KINDS):
-        return activate_reference(x, times, kind)
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected 'gelu' or 'silu'")
     common.check_float("x", x)
@@ -42,7 +38,11 @@ def activate(x: Tensor, times: Tensor | None = None, *, kind: str, backend: str 
         common.check_shape("times", times, tuple(x.shape))
         if times.dtype != x.dtype:
             raise TypeError(f"times: got {times.dtype}, expected {x.dtype} as x")
-    return _op(x, times, kind, backend)
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (times is not None and times.requires_grad))
+    few = x.device.type == "cpu" and x.numel() < _WORTH_A_CALL
+    if backend == "auto" and (wants_gradient or few):
+        return activate_reference(x, times, kind)
+    return _op(x.detach(), None if times is None else times.detach(), kind, backend)
 
 
 def activate_reference(x: Tensor, times: Tensor | None, kind: str) -> Tensor:

@@ -44,10 +44,8 @@ def add_norm(
     Autograd: through PyTorch's own functions: whatever needs a gradient goes to the reference.
     Raises: `TypeError`/`ValueError`, an argument is not as above.
     """
-    # There is no kernel for the CPU, where a call of an op costs as much as what it would save; under autocast, which
-    # is for training, dtypes differ.
-    plain = not x.is_cuda or torch.is_grad_enabled() or (branch is not None and branch.dtype != x.dtype)
-    if backend == "auto" and plain:
+    # There is no kernel for the CPU, where a call of an op costs as much as what it would save.
+    if backend == "auto" and (not x.is_cuda or torch.is_grad_enabled() or _mixed(x, branch, gate, weight, bias)):
         return add_norm_reference(x, branch, gate, weight, bias, eps, rms)
     common.check_float("x", x)
     if x.dim() != 3:
@@ -64,6 +62,11 @@ def add_norm(
             raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected [{width}] or [{rows}, 1, {width}]")
     total, normed = _op(x, branch, gate, weight, bias, eps, rms, backend)
     return (x if branch is None else total), normed
+
+
+def _mixed(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether dtypes differ, as they do under autocast, which is for training."""
+    return any(other is not None and other.dtype != x.dtype for other in others)
 
 
 def add_norm_reference(

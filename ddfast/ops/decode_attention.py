@@ -50,9 +50,8 @@ def decode_attention(
     Raises: `TypeError`/`ValueError`, a dtype, device or shape is not as above.
     """
     _check(qkv, keys, values, position, rope, first)
-    dim = keys.shape[3]
-    scale = dim**-0.5 if scale is None else float(scale)
-    return _op(qkv.detach(), keys, values, position, rope, first, scale, backend)
+    scale = keys.shape[3] ** -0.5 if scale is None else float(scale)
+    return decode_attention_unchecked(qkv.detach(), keys, values, position, rope, first, scale, backend)
 
 
 def rotated(x: Tensor, rope: Tensor) -> Tensor:
@@ -151,9 +150,10 @@ def _fake(qkv: Tensor, keys: Tensor, *_: object) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3])
 
 
-_op = common.define(
+decode_attention_unchecked = common.define(
     "decode_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? rope, Tensor? first,"
     " float scale, str backend) -> Tensor",
     _decode_attention,
     _fake,
 )
+"""`decode_attention` where arguments are right by construction: a decoding calls it for every layer and step."""

@@ -38,9 +38,6 @@ class Choice(NamedTuple):
     reason: str
 
 
-_ON_THE_CPU = Choice("cpu", "fastest kernel for cpu tensors")
-
-
 def available() -> dict[str, str]:
     """Backends that can run here, with a line that says what they are; a missing one is in `missing()`."""
     states = _states().items()
@@ -83,8 +80,6 @@ def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto", rows
         if obstacle:
             raise ValueError(f"backend: {backend!r} cannot run {op}: {obstacle}; use backend='auto' or 'reference'")
         return Choice(backend, "asked for by name")
-    if device == "cpu" and not _obstacle(op, "cpu", device, dtype):  # first, as every small call comes by here
-        return _ON_THE_CPU
     candidates = [candidate for candidate in KERNELS[op] if DEVICE_OF[candidate] == device]
     reason = f"fastest kernel for {device} tensors"
     measured = FASTEST.get(op, {})

@@ -65,8 +65,24 @@ def test_the_kernels_decode_what_the_references_do(monkeypatch, name, sampler):
     eager = codes(graph=False)
     for _ in range(2):
         assert torch.equal(codes(graph=True), eager)
-    assert torch.equal(codes(), eager)  # where kernels do the sampling, graphs are what None means
+    middle = teacher.group_starts()[1]
+    prefix = there((eager[:, :middle],))[0]
+    for more in ({"prefix": prefix}, {"stop": middle}, {"cfg_interval": 1}):
+        part = codes(graph=False, **more)
+        for _ in range(3):  # without a graph, capturing, replaying
+            assert torch.equal(codes(**more), part)
     release_graphs(teacher)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_teacher_forcing_under_autocast(monkeypatch):
+    """As DD2's phases without gradient run it: dtypes are mixed."""
+    monkeypatch.setenv("DDFAST_BACKEND", "triton")
+    for name in ("LlamaGen", "VAR"):
+        teacher, condition = TEACHERS[name]()
+        teacher, codes = teacher.to(DEVICE), torch.randint(16, (2, teacher.num_tokens), device=DEVICE)
+        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+            assert teacher.logits(there(condition), codes).isfinite().all()
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

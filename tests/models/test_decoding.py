@@ -1,5 +1,6 @@
 """Captured decoding. On the CPU a recorder stands for CUDA graphs: it repeats what was recorded, on the same memory."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -162,6 +163,66 @@ def test_a_teacher_that_is_gone_takes_its_graphs_along(captures):
     assert graphs() is None
 
 
+def test_what_a_graph_touches_is_kept(captures, monkeypatch):
+    """A CUDA graph, unlike the recorder, holds on to nothing that was allocated before it."""
+    touched = []
+
+    class Watched(decoding.Decoding):
+        def start(self) -> None:
+            super().start()
+            touched.extend(weakref.ref(value) for value in vars(self).values() if isinstance(value, torch.Tensor))
+            touched.extend(weakref.ref(value) for value in self.inputs.tensors())
+
+    monkeypatch.setattr(decoding, "Decoding", Watched)
+    monkeypatch.setattr(RecordedGraphs, "capture", lambda _, work: work() or (lambda: None))
+    teacher, label = TEACHERS["one token per group"]()
+    noise = torch.randn(4, 7, 3)
+    teacher.generate(label, sampler="flow", noise=noise, graph=True)
+    gc.collect()
+    assert len(touched) >= 7
+    assert all(reference() is not None for reference in touched)
+
+
+def test_another_codebook_is_captured_anew(captures):
+    """The flow's grid follows from it, and is in the graph as numbers."""
+    teacher, label = TEACHERS["one token per group"]()
+    settings = {"sampler": "flow", "noise": torch.randn(4, 7, 3)}
+    teacher.generate(label, graph=True, **settings)
+    teacher.codebook.mul_(3)
+    assert torch.equal(teacher.generate(label, graph=True, **settings), teacher.generate(label, **settings))
+    assert captures() == 2 * 3
+
+
+def test_a_teacher_may_keep_the_codes_it_is_given():
+    teacher, label = TEACHERS["one token per group"]()
+    advance, given = type(teacher).advance, []
+
+    def keeping(self, state, codes):
+        given.append(codes)
+        return advance(self, state, codes)
+
+    teacher.__class__ = type("Keeping", (type(teacher),), {"advance": keeping, "graphable": False})
+    codes = teacher.generate(label, sampler="greedy")
+    assert torch.equal(torch.cat(given, dim=1), codes[:, :-1])
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_autocast_is_left_out(name):
+    teacher, condition = TEACHERS[name]()
+    codes = teacher.generate(condition, sampler="greedy")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher.generate(condition, sampler="greedy"), codes)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_same_codes_on_references(monkeypatch, name):
+    teacher, condition = TEACHERS[name]()
+    settings = {"sampler": "greedy", "cfg_scale": 2.5}
+    codes = teacher.generate(condition, **settings)
+    monkeypatch.setenv("DDFAST_BACKEND", "reference")
+    assert torch.equal(teacher.generate(condition, **settings), codes)
+
+
 def test_graphs_need_a_gpu():
     teacher, label = TEACHERS["one token per group"]()
     with pytest.raises(ValueError, match="graph: got True for a teacher on cpu, expected one on a GPU"):
@@ -174,6 +235,8 @@ def test_what_cannot_be_captured_says_so(captures, monkeypatch):
     with pytest.raises(ValueError, match=r"draw_codes would run on its reference.*DDFAST_BACKEND=triton"):
         teacher.generate(label, graph=True)
     monkeypatch.delenv("DDFAST_BACKEND")
+    with pytest.raises(ValueError, match="would run on its reference"):
+        copy.deepcopy(teacher).double().generate(label, graph=True)
     teacher.graphable = False
     with pytest.raises(ValueError, match="TransformerTeacher does not say that its steps can be captured"):
         teacher.generate(label, graph=True)

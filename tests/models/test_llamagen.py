@@ -259,6 +259,14 @@ def test_wrong_text_conditions(condition, error, words):
         teacher.generate(condition)
 
 
+def test_captions_are_padded_on_the_left():
+    teacher = llamagen_teacher_like(model_type="t2i", cls_token_num=6)
+    features, valid = condition_for(teacher)
+    with pytest.raises(ValueError, match="padding behind a token, expected padding on the left"):
+        teacher.generate((features, valid.flip(1)))
+    assert teacher.logits((features, valid.flip(1)), torch.zeros(2, 9, dtype=torch.int64)).isfinite().all()
+
+
 def test_a_text_student():
     teacher = llamagen_teacher_like(model_type="t2i", cls_token_num=6)
     student = randomised(LlamaGenStudent(teacher))

@@ -4,9 +4,16 @@ from ddfast import env
 from ddfast.ops import dispatch
 
 
-@pytest.fixture(params=sorted(dispatch.available()))
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend`: every one that can run here and, in a file of one op, has a kernel for it."""
+    if "backend" in metafunc.fixturenames:
+        op = metafunc.module.__name__.rpartition("test_")[2]
+        metafunc.parametrize("backend", backends_of(op) if op in dispatch.KERNELS else sorted(dispatch.available()))
+
+
+def backends_of(op: str) -> list[str]:
+    """The backends that can run an op here."""
+    return sorted({"reference", *dispatch.KERNELS[op]} & {*dispatch.available()})
 
 
 @pytest.fixture

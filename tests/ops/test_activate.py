@@ -61,6 +61,9 @@ def test_gradients_are_pytorchs(kind):
         ({"x": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "x: got dtype torch.int64"),
     ],
 )
-def test_errors(arguments, error, words):
+@pytest.mark.parametrize("gradient", [False, True])
+def test_errors(arguments, error, words, gradient):
+    if gradient and arguments.get("x", torch.zeros(1)).is_floating_point():
+        arguments = {"x": torch.zeros(3, 4, requires_grad=True), **arguments}
     with pytest.raises(error, match=words):
-        activate(**{"x": torch.zeros(3, 4), "kind": "gelu", "backend": "reference", **arguments})
+        activate(**{"x": torch.zeros(3, 4), "kind": "gelu", **arguments})

@@ -19,8 +19,6 @@ def expected(x, branch, gate, weight, bias, eps, rms):
 @pytest.mark.parametrize(("rows", "length", "width"), [(3, 1, 96), (2, 5, 64), (1, 3, 1000), (4, 2, 1)])
 @pytest.mark.parametrize("variant", ["bare", "LlamaGen", "VAR", "LayerNorm", "VAR, nothing added", "gate only"])
 def test_is_residual_and_norm(backend, dtype, rows, length, width, variant):
-    if backend not in ("reference", "triton"):
-        pytest.skip("no kernel of its own")
     generator = torch.Generator().manual_seed(width)
 
     def normal(*shape):

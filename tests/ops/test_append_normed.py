@@ -23,13 +23,6 @@ def problem(rows, length, heads, dim, places, dtype=torch.float32):
     return qkv, keys, values, torch.linspace(0.1, 100, heads)
 
 
-@pytest.fixture
-def backend(backend):
-    if backend not in ("reference", "triton"):
-        pytest.skip("no kernel of its own")
-    return backend
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "length", "heads", "dim", "start", "places"),

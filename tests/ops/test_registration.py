@@ -56,11 +56,16 @@ def schemas(backend: str) -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("op", sorted(schemas("auto")))
-def test_opcheck(backend, op):
-    if backend not in ("reference", *dispatch.KERNELS[op.removesuffix("_backward")]):
-        pytest.skip("no kernel of its own")
-    torch.library.opcheck(getattr(torch.ops.ddfast, op).default, schemas(backend)[op])
+RUNS = [
+    (op, backend)
+    for op in sorted(schemas("auto"))
+    for backend in sorted({"reference", *dispatch.KERNELS[op.removesuffix("_backward")]} & {*dispatch.available()})
+]
+
+
+@pytest.mark.parametrize(("op", "run_by"), RUNS)
+def test_opcheck(op, run_by):
+    torch.library.opcheck(getattr(torch.ops.ddfast, op).default, schemas(run_by)[op])
 
 
 def attention_and_cache(a: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -108,6 +113,15 @@ def test_compiled_gradient_is_the_fused_one():
         (grad,) = torch.autograd.grad(function(a).square().sum(), a["x"])
         grads.append(grad)
     assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_vmap_in_inference_mode():
+    """What calls an op's implementation directly must leave transforms to the dispatcher."""
+    logits, uniform = torch.randn(3, 2, 5), torch.rand(3, 2)
+    expected = ops.draw_codes(logits, uniform)
+    with torch.inference_mode():
+        assert torch.equal(ops.draw_codes(logits, uniform), expected)
+        assert torch.equal(torch.vmap(ops.draw_codes)(logits, uniform), expected)
 
 
 def test_every_public_op_is_covered():
