@@ -18,6 +18,7 @@ from floors import floors
 from shapes import LLAMAGEN, SHAPES, VAR, Shape
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from ddfast import ops
 from ddfast.ops import dispatch
@@ -83,6 +84,19 @@ def record(benchmark: Any, op: str, rows: int, providers: dict[str, Callable[[],
             f" {row['ddfast_is_faster_by']:7.2f}x {100 * row['of_floor']:5.1f} % of floor"
             f" {row['peak_bytes'] / 2**20:9.1f} MiB"
         )
+
+
+def add_peer(providers: dict[str, Callable], name: str, package: str, make: Callable[[], Callable[[], Any]]) -> None:
+    """Another library, where it is installed; if it cannot do this shape, that is printed and ours keeps its row."""
+    if not importlib.util.find_spec(package):
+        return
+    try:
+        call = make()
+        call()
+    except Exception as error:  # whatever it raises
+        print(f"\n{name} is left out: {error}")
+    else:
+        providers[name] = call
 
 
 def compiled(function: Callable) -> Callable:
@@ -165,10 +179,13 @@ def test_filter_logits(benchmark, shape: Shape):
         if name in dispatch.KERNELS["filter_logits"]
     }
     providers["eager"] = lambda: filter_logits_reference(logits, **shape.filters)
-    if importlib.util.find_spec("flashinfer"):
+
+    def flashinfer():
         from flashinfer import sampling
 
-        providers["flashinfer top-k mask"] = lambda: sampling.top_k_mask_logits(logits, int(shape.filters["top_k"]))
+        return lambda: sampling.top_k_mask_logits(logits, int(shape.filters["top_k"]))
+
+    add_peer(providers, "flashinfer top-k mask", "flashinfer", flashinfer)
     record(benchmark, "filter_logits", shape.tokens, providers, num_bytes=8 * logits.numel())
 
 
@@ -191,11 +208,13 @@ def test_draw_codes(benchmark, rows):
         return torch.multinomial(filter_logits_reference(logits, **shape.filters).exp(), 1)
 
     providers |= {"eager": eager, "torch.compile": compiled(eager)}
-    if importlib.util.find_spec("flashinfer"):
+
+    def flashinfer():
         from flashinfer import sampling
 
-        top_k = int(shape.filters["top_k"])
-        providers["flashinfer"] = lambda: sampling.top_k_top_p_sampling_from_logits(logits, top_k, 1.0)
+        return lambda: sampling.top_k_top_p_sampling_from_logits(logits, int(shape.filters["top_k"]), 1.0)
+
+    add_peer(providers, "flashinfer", "flashinfer", flashinfer)
     record(benchmark, "draw_codes", rows, providers, num_bytes=4 * logits.numel() + 12 * rows)
 
 
@@ -236,7 +255,8 @@ def test_decode_attention(benchmark, rows, position):
         "rope, index_copy_, SDPA": sdpa,
         "torch.compile": lambda: fast(*arguments),
     }
-    if importlib.util.find_spec("flash_attn"):
+
+    def flash_attn():
         from flash_attn import flash_attn_with_kvcache
 
         others = [tensor.transpose(1, 2).contiguous() for tensor in cache]
@@ -244,9 +264,9 @@ def test_decode_attention(benchmark, rows, position):
         new = qkv.view(rows, 1, 3, heads, dim).unbind(2)
         cosine, sine = rope.bfloat16().unbind(-1)
         angles = {"rotary_cos": cosine.contiguous(), "rotary_sin": sine.contiguous(), "rotary_interleaved": True}
-        providers["flash_attn_with_kvcache"] = lambda: flash_attn_with_kvcache(
-            new[0], *others, k=new[1], v=new[2], cache_seqlens=held, **angles
-        )
+        return lambda: flash_attn_with_kvcache(new[0], *others, k=new[1], v=new[2], cache_seqlens=held, **angles)
+
+    add_peer(providers, "flash_attn_with_kvcache", "flash_attn", flash_attn)
     expected = decode_attention_reference(*arguments)
     for name, call in providers.items():
         assert (call().reshape(rows, -1) - expected).abs().max() < 2e-2, name
@@ -330,6 +350,23 @@ def test_append_normed(benchmark, rows, length):
     record_layer(benchmark, "append_normed", 3 * 16 * rows * length, ours, reference, 2 * 2 * qkv.numel())
 
 
+def flex_posterior(t: Tensor, log_probs: Tensor, codebook: Tensor, attention: Callable) -> Callable:
+    """The posterior's mean as attention of x over the codes, with what is left of the exponent as a bias."""
+    ratio = (1 - t) / t
+    half_norm = codebook.square().sum(-1) / 2
+    dim = codebook.shape[1]
+    codes = F.pad(codebook, (0, max(0, 16 - dim)))[None, None]  # 16 is the least that FlexAttention takes
+
+    def bias(score, batch, head, row, code):
+        return score + log_probs[row, code].float() - half_norm[code] * ratio[row] ** 2
+
+    def posterior(x: Tensor, *_: Tensor) -> Tensor:
+        query = F.pad(x * (ratio / t)[:, None], (0, max(0, 16 - dim)))[None, None]
+        return attention(query, codes, codes, score_mod=bias, scale=1.0)[0, 0, :, :dim]
+
+    return posterior
+
+
 @pytest.mark.parametrize(
     ("rows", "num_codes", "dim"), [(32 * 680, 4096, 32), (128 * 256, 16384, 8)], ids=["var", "llamagen"]
 )
@@ -354,6 +391,14 @@ def test_codebook_posterior(benchmark, rows, num_codes, dim):
         for name in OURS
     }
     providers |= {"eager": lambda: with_gradient(reference), "torch.compile": lambda: with_gradient(fast)}
+
+    def flex():
+        posterior = flex_posterior(t, log_probs, codebook, torch.compile(flex_attention))
+        ours, theirs = (call() for call in (providers["eager"], lambda: with_gradient(posterior)))
+        assert (ours - theirs).norm() < 0.05 * ours.norm()
+        return lambda: with_gradient(posterior)
+
+    add_peer(providers, "FlexAttention", "torch", flex)
     work = rows * num_codes
     # Two products forward, three backward, each as three of tf32.
     record(
@@ -376,12 +421,27 @@ def test_nearest_code(benchmark, num_codes, dim):
     providers = {name: lambda name=name: ops.nearest_code(x, codebook, backend=name) for name in OURS}
     providers["torch.cdist().argmin()"] = lambda: torch.cdist(x, codebook).argmin(-1)
     providers["torch.compile"] = lambda: fast(x, codebook)
-    if importlib.util.find_spec("vector_quantize_pytorch"):
+
+    def vector_quantize():
         from vector_quantize_pytorch import VectorQuantize
 
         quantizer = VectorQuantize(dim=dim, codebook_size=num_codes).cuda().eval()
         quantizer._codebook.embed.data.copy_(codebook[None])
         quantizer._codebook.initted.data.fill_(True)
-        providers["vector-quantize-pytorch"] = lambda: quantizer(x[None])[1][0]
+        return lambda: quantizer(x[None])[1][0]
+
+    def flash_kmeans():
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+        return lambda: euclid_assign_triton(x[None], codebook[None], x.square().sum(-1)[None])
+
+    def keops():
+        from pykeops.torch import LazyTensor
+
+        return lambda: ((LazyTensor(x[:, None]) - LazyTensor(codebook[None])) ** 2).sum(-1).argmin(1)
+
+    add_peer(providers, "vector-quantize-pytorch", "vector_quantize_pytorch", vector_quantize)
+    add_peer(providers, "flash-kmeans", "flash_kmeans", flash_kmeans)
+    add_peer(providers, "KeOps", "pykeops", keops)
     work = 2 * rows * num_codes * dim
     record(benchmark, "nearest_code", rows, providers, num_bytes=4 * x.numel() + 8 * rows, tf32=3 * work)
