@@ -177,7 +177,7 @@ def test_what_a_graph_touches_is_kept(captures, monkeypatch):
     monkeypatch.setattr(RecordedGraphs, "capture", lambda _, work: work() or (lambda: None))
     teacher, label = TEACHERS["one token per group"]()
     noise = torch.randn(4, 7, 3)
-    teacher.generate(label, sampler="flow", noise=noise, graph=True)
+    teacher.generate(label, sampler="flow", noise=noise, graph=True, stop=2)
     gc.collect()
     assert len(touched) >= 7
     assert all(reference() is not None for reference in touched)
