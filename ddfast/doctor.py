@@ -13,6 +13,7 @@ import ddfast
 from ddfast import cli, env
 from ddfast.errors import DDFastError
 from ddfast.ops import dispatch, native
+from ddfast.ops.measured import FASTEST
 
 _PACKAGES = ("torch", "triton", "numpy", "einops", "nvtx", "safetensors")
 
@@ -60,6 +61,8 @@ def diagnosis() -> list[str]:
         for op in dispatch.KERNELS:
             backend, reason = dispatch.choose(op, device, torch.float32)
             lines.append(f"  {op:20s} {backend:10s} {reason}")
+            measured = FASTEST.get(op, {}) if device == "cuda" else {}
+            lines += [f"  {'':20s} {name:10s} with about {rows} rows" for rows, name in measured.items()]
     return lines
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ddfast
-from ddfast import ops
+from ddfast import doctor, ops
 from ddfast.ops import dispatch, native
 
 B, N, V, D = 2, 5, 33, 4
@@ -162,6 +162,13 @@ def test_a_gpu_gets_what_was_measured(monkeypatch):
     assert dispatch.choose("flow_sample", "cuda", torch.float32, "triton", rows=64).backend == "triton"
     monkeypatch.setattr(dispatch, "missing", lambda: {"cuda": "not built"})
     assert dispatch.choose("flow_sample", "cuda", torch.float32, rows=64).backend == "triton"
+
+
+def test_doctor_shows_what_was_measured(monkeypatch):
+    monkeypatch.setitem(dispatch.FASTEST, "flow_sample", {64: "cuda", 16384: "triton"})
+    lines = [line.split(maxsplit=1) for line in doctor.diagnosis()]
+    assert ["cuda", "with about 64 rows"] in lines
+    assert ["triton", "with about 16384 rows"] in lines
 
 
 def test_choices_from_a_recorded_run():
