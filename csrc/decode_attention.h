@@ -2,7 +2,7 @@
 //
 // A piece is one key head of one row with the query heads that share it. Scores of W keys at a time are dot products
 // along K whose lanes are summed together; the softmax is taken over all scores at once, which fit the nearest cache.
-// Memory per thread: L floats of scores and K floats of the rotated query.
+// Memory per thread: L floats of scores, 3 K of query, key and result, and 2 L K where elements are not float32.
 
 constexpr int64_t kPrefetched = 1024;  // floats
 

@@ -15,6 +15,10 @@ static inline double kept_weights(const Kept& kept, const float* x, const float*
   return (double)reduce_sum(sum);
 }
 
+static inline bool is_kept(const Kept& kept, const float* x, int64_t i) {
+  return x[i] > kept.threshold || (x[i] == kept.threshold && i <= kept.last_tie);
+}
+
 static int64_t draw_code(const Kept& kept, const float* x, const float* weight, int64_t n, double uniform) {
   double total = 0;
   for (int64_t i = 0; i < n; i += 8 * W) total += kept_weights(kept, x, weight, i, n);
@@ -28,13 +32,12 @@ static int64_t draw_code(const Kept& kept, const float* x, const float* weight, 
   }
   int64_t last = -1;  // the last kept code so far: rounding may leave the sum at or below the goal
   for (; i < n && before <= goal; ++i) {
-    if (!(x[i] > kept.threshold || (x[i] == kept.threshold && i <= kept.last_tie))) continue;
+    if (!is_kept(kept, x, i)) continue;
     before += (double)weight[i];
     last = i;
   }
   if (last >= 0) return last;
-  for (i = n - 1; !(x[i] > kept.threshold || (x[i] == kept.threshold && i <= kept.last_tie)); --i) {
-  }
+  for (i = n - 1; !is_kept(kept, x, i);) --i;
   return i;
 }
 
@@ -53,6 +56,6 @@ static void draw_codes_rows(void* context, int64_t begin, int64_t end) {
 
 static int64_t draw_codes(const FilterArgs& args, const float* uniform, int64_t* codes, int threads) {
   Draw d{&args, uniform, codes, kOk};
-  parallel_for(args.rows, max_of<int64_t>(1, 16384 / args.V), threads, draw_codes_rows, &d);
+  parallel_for(args.rows, filtered_at_a_time(args), threads, draw_codes_rows, &d);
   return d.status;
 }

@@ -268,8 +268,11 @@ static void filter_logits_rows(void* context, int64_t begin, int64_t end) {
   }
 }
 
+// Rows that a thread takes at a time: of a small codebook many, or handing them out would cost more than the rows.
+static inline int64_t filtered_at_a_time(const FilterArgs& args) { return max_of<int64_t>(1, 16384 / args.V); }
+
 static int64_t filter_logits(const FilterArgs& args, float* out, int threads) {
   Filter f{&args, out, kOk};
-  parallel_for(args.rows, max_of<int64_t>(1, 16384 / args.V), threads, filter_logits_rows, &f);
+  parallel_for(args.rows, filtered_at_a_time(args), threads, filter_logits_rows, &f);
   return f.status;
 }

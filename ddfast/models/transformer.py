@@ -200,8 +200,10 @@ class TransformerTeacher(TransformerNetwork, Teacher):
             tokens = self.input(embeddings) + self.position_embedding.index_select(0, cache.position)
         else:
             tokens = self.group_inputs(state.labels, embeddings, first, last)
-        mix: Mix = StepMix(cache)
-        if tokens.shape[1] > 1:
+        mix: Mix
+        if tokens.shape[1] == 1:
+            mix = StepMix(cache)
+        else:
             mask = None  # one group sees everything before it and itself
             if first != last:
                 level = group_levels(self.groups[first : last + 1], tokens.device)

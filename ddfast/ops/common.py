@@ -131,6 +131,12 @@ def check_rows(name: str, status: int) -> None:
         )
 
 
+def check_codes(name: str, codes: Tensor) -> None:
+    """Raise for the first row that a GPU's kernel marked with -1, where looking does not wait for a device."""
+    if codes.device.type == "cpu" and bool((codes < 0).any()):
+        check_rows(name, int((codes.flatten() < 0).nonzero()[0, 0]))
+
+
 def bad_row(log_probs: Tensor) -> int:
     """The status a kernel would return: the first row with NaN, +inf or nothing finite, or -1."""
     bad = log_probs.isnan().any(-1) | (log_probs == math.inf).any(-1) | (log_probs == -math.inf).all(-1)

@@ -84,8 +84,7 @@ def _draw_codes(
         rows, uncond_rows, scale = row_views(logits, uncond, cfg_scale)
         settings = (temperature, top_k, top_p)
         native.triton("draw_codes").draw_codes(rows, uncond_rows, scale, *settings, numbers.view(-1), out.view(-1))
-        if common.rows_are_checked(chosen, out):
-            common.check_rows("logits", int((out.view(-1) < 0).nonzero()[0]) if bool((out < 0).any()) else -1)
+        common.check_codes("logits", out)
         return out
     assert native.cpu is not None
     arguments, _alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)

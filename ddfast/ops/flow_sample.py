@@ -156,7 +156,7 @@ def triton_flow(
     geometry = codebook_geometry(codebook)
     arguments = (geometry.centred, geometry.packed, geometry.sigma_min, steps, SOLVERS[solver])
     native.triton("flow_sample").flow_sample(rows, common.float_rows(noise), *arguments, out, **filtering)
-    _check_codes(out, name)
+    common.check_codes(name, out)
 
 
 def cuda_flow(
@@ -173,13 +173,7 @@ def cuda_flow(
         scratch.data_ptr() if size else 0, len(eps), *codes.shape, steps, SOLVERS[solver], geometry.sigma_min, True, 0,
         *place,
     )  # fmt: skip
-    _check_codes(out, name)
-
-
-def _check_codes(codes: Tensor, name: str) -> None:
-    """Raise for the first row that a GPU's kernel marked, where looking does not wait for a device."""
-    if codes.device.type == "cpu" and bool((codes < 0).any()):
-        common.check_rows(name, int((codes.flatten() < 0).nonzero()[0, 0]))
+    common.check_codes(name, out)
 
 
 def native_flow_arguments(

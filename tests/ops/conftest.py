@@ -1,4 +1,5 @@
 import pytest
+from backends import backends_of
 
 from ddfast import env
 from ddfast.ops import dispatch
@@ -9,11 +10,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition("test_")[2]
         metafunc.parametrize("backend", backends_of(op) if op in dispatch.KERNELS else sorted(dispatch.available()))
-
-
-def backends_of(op: str) -> list[str]:
-    """The backends that can run an op here."""
-    return sorted({"reference", *dispatch.KERNELS[op]} & {*dispatch.available()})
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import backends_of
 
 import ddfast
 from ddfast import doctor, ops
@@ -56,11 +57,7 @@ def schemas(backend: str) -> dict[str, tuple]:
     }
 
 
-RUNS = [
-    (op, backend)
-    for op in sorted(schemas("auto"))
-    for backend in sorted({"reference", *dispatch.KERNELS[op.removesuffix("_backward")]} & {*dispatch.available()})
-]
+RUNS = [(op, backend) for op in sorted(schemas("auto")) for backend in backends_of(op.removesuffix("_backward"))]
 
 
 @pytest.mark.parametrize(("op", "run_by"), RUNS)
