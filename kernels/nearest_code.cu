@@ -1,159 +1,333 @@
 // nearest_code: argmin_j |c_j|^2 / 2 - x.c_j (cosine: of -x.c_j, with codes of norm one), ties to the lowest j.
 //
-// The tensor cores give every score s_j within E_j = kDotError |x| |c_j| + a few roundings of |c_j|^2 / 2 of its
-// float32 value v_j. While codes pass by, the smallest upper bound s_i + E_i so far is kept per row; a code with
-// s_j - E_j above it cannot be the answer, and any other is computed in float32 at once:
-//   v_j = fma(-x_k, c_k, ..) over k in order, from |c_j|^2 / 2 as a chain of fused products in order.
-// So the index is exactly that of the least v_j, whatever the tensor cores round. In random order about log V codes
-// per row are computed twice. Rows are shared by 4 lanes, 2 warps and up to 8 blocks; comparing pairs (v, j) is exact,
-// so the split has no influence.
-// Shared memory: a tile of 64 codes and 32 rows. Cost: 6 V d tensor-core FLOP-pairs per row; codes are read from L2
-// once per 32 rows. Built with -fmad=false; fmaf is explicit.
+// The index is that of the least float32 value v_j = fma(-x_k, c_k, ..) over k in order, starting from |c_j|^2 / 2, a
+// chain of fused products in order. The tensor cores only tell for which codes v_j must be computed: one bf16 product
+// gives every score s_j within
+//   E_j = kBf16Error |x| |c_j| + kNormError |c_j|^2
+// of v_j. The smallest upper bound s_i + E_i so far is kept per row; a code with s_j - E_j above it cannot be the
+// answer, any other is a candidate. So the index does not depend on what the tensor cores round. In random order about
+// log V codes per row are candidates; data far from the origin, where E_j is large, has more.
+//
+// The accumulators start at |c_j|^2 / 2 and x is negated, so what the tensor cores return is s_j; a minimum per score
+// and a comparison per row and strip are all that the other units do. A strip that may hold a candidate (the warp
+// votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is computed, a candidate
+// per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum, whose order is free.
+//
+// A block of 8 warps has 32 rows per row warp; all its warps read the same tiles of codes, converted to bf16 once per
+// block while the tile before is worked on. Few rows: fewer row warps, strips are dealt to the rest; and up to 8 blocks
+// of a cluster share the tiles.
+// Registers: 32 rows of bf16 and 32 x 32 scores per warp. Cost: 2 V d tensor-core FLOP and V minima per row, codes from
+// L2 once per block. Built with -fmad=false; fmaf is explicit.
 #include "nearest_code.h"
 
-#include "code_tile.h"
 #include "flow_math.h"
+#include "simt.h"
 
 namespace ddfast {
 namespace {
 
+constexpr int kSearchWarps = 8, kSearchThreads = 32 * kSearchWarps;
+constexpr int kWarpRows = 32, kMaxRows = kWarpRows * kSearchWarps;
+constexpr int kStripCodes = 32;
+constexpr int kListed = 128;  // candidates per warp
+
+// Rounding to bf16 is off by 2^-8 at most, on both sides; 2^-13 and kNormError are for the sums, of the tensor cores
+// and of v: (d + 8) 2^-22, generously.
+constexpr float kBf16Error = 0x1p-7f + 0x1p-13f, kNormError = 0x1p-16f;
+constexpr float kLeastSquare = 1e-30f;  // of a length; below, squares underflow and bf16 has few bits
+
+template <int D>
+struct Search {
+  static constexpr int kTile = D <= 16 ? 256 : 4096 / D;  // codes in shared memory
+  static constexpr int kStrips = kTile / kStripCodes;
+  static constexpr int kPlane = D < 32 ? D : 32, kPlanes = D / kPlane;
+  static constexpr int kSteps = D < 16 ? 1 : D / 16;              // tensor-core products per score
+  static constexpr int kLaneDims = D / 4;                         // coordinates of a row, or code, in a lane
+  static constexpr int kLaneWords = (D < 32 ? D : 32) / 8;        //   two to a word, of one plane
+  static constexpr int kSharers = kSearchThreads / kTile, kPiece = D / kSharers;  // threads that load a code
+};
+
 struct NearestLaunch {
   NearestArguments a;
-  int cluster;
+  int cluster, row_warps;
+  bool vector_loads;  // codes are 16-byte aligned and have all D coordinates
 };
 
-struct Best {  // as one number: the least value first, then the lowest index
-  uint32_t key, code;
+struct Candidate {
+  uint32_t row, code;  // row of the block
 };
 
-__device__ __forceinline__ bool before(const Best& a, const Best& b) {
-  return a.key < b.key || (a.key == b.key && a.code < b.code);
+template <int N>
+struct alignas(4 * N) Words {
+  uint32_t word[N];
+};
+
+// Codes as bf16, in planes of 32 coordinates: a lane's share of a code is one load, free of bank conflicts.
+template <int D>
+struct SearchTile {
+  uint32_t code[Search<D>::kPlanes][Search<D>::kTile][Search<D>::kPlane / 2];
+  // Of two neighbours, twice: what a lane's accumulators start from. Infinite beyond V; 0 for the cosine.
+  float half_norm[Search<D>::kTile / 2][4];
+  uint32_t longest[kSearchWarps];     // bits of the largest length of the codes that a warp loaded
+};
+
+template <int D>
+struct SearchMemory {
+  SearchTile<D> tile[2];
+  uint64_t best[kMaxRows];  // key of v, code
+  Candidate listed[kSearchWarps][kListed];
+};
+
+// The order of a lane's coordinates: any will do for a dot product, this one suits the loads.
+template <int D>
+__device__ __forceinline__ int coordinate(int q, int p) {
+  constexpr int kChunk = 2 * Search<D>::kLaneWords;
+  return p / kChunk * 32 + q * kChunk + p % kChunk;
+}
+
+// This thread's coordinates of its code of the tile that starts at `first`.
+template <int D>
+__device__ __forceinline__ void fetch_codes(const NearestLaunch& launch, int64_t first,
+                                            float (&piece)[Search<D>::kPiece]) {
+  using S = Search<D>;
+  const NearestArguments& a = launch.a;
+  const int64_t code = first + simt::thread() / S::kSharers;
+  const int begin = simt::thread() % S::kSharers * S::kPiece;
+  const bool real = code < a.V;
+  const float* from = a.codebook + (real ? code : 0) * a.d + begin;
+  if (launch.vector_loads) {
+#pragma unroll
+    for (int i = 0; i < S::kPiece; i += 4) {
+      const Words<4> quad = *(const Words<4>*)(from + i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) piece[i + k] = real ? simt::bits_float(quad.word[k]) : 0.f;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < S::kPiece; ++i) piece[i] = real && begin + i < (int)a.d ? from[i] : 0.f;
+  }
 }
 
 template <int D>
-struct NearestMemory {
-  CodeTile<D> codes;
-  RowTile<D> rows;
-  float norm[kRows];
-  Best best[8][kCodeWarps][kRows];  // by block of the cluster
-};
-
-template <int D>
-__device__ __forceinline__ float exact_score(const NearestMemory<D>& m, int row, int slot, int d, bool cosine) {
-  float score = 0.f;
-  if (!cosine) {
-    for (int k = 0; k < d; ++k) {
-      const float c = m.codes.hi[slot][k] + m.codes.lo[slot][k];
-      score = fmaf(c, c, score);
+__device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestArguments& a, int64_t first,
+                                            const float (&piece)[Search<D>::kPiece]) {
+  using S = Search<D>;
+  const int slot = simt::thread() / S::kSharers, begin = simt::thread() % S::kSharers * S::kPiece;
+  float square = 0.f;
+#pragma unroll
+  for (int i = 0; i < S::kPiece; i += 8) {
+    Words<4> words;
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) {
+      words.word[k / 2] = simt::pack_bf16(piece[i + k], piece[i + k + 1]);
+      square = fmaf(piece[i + k], piece[i + k], square);
+      square = fmaf(piece[i + k + 1], piece[i + k + 1], square);
     }
+    const int k = begin + i;
+    *(Words<4>*)&tile.code[k / S::kPlane][slot][k % S::kPlane / 2] = words;
+  }
+#pragma unroll
+  for (int by = 1; by < S::kSharers; by *= 2) square += simt::shuffle_xor(square, by);
+  if (begin == 0) {
+    float* half_norm = &tile.half_norm[slot / 2][slot % 2];
+    half_norm[0] = half_norm[2] = first + slot >= a.V ? INFINITY : a.cosine ? 0.f : square / 2.f;
+  }
+  const float length = sqrtf(square < kLeastSquare ? kLeastSquare : square);
+  const uint32_t longest = simt::reduce_max(simt::float_bits(length));  // positive floats are ordered as bits, NaN last
+  if (simt::lane() == 0) tile.longest[simt::warp()] = longest;
+}
+
+// v of a row and a code.
+__device__ __forceinline__ float exact_score(const NearestArguments& a, int64_t row, int64_t code) {
+  const float *x = a.x + row * a.d, *c = a.codebook + code * a.d;
+  const int d = (int)a.d;
+  float score = 0.f;
+  if (!a.cosine) {
+    for (int k = 0; k < d; ++k) score = fmaf(c[k], c[k], score);
     score /= 2.f;
   }
-  for (int k = 0; k < d; ++k) score = fmaf(-m.rows.value[row][k], m.codes.hi[slot][k] + m.codes.lo[slot][k], score);
+  for (int k = 0; k < d; ++k) score = fmaf(-x[k], c[k], score);
   return score;
 }
 
 template <int D>
-__global__ void __launch_bounds__(kTileThreads) nearest_kernel(const __grid_constant__ NearestLaunch launch) {  // hot
+__global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
+    nearest_kernel(const __grid_constant__ NearestLaunch launch) {  // hot
+  using S = Search<D>;
   const NearestArguments& a = launch.a;
-  NearestMemory<D>& m = *(NearestMemory<D>*)simt::shared_memory();
-  const int d = (int)a.d, rank = simt::cluster_rank(launch.cluster);
-  const int64_t begin = simt::block() / launch.cluster * (int64_t)kRows;
-  const int row_warp = simt::warp() / kCodeWarps, code_warp = simt::warp() % kCodeWarps;
-  const int g = simt::lane() / 4, q = simt::lane() % 4, first_row = 16 * row_warp, strip = kStrip * code_warp;
-  for (int i = simt::thread(); i < kRows * D; i += kTileThreads) {
-    const int64_t row = begin + i / D;
-    m.rows.value[i / D][i % D] = row < a.rows && i % D < d ? a.x[row * d + i % D] : 0.f;
-  }
-  simt::cluster_barrier(launch.cluster);  // the rows are there, and every block of the cluster runs
-  if (simt::thread() < kRows) {
-    float norm = 0.f;
-    for (int k = 0; k < d; ++k) norm = fmaf(m.rows.value[simt::thread()][k], m.rows.value[simt::thread()][k], norm);
-    m.norm[simt::thread()] = sqrtf(norm);
-  }
+  SearchMemory<D>& m = *(SearchMemory<D>*)simt::shared_memory();
+  const int rank = simt::cluster_rank(launch.cluster), lane = simt::lane(), g = lane / 4, q = lane % 4;
+  const int row_warp = simt::warp() % launch.row_warps, code_warp = simt::warp() / launch.row_warps;
+  const int64_t begin = simt::block() / launch.cluster * (int64_t)(kWarpRows * launch.row_warps);
+  const auto row_at = [&](int slot) { return begin + slot < a.rows ? begin + slot : a.rows - 1; };
+  m.best[simt::thread()] = (uint64_t)0xffffffffu << 32;  // code 0, should every v be NaN
+  simt::cluster_barrier(launch.cluster);  // every block of the cluster has started, and may be written to
 
-  float bound[2] = {INFINITY, INFINITY};
-  Best best[2] = {{0xffffffffu, 0}, {0xffffffffu, 0}};
-  for (int64_t first = rank * (int64_t)kTileCodes; first < a.V; first += launch.cluster * (int64_t)kTileCodes) {
-    simt::block_barrier();  // the last tile is done with
-    load_codes<D>(m.codes, a.codebook, a.V, d, first);
-    simt::block_barrier();
-    float dot[4][4];
-    strip_dots<D>(m.rows, m.codes, first_row, strip, dot);
+  // Row 16 i + 8 h + g of the warp. x is negated; step s of the tensor cores takes coordinates 4 s .. 4 s + 3.
+  uint32_t x[2][S::kSteps][4];
+  float length[2][2], upper[2][2], limit[2][2], error[2][2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first_row + g + 8 * r;
-      const float length = m.norm[row];
-      float least = INFINITY;
+  for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int slot = strip + i / 2 * 8 + 2 * q + i % 2;
-        const float half_norm = m.codes.half_norm[slot], offset = a.cosine ? 0.f : half_norm;
-        const float error = kDotError<D> * (length * m.codes.norm[slot] + offset);
-        const float upper = offset - dot[i / 2][i % 2 + 2 * r] + error;
-        if (half_norm < kPaddingNorm) least = upper < least ? upper : least;
+    for (int h = 0; h < 2; ++h) {
+      const float* from = a.x + row_at(kWarpRows * row_warp + 16 * i + 8 * h + g) * a.d;
+      float square = 0.f;
+#pragma unroll
+      for (int p = 0; p < S::kLaneDims; p += 2) {
+        const int k = coordinate<D>(q, p);
+        const float one = k < (int)a.d ? from[k] : 0.f, two = k + 1 < (int)a.d ? from[k + 1] : 0.f;
+        x[i][p / 4][h + p % 4] = simt::pack_bf16(-one, -two);
+        square = fmaf(one, one, fmaf(two, two, square));
       }
-      least = -row_max(-least);
-      bound[r] = least < bound[r] ? least : bound[r];
+      square += simt::shuffle_xor(square, 1);
+      square += simt::shuffle_xor(square, 2);
+      length[i][h] = sqrtf(square < kLeastSquare ? kLeastSquare : square);
+      upper[i][h] = INFINITY;
+    }
+
+  Candidate* listed = m.listed[simt::warp()];
+  int count = 0;  // of them, the same in all lanes
+  const auto settle = [&] {
+    simt::warp_barrier();
+    for (int i = lane; i < count; i += 32) {
+      const Candidate one = listed[i];
+      if (one.code >= a.V) continue;
+      const float score = exact_score(a, row_at((int)one.row), one.code);
+      if (score == score) simt::atomic_min(&m.best[one.row], (uint64_t)key_of(score) << 32 | one.code);
+    }
+    simt::warp_barrier();
+    count = 0;
+  };
+
+  const int64_t stride = launch.cluster * (int64_t)S::kTile;
+  float piece[S::kPiece];
+  fetch_codes<D>(launch, rank * (int64_t)S::kTile, piece);
+  int turn = 0;
+  for (int64_t first = rank * (int64_t)S::kTile; first < a.V; first += stride, turn ^= 1) {
+    SearchTile<D>& tile = m.tile[turn];
+    store_codes<D>(tile, a, first, piece);
+    if (first + stride < a.V) fetch_codes<D>(launch, first + stride, piece);
+    simt::block_barrier();  // this tile is there; the other one was done with before
+    uint32_t bits = 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int slot = strip + i / 2 * 8 + 2 * q + i % 2;
-        const int64_t code = first + strip + 8 * q + i;
-        const float offset = a.cosine ? 0.f : m.codes.half_norm[slot];
-        const float error = kDotError<D> * (length * m.codes.norm[slot] + offset);
-        // NaN counts as "may be": then every code is computed, and none is chosen over code 0.
-        if (code < a.V && !(offset - dot[i / 2][i % 2 + 2 * r] - error > bound[r])) {
-          const float score = exact_score<D>(m, row, slot, d, a.cosine);
-          const Best one = {key_of(score), (uint32_t)code};
-          if (score == score && before(one, best[r])) best[r] = one;
+    for (int w = 0; w < kSearchWarps; ++w) bits = tile.longest[w] > bits ? tile.longest[w] : bits;
+    const float longest = simt::bits_float(bits);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        error[i][h] = fmaf(kBf16Error, length[i][h], kNormError * longest) * longest;
+        limit[i][h] = upper[i][h] + error[i][h];
+      }
+
+    const Words<4>* starts = (const Words<4>*)tile.half_norm + q;
+    const auto* codes = (const Words<S::kLaneWords>*)tile.code + 4 * g + q;
+#pragma unroll 1
+    for (int strip = code_warp; strip < S::kStrips; strip += kSearchWarps / launch.row_warps) {
+      float score[2][4][4];  // rows 16 i + 8 h + g: [i][n][2 h + e] of code 8 n + 2 q + e of the strip
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        uint32_t code[S::kPlanes * S::kLaneWords];
+#pragma unroll
+        for (int plane = 0; plane < S::kPlanes; ++plane) {
+          const Words<S::kLaneWords> words = codes[4 * (strip * kStripCodes + plane * S::kTile + 8 * n)];
+#pragma unroll
+          for (int w = 0; w < S::kLaneWords; ++w) code[plane * S::kLaneWords + w] = words.word[w];
+        }
+        const Words<4> half_norm = starts[strip * (kStripCodes / 2) + 4 * n];
+        float start[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) start[e] = simt::bits_float(half_norm.word[e]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float(&out)[4] = score[i][n];
+          if constexpr (D == 8) {
+            simt::mma_bf16_k8(out, x[i][0], code, start);
+          } else {
+#pragma unroll
+            for (int s = 0; s < S::kSteps; ++s) simt::mma_bf16_k16(out, x[i][s], code + 2 * s, s ? out : start);
+          }
         }
       }
+      float low[2][2];
+      bool candidate = false;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          low[i][h] = fminf(score[i][0][2 * h], score[i][0][2 * h + 1]);
+#pragma unroll
+          for (int n = 1; n < 4; ++n) low[i][h] = fminf(low[i][h], fminf(score[i][n][2 * h], score[i][n][2 * h + 1]));
+          candidate |= !(low[i][h] > limit[i][h]);  // NaN: may be
+        }
+      if (!simt::ballot(candidate)) continue;
+      uint32_t mine = 0;  // bit 16 i + 8 h + 2 n + e
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (!simt::ballot(!(low[i][h] > limit[i][h]))) continue;
+          float least = low[i][h];
+          least = fminf(least, simt::shuffle_xor(least, 1));
+          least = fminf(least, simt::shuffle_xor(least, 2));
+          upper[i][h] = fminf(upper[i][h], least + error[i][h]);
+          limit[i][h] = upper[i][h] + error[i][h];
+#pragma unroll
+          for (int c = 0; c < 8; ++c)
+            mine |= (uint32_t) !(score[i][c / 2][2 * h + c % 2] > limit[i][h]) << (16 * i + 8 * h + c);
+        }
+      for (uint32_t who = simt::ballot(mine != 0); who != 0; who = simt::ballot(mine != 0)) {
+        if (count + 32 > kListed) settle();
+        if (mine) {
+          const int bit = simt::lowest_bit(mine), at = count + simt::count_bits(who & ((1u << lane) - 1u));
+          const int64_t code = first + strip * kStripCodes + bit % 8 / 2 * 8 + 2 * q + bit % 2;
+          listed[at] = {(uint32_t)(kWarpRows * row_warp + bit / 8 * 8 + g), (uint32_t)code};
+          mine &= mine - 1;
+        }
+        count += simt::count_bits(who);
+      }
     }
   }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int mask = 1; mask < 4; mask *= 2) {
-      const Best other = {simt::shuffle_xor(best[r].key, mask), simt::shuffle_xor(best[r].code, mask)};
-      if (before(other, best[r])) best[r] = other;
-    }
-    if (q == 0) *simt::of_rank(&m.best[rank][code_warp][first_row + g + 8 * r], 0, launch.cluster) = best[r];
-  }
+  settle();
+
+  simt::block_barrier();
+  const int slot = simt::thread();
+  if (rank != 0) simt::atomic_min(simt::of_rank(&m.best[slot], 0, launch.cluster), m.best[slot]);
   simt::cluster_barrier(launch.cluster);
-  const int64_t row = begin + simt::thread();
-  if (rank != 0 || simt::thread() >= kRows || row >= a.rows) return;
-  Best all = m.best[0][0][simt::thread()];
-  for (int other = 0; other < launch.cluster; ++other)
-    for (int warp = 0; warp < kCodeWarps; ++warp)
-      if (before(m.best[other][warp][simt::thread()], all)) all = m.best[other][warp][simt::thread()];
-  a.codes[row] = all.code;
+  if (rank == 0 && slot < kWarpRows * launch.row_warps && begin + slot < a.rows)
+    a.codes[begin + slot] = (int64_t)(uint32_t)m.best[slot];
+}
+
+template <int D>
+cudaError_t launch_nearest(const NearestArguments& a, int cluster, cudaStream_t stream) {
+  using S = Search<D>;
+  simt::Device device;
+  const cudaError_t status = simt::device(&device);
+  if (status) return status;
+  // As many rows per block as leave a block for every multiprocessor, and no warp without a strip.
+  int row_warps = kSearchWarps;
+  const auto groups = [&] { return (a.rows + kWarpRows * row_warps - 1) / (kWarpRows * row_warps); };
+  while (row_warps * S::kStrips > kSearchWarps && groups() < device.multiprocessors) row_warps /= 2;
+  if (cluster == 0)
+    for (cluster = 1; device.clusters && cluster < 8 && groups() * cluster <= device.multiprocessors &&
+                      2 * cluster * S::kTile <= a.V;)
+      cluster *= 2;
+  const bool known_size = cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
+  if (!known_size || groups() * cluster >= (int64_t)1 << 31) return cudaErrorInvalidValue;
+  const NearestLaunch launch{a, cluster, row_warps, a.d == D && (uintptr_t)a.codebook % 16 == 0};
+  return simt::launch(nearest_kernel<D>, groups() * cluster, kSearchThreads, sizeof(SearchMemory<D>), cluster, stream,
+                      launch);
 }
 
 }  // namespace
 
 cudaError_t nearest_code_cuda(const NearestArguments& a, int cluster, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
-  simt::Device device;
-  const cudaError_t status = simt::device(&device);
-  if (status) return status;
-  const int64_t groups = (a.rows + kRows - 1) / kRows;
-  if (cluster == 0)
-    for (cluster = 1; device.clusters && cluster < 8 && groups * cluster * 2 <= 2 * device.multiprocessors &&
-                      2 * cluster * kTileCodes <= a.V;)
-      cluster *= 2;
-  const bool known_size = cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
-  if (!known_size || a.d < 1 || a.d > kNearestMaxDim || a.V < 1 || a.V >= (int64_t)1 << 31 ||
-      groups * cluster >= (int64_t)1 << 31)
-    return cudaErrorInvalidValue;
-  const NearestLaunch launch{a, cluster};
-  const auto run = [&](auto kernel, size_t shared) {
-    return simt::launch(kernel, groups * cluster, kTileThreads, shared, cluster, stream, launch);
-  };
-  switch (dim_class(a.d)) {
-    case 8: return run(nearest_kernel<8>, sizeof(NearestMemory<8>));
-    case 16: return run(nearest_kernel<16>, sizeof(NearestMemory<16>));
-    case 32: return run(nearest_kernel<32>, sizeof(NearestMemory<32>));
-    default: return run(nearest_kernel<64>, sizeof(NearestMemory<64>));
-  }
+  if (a.d < 1 || a.d > kNearestMaxDim || a.V < 1 || a.V >= (int64_t)1 << 31) return cudaErrorInvalidValue;
+  return a.d <= 8    ? launch_nearest<8>(a, cluster, stream)
+         : a.d <= 16 ? launch_nearest<16>(a, cluster, stream)
+         : a.d <= 32 ? launch_nearest<32>(a, cluster, stream)
+                     : launch_nearest<64>(a, cluster, stream);
 }
 
 }  // namespace ddfast

@@ -48,6 +48,33 @@ __device__ __forceinline__ void atomic_add(uint64_t* at, uint64_t value) {
   atomicAdd((unsigned long long*)at, (unsigned long long)value);
 }
 
+__device__ __forceinline__ void atomic_min(uint64_t* at, uint64_t value) {
+  atomicMin((unsigned long long*)at, (unsigned long long)value);
+}
+
+// Two floats rounded to the nearest bf16, the first in the lower half.
+__device__ __forceinline__ uint32_t pack_bf16(float first, float second) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  return packed;
+}
+
+// out = c + a b for a 16 x K tile a, a K x 8 tile b and 16 x 8 tiles c and out, a and b in bf16. With lane = 4 g + q and
+// words of two neighbours along K: a = (g, 2 q), (g + 8, 2 q), for K = 16 then (g, 2 q + 8), (g + 8, 2 q + 8);
+// b = (2 q, g), then (2 q + 8, g); c and out as acc below.
+__device__ __forceinline__ void mma_bf16_k8(float (&out)[4], const uint32_t* a, const uint32_t* b,
+                                            const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+      : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+__device__ __forceinline__ void mma_bf16_k16(float (&out)[4], const uint32_t* a, const uint32_t* b,
+                                             const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
 // acc += a b for a 16 x 8 tile a, an 8 x 8 tile b and a 16 x 8 tile acc; of a and b the upper 19 bits count (tf32).
 // With lane = 4 g + q: a = (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); b = (q, g), (q + 4, g);
 // acc = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1).

@@ -39,19 +39,32 @@ void mistake_kernel(const Mistake mistake) {
   mistake.out[i] = shared[63 - i];
 }
 
+enum ProductKind { kTf32, kBf16Short, kBf16 };
+
 struct Product {
   const float *a, *b;
   float* out;
+  int kind;
 };
 
-void product_kernel(const Product p) {  // out [16, 8] = a [16, 8] b [8, 8]
-  const int g = simt::lane() / 4, q = simt::lane() % 4;
-  const auto bits = [](float x) { return simt::float_bits(x); };
-  const uint32_t a[4] = {bits(p.a[g * 8 + q]), bits(p.a[(g + 8) * 8 + q]), bits(p.a[g * 8 + q + 4]),
-                         bits(p.a[(g + 8) * 8 + q + 4])};
-  const uint32_t b[2] = {bits(p.b[q * 8 + g]), bits(p.b[(q + 4) * 8 + g])};
+void product_kernel(const Product p) {  // out [16, 8] = a [16, K] b [K, 8]; K is 8, or 16 for kBf16
+  const int g = simt::lane() / 4, q = simt::lane() % 4, K = p.kind == kBf16 ? 16 : 8;
+  const auto at = [&](int row, int k) { return p.a[row * K + k]; };
+  const auto bt = [&](int k, int column) { return p.b[k * 8 + column]; };
   float out[4] = {};
-  simt::mma_tf32(out, a, b);
+  if (p.kind == kTf32) {
+    const auto bits = [](float x) { return simt::float_bits(x); };
+    const uint32_t a[4] = {bits(at(g, q)), bits(at(g + 8, q)), bits(at(g, q + 4)), bits(at(g + 8, q + 4))};
+    const uint32_t b[2] = {bits(bt(q, g)), bits(bt(q + 4, g))};
+    simt::mma_tf32(out, a, b);
+  } else {
+    const auto a_pair = [&](int row, int k) { return k < K ? simt::pack_bf16(at(row, k), at(row, k + 1)) : 0u; };
+    const auto b_pair = [&](int k) { return k < K ? simt::pack_bf16(bt(k, g), bt(k + 1, g)) : 0u; };
+    const uint32_t a[4] = {a_pair(g, 2 * q), a_pair(g + 8, 2 * q), a_pair(g, 2 * q + 8), a_pair(g + 8, 2 * q + 8)};
+    const uint32_t b[2] = {b_pair(2 * q), b_pair(2 * q + 8)};
+    const float zero[4] = {};
+    p.kind == kBf16 ? simt::mma_bf16_k16(out, a, b, zero) : simt::mma_bf16_k8(out, a, b, zero);
+  }
   for (int i = 0; i < 4; ++i) p.out[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = out[i];
 }
 
@@ -62,8 +75,8 @@ extern "C" {
 int mistake_emulated(int kind, float* out) {
   return simt::launch(mistake_kernel, 1, 64, 64 * sizeof(float), 1, nullptr, Mistake{kind, out});
 }
-int product_emulated(const float* a, const float* b, float* out) {
-  return simt::launch(product_kernel, 1, 32, 0, 1, nullptr, Product{a, b, out});
+int product_emulated(const float* a, const float* b, float* out, int kind) {
+  return simt::launch(product_kernel, 1, 32, 0, 1, nullptr, Product{a, b, out, kind});
 }
 int filter_emulated(const FlowArguments* a, int cluster) {
   bool fit;
@@ -78,10 +91,11 @@ int filter_emulated(const FlowArguments* a, int cluster) {
 const char* emulator_error() { return emulator::state.error.c_str(); }
 
 // seed: draws the order in which threads run (0: ascending); the rest is what the device would report.
-void emulator_configure(uint64_t seed, int shared_limit, int clusters) {
+void emulator_configure(uint64_t seed, int shared_limit, int clusters, int multiprocessors) {
   emulator::state.seed = seed;
   emulator::state.shared_limit = shared_limit;
   emulator::state.clusters = clusters != 0;
+  emulator::state.multiprocessors = multiprocessors;
 }
 
 int flow_sample_emulated(const FlowArguments* a, int cluster) { return flow_sample_cuda(*a, cluster, nullptr); }
@@ -95,9 +109,6 @@ int posterior_emulated(const PosteriorArguments* a, int backward) {
 }
 
 int nearest_emulated(const NearestArguments* a, int cluster) { return nearest_code_cuda(*a, cluster, nullptr); }
-float nearest_error(int dim) {
-  return dim == 8 ? kDotError<8> : dim == 16 ? kDotError<16> : dim == 32 ? kDotError<32> : kDotError<64>;
-}
 
 // v of nearest_code, in the order of operations that defines it.
 void nearest_scores(const float* x, const float* codebook, int64_t V, int64_t d, int cosine, float* out) {

@@ -61,9 +61,11 @@ class Emulator:
         self.library.emulator_error.restype = ctypes.c_char_p
         self.configure()
 
-    def configure(self, seed: int = 0, shared_limit: int = SHARED_LIMIT, clusters: bool = True) -> None:
+    def configure(
+        self, seed: int = 0, shared_limit: int = SHARED_LIMIT, clusters: bool = True, multiprocessors: int = 132
+    ) -> None:
         """The order in which threads run (0: ascending, else drawn), and what the device reports about itself."""
-        self.library.emulator_configure(ctypes.c_uint64(seed), shared_limit, clusters)
+        self.library.emulator_configure(ctypes.c_uint64(seed), shared_limit, clusters, multiprocessors)
 
     def check(self, status: int) -> None:
         if status:

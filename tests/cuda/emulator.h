@@ -67,6 +67,7 @@ struct State {
   std::string error;
   uint64_t seed = 0;               // 0: in order
   int shared_limit = 227 << 10;    // of the emulated device
+  int multiprocessors = 132;
   bool clusters = true;
 };
 inline State state;
@@ -229,29 +230,7 @@ inline int count_bits(uint32_t value) { return __builtin_popcount(value); }
 inline int lowest_bit(uint32_t value) { return __builtin_ffs((int)value) - 1; }
 inline void atomic_add(uint32_t* at, uint32_t value) { *at += value; }
 inline void atomic_add(uint64_t* at, uint64_t value) { *at += value; }
-
-// The products are exact; their sum with acc is rounded towards zero, as far from the exact value as hardware is seen
-// to go.
-inline void mma_tf32(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  uint32_t words[emulator::kPayload];
-  std::memcpy(words, a, 16);
-  std::memcpy(words + 4, b, 8);
-  std::memcpy(words + 6, acc, 16);
-  const auto* all = emulator::exchange(emulator::kMma, words, 10);
-  const int g = lane() / 4, q = lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = g + (i / 2) * 8, column = 2 * q + i % 2;
-    double sum = acc[i];
-    for (int k = 0; k < 8; ++k) {
-      const float x = emulator::truncate_to_tf32(all[(row % 8) * 4 + k % 4][(k / 4) * 2 + row / 8]);
-      const float y = emulator::truncate_to_tf32(all[column * 4 + k % 4][4 + k / 4]);
-      sum += (double)x * y;
-    }
-    float rounded = (float)sum;
-    if (std::fabs((double)rounded) > std::fabs(sum)) rounded = std::nextafterf(rounded, 0.f);
-    acc[i] = rounded;
-  }
-}
+inline void atomic_min(uint64_t* at, uint64_t value) { *at = std::min(*at, value); }
 
 inline float fast_exp(float x) { return std::exp(x); }
 inline uint32_t float_bits(float x) {
@@ -263,6 +242,52 @@ inline float bits_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
+}
+inline uint32_t to_bf16(float x) {  // to nearest, ties to even
+  const uint32_t bits = float_bits(x);
+  return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+inline uint32_t pack_bf16(float first, float second) { return to_bf16(first) | to_bf16(second) << 16; }
+
+// out = c + a b, where `a_at(row, k, words of the lane that has it)` and b_at are elements. The products are exact;
+// their sum with c is rounded towards zero, as far from the exact value as hardware is seen to go.
+template <class A, class B>
+void product(float (&out)[4], const uint32_t* a, int a_words, const uint32_t* b, int b_words, const float (&c)[4],
+             int depth, A a_at, B b_at) {
+  uint32_t words[emulator::kPayload] = {};
+  std::memcpy(words, a, 4 * (size_t)a_words);
+  std::memcpy(words + 4, b, 4 * (size_t)b_words);
+  std::memcpy(words + 6, c, 16);
+  const auto* all = emulator::exchange(emulator::kMma, words, 10);
+  const int g = lane() / 4, q = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + (i / 2) * 8, column = 2 * q + i % 2;
+    double sum = simt::bits_float(words[6 + i]);
+    for (int k = 0; k < depth; ++k) sum += (double)a_at(all, row, k) * b_at(all, k, column);
+    float rounded = (float)sum;
+    if (std::fabs((double)rounded) > std::fabs(sum)) rounded = std::nextafterf(rounded, 0.f);
+    out[i] = rounded;
+  }
+}
+inline void mma_tf32(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  product(acc, a, 4, b, 2, acc, 8,
+          [](auto all, int row, int k) {
+            return emulator::truncate_to_tf32(all[(row % 8) * 4 + k % 4][(k / 4) * 2 + row / 8]);
+          },
+          [](auto all, int k, int column) { return emulator::truncate_to_tf32(all[column * 4 + k % 4][4 + k / 4]); });
+}
+template <int K>
+void mma_bf16(float (&out)[4], const uint32_t* a, const uint32_t* b, const float (&c)[4]) {
+  const auto half = [](uint32_t word, int k) { return bits_float(k % 2 ? word & 0xffff0000u : word << 16); };
+  product(out, a, K / 4, b, K / 8, c, K,
+          [&](auto all, int row, int k) { return half(all[(row % 8) * 4 + k % 8 / 2][k / 8 * 2 + row / 8], k); },
+          [&](auto all, int k, int column) { return half(all[column * 4 + k % 8 / 2][4 + k / 8], k); });
+}
+inline void mma_bf16_k8(float (&out)[4], const uint32_t* a, const uint32_t* b, const float (&c)[4]) {
+  mma_bf16<8>(out, a, b, c);
+}
+inline void mma_bf16_k16(float (&out)[4], const uint32_t* a, const uint32_t* b, const float (&c)[4]) {
+  mma_bf16<16>(out, a, b, c);
 }
 inline float half_bits_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -276,7 +301,7 @@ struct Device {
   bool clusters;
 };
 inline cudaError_t device(Device* out) {
-  *out = {emulator::state.shared_limit, 132, emulator::state.clusters};
+  *out = {emulator::state.shared_limit, emulator::state.multiprocessors, emulator::state.clusters};
   return cudaSuccess;
 }
 

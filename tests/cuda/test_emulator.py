@@ -38,18 +38,31 @@ def test_a_forgotten_barrier_shows(emulator):
     assert torch.cat(results).isnan().any()
 
 
-def test_tensor_core_fragments(emulator):
-    a, b = torch.randint(-8, 9, (16, 8)).float(), torch.randint(-8, 9, (8, 8)).float()
+TF32, BF16_SHORT, BF16 = range(3)
+
+
+def product(emulator, a: torch.Tensor, b: torch.Tensor, kind: int) -> torch.Tensor:
     out = torch.empty(16, 8)
-    emulator.check(emulator.library.product_emulated(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, out))))
-    assert torch.equal(out, a @ b)
+    emulator.check(emulator.library.product_emulated(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, out)), kind))
+    return out
 
 
-def test_tensor_cores_round_to_tf32(emulator):
-    a, b, out = torch.zeros(16, 8), torch.zeros(8, 8), torch.empty(16, 8)
-    a[3, 2], b[2, 5] = 1 + 2**-10 + 2**-11, 1.0
-    emulator.check(emulator.library.product_emulated(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, out))))
-    assert out[3, 5] == 1 + 2**-10
+@pytest.mark.parametrize("kind", [TF32, BF16_SHORT, BF16])
+def test_tensor_core_fragments(emulator, kind):
+    depth = 16 if kind == BF16 else 8
+    a, b = torch.randint(-8, 9, (16, depth)).float(), torch.randint(-8, 9, (depth, 8)).float()
+    assert torch.equal(product(emulator, a, b, kind), a @ b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "rounded"),
+    [(TF32, 1 + 2**-10 + 2**-11, 1 + 2**-10), (BF16, 1 + 2**-7 + 2**-8, 1 + 2**-6), (BF16, 1 + 2**-8, 1.0)],
+)
+def test_tensor_cores_round_their_inputs(emulator, kind, value, rounded):
+    a, b = torch.zeros(16, 16 if kind == BF16 else 8), torch.zeros(16 if kind == BF16 else 8, 8)
+    a[3, 2], b[2, 5] = value, 1.0
+    out = product(emulator, a, b, kind)
+    assert out[3, 5] == rounded
     assert out.count_nonzero() == 1
 
 

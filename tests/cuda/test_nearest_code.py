@@ -17,6 +17,28 @@ def test_is_the_float32_argmin(emulator, rows, num_codes, dim, cosine):
         assert torch.equal(emulator.nearest_code(x, codebook, cosine, cluster), expected)
 
 
+@pytest.mark.parametrize("dim", [8, 16, 32, 64])
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_every_way_to_share_rows_and_codes(emulator, dim, multiprocessors):
+    """Rows for more than one block, from one row warp per block, whose strips eight warps share, to eight."""
+    emulator.configure(multiprocessors=multiprocessors)
+    generator = torch.Generator().manual_seed(dim)
+    x, codebook = (torch.randn(n, dim, generator=generator) for n in (290, 600))
+    expected = emulator.nearest_scores(x, codebook).argmin(-1)
+    for rows in (3, 100, 290):
+        assert torch.equal(emulator.nearest_code(x[:rows], codebook), expected[:rows])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_lengths_whose_squares_are_out_of_range(emulator, scale, cosine):
+    generator = torch.Generator().manual_seed(3)
+    x, codebook = (scale * torch.randn(n, 8, generator=generator) for n in (40, 300))
+    codebook = codebook / scale if cosine else codebook
+    expected = emulator.nearest_scores(x, codebook, cosine).argmin(-1)
+    assert torch.equal(emulator.nearest_code(x, codebook, cosine), expected)
+
+
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
 @pytest.mark.parametrize("gap", [1e-3, 1e-6])
 def test_near_ties_are_settled_in_float32(emulator, offset, gap):
@@ -28,6 +50,19 @@ def test_near_ties_are_settled_in_float32(emulator, offset, gap):
     ]
     expected = emulator.nearest_scores(x, codebook).argmin(-1)
     assert torch.equal(emulator.nearest_code(x, codebook, cluster=1), expected)
+
+
+def test_codes_that_rounding_to_bf16_puts_far_apart(emulator):
+    """Every product of the nearest code is rounded down, in both factors, and every one of its rival's up."""
+    down, up = 1 + 2**-8 - 2**-20, 1 + 2**-8 + 2**-20
+    x = torch.tensor([[down] * 31 + [1.0625] + [up] * 32])
+    nearest, rival = (torch.zeros(64) for _ in range(2))
+    nearest[:31], nearest[31] = down, 1.0625
+    rival[32:] = up
+    assert (x[0] - nearest).norm() < (x[0] - rival).norm()
+    codebook = torch.stack([rival, *torch.zeros(70, 64), nearest])
+    assert emulator.nearest_scores(x, codebook).argmin() == 71
+    assert emulator.nearest_code(x, codebook) == 71
 
 
 def test_scores_are_those_of_the_reference(emulator):
@@ -53,6 +88,15 @@ def test_bad_values_stay_in_range(emulator):
     codes = emulator.nearest_code(x, codebook)
     assert ((codes >= 0) & (codes < 70)).all()
     assert codes[3] == emulator.nearest_scores(x[3:], codebook).argmin()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_code_is_never_the_nearest(emulator, bad):
+    x, codebook = torch.randn(40, 8), torch.randn(500, 8)
+    codebook[17, 3] = bad
+    scores = emulator.nearest_scores(x, codebook)
+    scores[:, 17] = torch.inf
+    assert torch.equal(emulator.nearest_code(x, codebook), scores.argmin(-1))
 
 
 def test_the_choice_of_cluster_needs_no_clusters(emulator):
