@@ -50,7 +50,7 @@ class DeviceGuard {
 
 PYBIND11_MODULE(ddfast_cuda, m) {
   m.doc() = "CUDA kernels of ddfast. Private: use ddfast.ops.";
-  m.attr("abi") = 2;
+  m.attr("abi") = 3;
   m.attr("version") = DDFAST_VERSION;
   m.attr("architectures") = DDFAST_CUDA_ARCHITECTURES;
 
@@ -99,11 +99,12 @@ PYBIND11_MODULE(ddfast_cuda, m) {
     check(codebook_posterior_backward_cuda(arguments, stream_of(stream)), "codebook_posterior_backward");
   }, no_gil);
 
-  // Bytes of device memory that flow_sample and sample_codes want as `scratch`: 0 for the usual sizes.
-  m.def("flow_scratch_bytes", [](int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int device) {
+  // Bytes of device memory that flow_sample and sample_codes want as `scratch`.
+  m.def("flow_scratch_bytes", [](int64_t rows, int64_t V, int64_t d, int64_t top_k, double top_p, int cluster,
+                                 int device) {
     const DeviceGuard guard(device);
     int64_t bytes = 0;
-    check(flow_scratch_bytes(rows, V, d, top_k, cluster, &bytes), "flow_scratch_bytes");
+    check(flow_scratch_bytes(rows, V, d, top_k, top_p, cluster, &bytes), "flow_scratch_bytes");
     return bytes;
   });
 

@@ -5,24 +5,31 @@
 //   score_j = log p_j + m_j / sigma^2,  m_j = u.c_j - |c_j|^2 / 2,  w = softmax(score),  D = sum w_j c_j
 //   u' = g u + a0 D_i + a1 D_{i-1} + a2 D_{i-2}
 //
-// One cluster of 1, 2, 4 or 8 blocks of 256 threads does a row from beginning to end:
+// One cluster of 1, 2, 4 or 8 blocks of 256 threads, or one block of 128, does a row from beginning to end:
 //   1. Every block reads its share of the logits (granules of 32 codes, dealt to the blocks in turn) and keeps them in
 //      shared memory as order-preserving integers.
 //   2. Thresholds without sorting: radix selection, 11 bits a pass, on a histogram of counts (top-k), of fixed-point
 //      probability mass (top-p: integer sums do not depend on their order), or of indices (ties at top-p's edge).
 //   3. The codes kept are listed, in order. L = ceil(d / 8) lanes share a code, 8 coordinates each; a thread holds its
 //      coordinates of 16 codes in registers, centred on the row's mean, from here to the end. What does not fit
-//      (more than 4096 / L codes kept per block) is read from the codebook in every evaluation instead.
+//      (more than 4096 / L codes kept per block of 256) is staged in shared memory, and what does not fit there is read
+//      from the codebook in every evaluation.
 //   4. An evaluation: dot products and weights within the warp, relative to the warp's largest score; one record per
 //      warp (largest score and its code, margins, the rest's weight, d sums) to every block of the cluster; one
 //      barrier; then every warp of every block merges the same records in the same order, so all take the same
 //      decisions.
-// Determinism: no floating-point atomics, fixed orders everywhere; nothing depends on the number of rows.
+// Blocks of 128 threads, two to a multiprocessor so that one computes while the other waits, need fewer instructions
+// for a row that keeps few codes. Where the filter's settings do not tell how many stay, they go first and leave rows
+// with more to a second launch.
+// Determinism: no floating-point atomics, fixed orders everywhere; how a row is done depends on the problem's kind and
+// on how many of its codes stay, not on the number of rows.
 // Shared memory: 8 bytes per code of the block's share (or global scratch where that is too much), 32 KiB of
-// histograms, two boards of records. Device memory: the logits once, the codebook's kept rows twice.
+// histograms, two boards of records, staged codes. Device memory: the logits once, the codebook's kept rows twice.
 // Cost per evaluation and code kept: 2 d fused multiply-adds, one exponential.
 // Built with -fmad=false: sums are fused where fmaf says so, guidance and temperature round as in PyTorch.
 #include "flow_sample.h"
+
+#include <type_traits>
 
 #include "flow_math.h"
 #include "logits.h"
@@ -31,11 +38,12 @@
 namespace ddfast {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kWide = 256, kNarrow = 128;  // threads of a block
+constexpr int kMaxWarps = kWide / 32;
 constexpr int kHeld = 16;  // codes per thread in registers
 constexpr int kDims = 8;  // coordinates per thread
 constexpr int kGranule = 32;
-constexpr int kDigit = 11, kBins = 1 << kDigit, kBinsPerThread = kBins / kThreads;
+constexpr int kDigit = 11, kBins = 1 << kDigit;
 constexpr int kMaxDim = (int)kFlowMaxDim;
 constexpr int kMaxCluster = 8;
 constexpr int64_t kScratchRows = 1024;  // rows in flight where lists are in global memory
@@ -44,8 +52,11 @@ constexpr float kFarMargin = 3e38f;  // half norm of padding: its margin is neve
 
 struct Launch {
   FlowArguments a;
-  int cluster;
-  bool lists_in_scratch, vector_loads;
+  int cluster, staged;  // blocks that share a row; codes that a block can stage in shared memory
+  int64_t groups;       // clusters, which take the rows in turn
+  uint32_t* lists;      // global memory for the lists; null: they fit in shared memory
+  uint32_t* deferred;   // how many rows keep too many codes for a narrow block, and which; null: none may
+  bool vector_loads;
 };
 
 // The record that a warp leaves for the others; 8 L sums come first. The odd length avoids bank conflicts.
@@ -56,19 +67,21 @@ struct CodeScalars {  // log p relative to the row's largest, and |c|^2 / 2 of t
 };
 
 struct Control {  // a block's scalars in shared memory
-  uint64_t warp_mass[kWarps];
+  uint64_t warp_mass[kMaxWarps];
   uint64_t above, at;  // of the digit found by select
   uint32_t digit;
 };
 
-template <int L>
+template <int L, int T>
 struct Shape {
   static constexpr int kDim = kDims * L;                    // d, padded with zeros
   static constexpr int kWords = kDim + kWordCount;          // of a record
-  static constexpr int kGroups = kThreads / L;              // codes that a block works on at a time
+  static constexpr int kGroups = T / L;                     // codes that a block works on at a time
+  static constexpr int kInRegisters = kHeld * kGroups;      // codes of a block
   static constexpr int kLaneDims = L == 8 ? 2 : 1;          // of u, in the lanes that update it
   static constexpr int kParts = L == 8 ? 1 : 32 / kDim;     // lanes that share the records' sum for a dimension
-  static constexpr int kStreamed = L < 2 ? 2 : L;           // codes per thread that are read in every evaluation
+  static constexpr int kStreamed = L < 2 ? 2 : L;           // codes per thread that are read at a time beyond these
+  static constexpr size_t kStagedBytes = kDim * sizeof(float) + sizeof(CodeScalars);  // of one
 };
 
 DDFAST_MATH int64_t share(int64_t V, int cluster) {  // codes per block, at most
@@ -76,49 +89,54 @@ DDFAST_MATH int64_t share(int64_t V, int cluster) {  // codes per block, at most
   return (granules + cluster - 1) / cluster * kGranule;
 }
 
-// A block's shared memory. Offsets are constants, so that addresses need no registers; the board's size depends on the
-// cluster, the lists' on V, so they come last, in this order.
-struct Layout {
+// A block's shared memory: this, at constant addresses; the boards, whose size depends on the cluster; the lists, if
+// they fit; and an area that holds two histograms [2][kBins] of uint64_t while thresholds are sought, and after it the
+// scalars of the codes in registers and the staged codes.
+struct alignas(16) Layout {
   Control control;
-  union {
-    uint64_t histogram[2][kBins];               // while thresholds are sought
-    CodeScalars held[kHeld * kThreads];      // after it: [entry] of the codes in registers
-  };
-  float u[kWarps][kMaxDim], mean[kWarps][kMaxDim];  // every warp's copy
+  float u[kMaxWarps][kMaxDim], mean[kMaxWarps][kMaxDim];  // every warp's copy
 };
+constexpr size_t kHistogramBytes = 2 * kBins * sizeof(uint64_t);
 
 __device__ __forceinline__ Layout& layout() { return *(Layout*)simt::shared_memory(); }
 __device__ __forceinline__ uint32_t* boards() { return (uint32_t*)(simt::shared_memory() + sizeof(Layout)); }
 
-// What a block knows of its row.
+// What a block of T threads knows of its row.
+template <int T>
 struct Block {
+  static constexpr int kWarps = T / 32;
   const Launch* launch;
   uint32_t *keys, *kept;  // [share], in shared or in global memory
+  unsigned char* area;    // see Layout
   int64_t row;
   int rank, cluster, positions, words;
   int histogram_turn, board_turn;
 };
 
-DDFAST_MATH uint32_t code_of(const Block& b, int position) {
+template <int T>
+DDFAST_MATH uint32_t code_of(const Block<T>& b, int position) {
   const uint32_t p = (uint32_t)position;
   return (p / kGranule * (uint32_t)b.cluster + (uint32_t)b.rank) * kGranule + p % kGranule;
 }
 
 // ---- records ------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t* board_of(const Block& b) {
-  return boards() + b.board_turn * b.cluster * kWarps * b.words;
+template <int T>
+__device__ __forceinline__ uint32_t* board_of(const Block<T>& b) {
+  return boards() + b.board_turn * b.cluster * b.kWarps * b.words;
 }
 
 // Puts a word of this warp's record where every block of the cluster will find it.
-__device__ __forceinline__ void post(const Block& b, int word, uint32_t value) {
-  uint32_t* at = board_of(b) + (b.rank * kWarps + simt::warp()) * b.words + word;
+template <int T>
+__device__ __forceinline__ void post(const Block<T>& b, int word, uint32_t value) {
+  uint32_t* at = board_of(b) + (b.rank * b.kWarps + simt::warp()) * b.words + word;
   for (int rank = 0; rank < b.cluster; ++rank) *simt::of_rank(at, rank, b.cluster) = value;
 }
 
 // After it every record is there. Two boards take turns, so one barrier per exchange is enough: whoever posts to a
 // board again has passed the other board's barrier, which all reach after reading this one.
-__device__ __forceinline__ const uint32_t* collect(Block& b) {
+template <int T>
+__device__ __forceinline__ const uint32_t* collect(Block<T>& b) {
   const uint32_t* records = board_of(b);
   b.board_turn ^= 1;
   simt::cluster_barrier(b.cluster);
@@ -126,14 +144,15 @@ __device__ __forceinline__ const uint32_t* collect(Block& b) {
 }
 
 // Sum of a number per warp over all warps of the cluster.
-__device__ uint64_t sum_over_warps(Block& b, uint64_t value) {
+template <int T>
+__device__ uint64_t sum_over_warps(Block<T>& b, uint64_t value) {
   if (simt::lane() == 0) {
     post(b, 0, (uint32_t)value);
     post(b, 1, (uint32_t)(value >> 32));
   }
   const uint32_t* records = collect(b);
   uint64_t sum = 0;
-  for (int r = 0; r < b.cluster * kWarps; ++r)
+  for (int r = 0; r < b.cluster * b.kWarps; ++r)
     sum += (uint64_t)records[r * b.words] | (uint64_t)records[r * b.words + 1] << 32;
   return sum;
 }
@@ -163,14 +182,15 @@ struct Statistics {
 };
 
 // Keys of the guided, tempered row, and clear histograms; its exchange makes both visible to all threads.
-__device__ Statistics load_row(Block& b) {
+template <int T>
+__device__ Statistics load_row(Block<T>& b) {
   const FlowArguments& a = b.launch->a;
-  for (int i = simt::thread(); i < 2 * kBins; i += kThreads) (&layout().histogram[0][0])[i] = 0;
+  for (int i = simt::thread(); i < 2 * kBins; i += T) ((uint64_t*)b.area)[i] = 0;
   const int64_t at = b.row * a.stride, uncond_at = b.row * a.uncond_stride;
   const float scale = a.uncond ? a.cfg_scale[b.row] : 1.f;
   uint32_t most = 0, finite = 0, bad = 0;
 #pragma unroll 4
-  for (int p = simt::thread(); p < b.positions; p += kThreads) {
+  for (int p = simt::thread(); p < b.positions; p += T) {
     const uint32_t j = code_of(b, p);
     uint32_t key = 0;
     if (j < (uint32_t)a.V) {
@@ -197,7 +217,7 @@ __device__ Statistics load_row(Block& b) {
   }
   const uint32_t* records = collect(b);
   Statistics s = {0, 0, false};
-  for (int r = 0; r < b.cluster * kWarps; ++r) {
+  for (int r = 0; r < b.cluster * b.kWarps; ++r) {
     const uint32_t* record = records + r * b.words;
     s.most = record[0] > s.most ? record[0] : s.most;
     s.finite += record[1];
@@ -215,15 +235,16 @@ struct Selection {
 // key(p) < 2^bits, weight(p) >= 0; all together weigh at least `goal` >= 1 and fit in a Sum: uint32_t to count (its
 // atomics are one instruction), uint64_t for masses. The histogram whose turn
 // it is must be clear, and is left clear; a count dirties the lower half only, so a sum may follow it.
-template <class Sum, class Key, class Weight>
-__device__ Selection select(Block& b, int bits, uint64_t goal, Key key, Weight weight) {
+template <class Sum, int T, class Key, class Weight>
+__device__ Selection select(Block<T>& b, int bits, uint64_t goal, Key key, Weight weight) {
+  constexpr int kBinsPerThread = kBins / T;
   Control& c = layout().control;
   Selection s = {0, 0, 0};
   for (int low = bits; low > 0;) {
     const int width = low < kDigit ? low : kDigit;
-    Sum* bins = (Sum*)layout().histogram[b.histogram_turn];
-    Sum* following = (Sum*)layout().histogram[b.histogram_turn ^ 1];
-    for (int p = simt::thread(); p < b.positions; p += kThreads) {
+    Sum* bins = (Sum*)((uint64_t*)b.area + b.histogram_turn * kBins);
+    Sum* following = (Sum*)((uint64_t*)b.area + (b.histogram_turn ^ 1) * kBins);
+    for (int p = simt::thread(); p < b.positions; p += T) {
       const uint32_t k = key(p);
       if ((uint32_t)((uint64_t)k >> low) != s.key) continue;
       const Sum w = weight(p);
@@ -274,7 +295,8 @@ struct Threshold {
   uint32_t key, last_tie;
 };
 
-__device__ Threshold find_threshold(Block& b, const Statistics& row) {
+template <int T>
+__device__ Threshold find_threshold(Block<T>& b, const Statistics& row) {
   const FlowArguments& a = b.launch->a;
   Threshold t = {kKeyOfMinusInf + 1, kNone};
   const uint32_t* keys = b.keys;
@@ -288,7 +310,7 @@ __device__ Threshold find_threshold(Block& b, const Statistics& row) {
     return keys[p] < least ? (uint64_t)0 : fixed_mass(expf(value_of_key(keys[p]) - most));
   };
   uint64_t sum = 0;
-  for (int p = simt::thread(); p < b.positions; p += kThreads) sum += mass(p);
+  for (int p = simt::thread(); p < b.positions; p += T) sum += mass(p);
   const uint64_t goal = mass_goal(a.top_p, sum_over_warps(b, warp_sum(sum)));
   const Selection s = select<uint64_t>(b, 32, goal, [&](int p) { return keys[p]; }, mass);
   t.key = s.key;
@@ -308,8 +330,9 @@ __device__ Threshold find_threshold(Block& b, const Statistics& row) {
 }
 
 // Lists the positions kept, in order; returns how many there are in this block, and in the cluster.
-__device__ int list_kept(Block& b, const Threshold& t, int* in_cluster) {
-  const int segment = (b.positions + kThreads - 1) / kThreads * 32;  // positions per warp
+template <int T>
+__device__ int list_kept(Block<T>& b, const Threshold& t, int* in_cluster) {
+  const int segment = (b.positions + T - 1) / T * 32;  // positions per warp
   const int begin = simt::warp() * segment;
   const auto stays = [&](int p) {
     return p < b.positions && (b.keys[p] > t.key || (b.keys[p] == t.key && code_of(b, p) <= t.last_tie));
@@ -319,12 +342,12 @@ __device__ int list_kept(Block& b, const Threshold& t, int* in_cluster) {
   if (simt::lane() == 0) post(b, 0, (uint32_t)count);
   const uint32_t* records = collect(b);
   int at = 0, mine = 0, all = 0;
-  for (int r = 0; r < b.cluster * kWarps; ++r) {
+  for (int r = 0; r < b.cluster * b.kWarps; ++r) {
     const int n = (int)records[r * b.words];
     all += n;
-    if (r / kWarps != b.rank) continue;
+    if (r / b.kWarps != b.rank) continue;
     mine += n;
-    at += r % kWarps < simt::warp() ? n : 0;
+    at += r % b.kWarps < simt::warp() ? n : 0;
   }
   for (int p = begin; p < begin + segment; p += 32) {
     const int position = p + simt::lane();
@@ -365,12 +388,12 @@ struct alignas(16) Quad {
   float value[4];
 };
 
-// This lane's 8 coordinates of entry e of the block's list, less the mean's; zeros beyond d and beyond the list.
-__device__ __forceinline__ void load_code(const Block& b, int count, int e, int first, float (&out)[kDims]) {
+// This lane's 8 coordinates of entry e of the block's list; zeros beyond d and beyond the list.
+template <int T>
+__device__ __forceinline__ void load_code(const Block<T>& b, int count, int e, int first, float (&out)[kDims]) {
   const FlowArguments& a = b.launch->a;
-  const float* mean = layout().mean[simt::warp()] + first;
-  const float* from = a.codebook + (int64_t)(e < count ? code_of(b, (int)b.kept[e]) : 0) * a.d + first;
   const bool real = e < count;
+  const float* from = a.codebook + (int64_t)(real ? code_of(b, (int)b.kept[e]) : 0) * a.d + first;
   if (b.launch->vector_loads) {  // d is a multiple of 8 and the addresses of 16 bytes
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -383,12 +406,11 @@ __device__ __forceinline__ void load_code(const Block& b, int count, int e, int 
 #pragma unroll
     for (int k = 0; k < kDims; ++k) out[k] = real && first + k < (int)a.d ? from[k] : 0.f;
   }
-#pragma unroll
-  for (int k = 0; k < kDims; ++k) out[k] -= real ? mean[k] : 0.f;  // the mean of what lies beyond d is 0
 }
 
 // Padding weighs nothing and has the least margin.
-__device__ __forceinline__ CodeScalars scalars_of(const Block& b, int count, int e, float log_most, float norm) {
+template <int T>
+__device__ __forceinline__ CodeScalars scalars_of(const Block<T>& b, int count, int e, float log_most, float norm) {
   if (e >= count) return {kNegInf, kFarMargin};
   return {value_of_key(b.keys[b.kept[e]]) - log_most, norm / 2.f};
 }
@@ -399,6 +421,38 @@ __device__ __forceinline__ float norm_of(const float (&c)[kDims]) {
   for (int k = 0; k < kDims; ++k) norm = fmaf(c[k], c[k], norm);
   return norm;
 }
+
+template <int L>
+__device__ __forceinline__ float sum_over_places(float value) {
+#pragma unroll
+  for (int stride = L / 2; stride; stride /= 2) value += simt::shuffle_xor(value, stride);
+  return value;
+}
+
+// Entries kInRegisters + slot of the list, slot < launch.staged, in shared memory: coordinates in two planes, half of a
+// lane's share in each, which keeps the loads free of bank conflicts; then the scalars. All of it is written by the
+// lane that reads it.
+template <int L, int T>
+struct Staged {
+  Quad* quads;  // [2][capacity][L]
+  CodeScalars* scalars;  // [capacity]
+  int capacity, place;
+
+  __device__ __forceinline__ explicit Staged(const Block<T>& b) {
+    capacity = b.launch->staged;
+    place = simt::lane() % L;
+    quads = (Quad*)(b.area + Shape<L, T>::kInRegisters * sizeof(CodeScalars));
+    scalars = (CodeScalars*)(quads + 2 * L * capacity);
+  }
+  __device__ __forceinline__ void load(int slot, float (&out)[kDims]) const {
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) out[k] = quads[(k / 4 * capacity + slot) * L + place].value[k % 4];
+  }
+  __device__ __forceinline__ void store(int slot, const float (&from)[kDims]) const {
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) quads[(k / 4 * capacity + slot) * L + place].value[k % 4] = from[k];
+  }
+};
 
 // Entries first + n kGroups, n < kHeld: this thread's coordinates.
 struct Held {
@@ -417,10 +471,10 @@ struct Partial {
 
 // Adds N codes per group of lanes: entries first + n kGroups, of which the lane answers for n = place N / L + i, i < N
 // / L.
-template <int L, int N, bool kFirst, class Codes, class Scalars>
+template <int L, int T, int N, bool kFirst, class Codes, class Scalars>
 __device__ __forceinline__ void add_codes(Partial& w, const Codes& codes, const Scalars& scalars, int first,
                                           const float (&u)[kDims], float inverse_variance) {
-  constexpr int kMine = N / L, kGroups = Shape<L>::kGroups;
+  constexpr int kMine = N / L, kGroups = Shape<L, T>::kGroups;
   const int place = simt::lane() % L;
   float dot[N];
 #pragma unroll
@@ -493,11 +547,11 @@ struct Flow {
 };
 
 // D at u, in the lanes that update it; everything relative to the mean in the layout.
-template <int L>
-__device__ Evaluation evaluate(Block& b, const Flow& flow, const Held& held,
-                               const float (&position)[Shape<L>::kLaneDims], float inverse_variance,
-                               float (&mean)[Shape<L>::kLaneDims]) {
-  using S = Shape<L>;
+template <int L, int T>
+__device__ Evaluation evaluate(Block<T>& b, const Flow& flow, const Held& held,
+                               const float (&position)[Shape<L, T>::kLaneDims], float inverse_variance,
+                               float (&mean)[Shape<L, T>::kLaneDims]) {
+  using S = Shape<L, T>;
   const int lane = simt::lane(), group = simt::thread() / L, place = lane % L;
 
   float u[kDims];
@@ -510,26 +564,41 @@ __device__ Evaluation evaluate(Block& b, const Flow& flow, const Held& held,
   for (int k = 0; k < kDims; ++k) u[k] = mine[place * kDims + k];
 
   Partial w = {kNegInf, kNegInf, 0.f, 0x7fffffff, kNegInf, 0.f, {}};
-  add_codes<L, kHeld, true>(w, [&](int n, float (&c)[kDims]) {
+  const CodeScalars* scalars = (const CodeScalars*)b.area;
+  add_codes<L, T, kHeld, true>(w, [&](int n, float (&c)[kDims]) {
 #pragma unroll
     for (int k = 0; k < kDims; ++k) c[k] = held.code[n][k];
-  }, [&](int i) { return layout().held[(place * (kHeld / L) + i) * S::kGroups + group]; }, group, u, inverse_variance);
+  }, [&](int i) { return scalars[(place * (kHeld / L) + i) * S::kGroups + group]; }, group, u, inverse_variance);
 
   constexpr int N = S::kStreamed;
-  for (int e = kHeld * S::kGroups + group; e - group < flow.count; e += N * S::kGroups) {
-    float norm[N];
+  const Staged<L, T> staged(b);
+  for (int slot = group; S::kInRegisters + slot - group < flow.count; slot += N * S::kGroups) {
+    const bool is_staged = slot - group < staged.capacity;
+    const int entry = S::kInRegisters + slot;
+    const auto load = [&](int n, float (&c)[kDims]) {
+      if (is_staged) {
+        staged.load(slot + n * S::kGroups, c);
+      } else {
+        load_code(b, flow.count, entry + n * S::kGroups, place * kDims, c);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      float c[kDims];
-      load_code(b, flow.count, e + n * S::kGroups, place * kDims, c);
-      norm[n] = norm_of(c);
+        for (int k = 0; k < kDims; ++k) c[k] -= layout().mean[simt::warp()][place * kDims + k];
+      }
+    };
+    float norm[N];
+    if (!is_staged) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        float c[kDims];
+        load(n, c);
+        norm[n] = norm_of(c);
+      }
+      fold<N, L / 2, 1>(norm);
     }
-    fold<N, L / 2, 1>(norm);
-    add_codes<L, N, false>(w, [&](int n, float (&c)[kDims]) {
-      load_code(b, flow.count, e + n * S::kGroups, place * kDims, c);
-    }, [&](int i) {
-      return scalars_of(b, flow.count, e + (place * (N / L) + i) * S::kGroups, flow.log_most, norm[i]);
-    }, e, u, inverse_variance);
+    add_codes<L, T, N, false>(w, load, [&](int i) {
+      const int offset = (place * (N / L) + i) * S::kGroups;
+      return is_staged ? staged.scalars[slot + offset]
+                       : scalars_of(b, flow.count, entry + offset, flow.log_most, norm[i]);
+    }, entry, u, inverse_variance);
   }
 
   // This warp's record.
@@ -556,7 +625,7 @@ __device__ Evaluation evaluate(Block& b, const Flow& flow, const Held& held,
 
   // The same merge in every warp.
   const uint32_t* records = collect(b);
-  const int count = b.cluster * kWarps;
+  const int count = b.cluster * b.kWarps;
   Evaluation e;
   uint32_t most = 0, largest_key = 0, top = kNone;
   for (int r = lane; r < count; r += 32) {
@@ -601,62 +670,115 @@ __device__ Evaluation evaluate(Block& b, const Flow& flow, const Held& held,
   return e;
 }
 
-// Takes the mean [kLaneDims] as the origin: the warp's copy of it, and the codes of the registers relative to it.
-template <int L>
-__device__ __forceinline__ void hold_codes(const Block& b, const Flow& flow, const float (&mean)[Shape<L>::kLaneDims],
-                                           Held& held) {
-  using S = Shape<L>;
+// Reads the codes kept, as they are in the codebook: the origin is 0.
+template <int L, int T>
+__device__ __forceinline__ void hold_codes(const Block<T>& b, const Flow& flow, Held& held) {
+  using S = Shape<L, T>;
+  constexpr int N = S::kStreamed;
+  const int lane = simt::lane(), place = lane % L, group = simt::thread() / L;
+#pragma unroll
+  for (int i = 0; i < S::kLaneDims; ++i)
+    if (lane < S::kDim) layout().mean[simt::warp()][lane + 32 * i] = 0.f;
+#pragma unroll
+  for (int n = 0; n < kHeld; ++n) {
+    const int e = n * S::kGroups + group;
+    load_code(b, flow.count, e, place * kDims, held.code[n]);
+    if (n / (kHeld / L) == place) ((CodeScalars*)b.area)[e] = scalars_of(b, flow.count, e, flow.log_most, 0.f);
+  }
+  const Staged<L, T> staged(b);
+  for (int slot = group; S::kInRegisters + slot - group < flow.count && slot < staged.capacity; slot += N * S::kGroups)
+#pragma unroll 1
+    for (int n = 0; n < N; ++n) {
+      const int at = slot + n * S::kGroups, e = S::kInRegisters + at;
+      float c[kDims];
+      load_code(b, flow.count, e, place * kDims, c);
+      staged.store(at, c);
+      if (n / (N / L) == place) staged.scalars[at] = scalars_of(b, flow.count, e, flow.log_most, 0.f);
+    }
+  simt::warp_barrier();  // the origin
+}
+
+// Moves the origin to the mean [kLaneDims].
+template <int L, int T>
+__device__ __forceinline__ void centre_codes(const Block<T>& b, const Flow& flow,
+                                             const float (&mean)[Shape<L, T>::kLaneDims], Held& held) {
+  using S = Shape<L, T>;
+  constexpr int N = S::kStreamed;
   const int lane = simt::lane(), place = lane % L, group = simt::thread() / L;
   simt::warp_barrier();
 #pragma unroll
   for (int i = 0; i < S::kLaneDims; ++i)
     if (lane < S::kDim) layout().mean[simt::warp()][lane + 32 * i] = mean[i];
   simt::warp_barrier();
+  float origin[kDims];
+#pragma unroll
+  for (int k = 0; k < kDims; ++k) origin[k] = layout().mean[simt::warp()][place * kDims + k];
+  const auto centre = [&](float (&c)[kDims], int e, bool owner, CodeScalars* scalars) {
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) c[k] -= origin[k];
+    const float norm = sum_over_places<L>(norm_of(c));
+    if (owner && e < flow.count) scalars->half_norm = norm / 2.f;
+  };
 #pragma unroll
   for (int n = 0; n < kHeld; ++n) {
     const int e = n * S::kGroups + group;
-    load_code(b, flow.count, e, place * kDims, held.code[n]);
-    float norm = norm_of(held.code[n]);
-#pragma unroll
-    for (int stride = L / 2; stride; stride /= 2) norm += simt::shuffle_xor(norm, stride);
-    if (n / (kHeld / L) == place) layout().held[e] = scalars_of(b, flow.count, e, flow.log_most, norm);
+    centre(held.code[n], e, n / (kHeld / L) == place, (CodeScalars*)b.area + e);
   }
+  const Staged<L, T> staged(b);
+  for (int slot = group; S::kInRegisters + slot - group < flow.count && slot < staged.capacity; slot += N * S::kGroups)
+#pragma unroll 1
+    for (int n = 0; n < N; ++n) {
+      const int at = slot + n * S::kGroups;
+      float c[kDims];
+      staged.load(at, c);
+      centre(c, S::kInRegisters + at, n / (N / L) == place, staged.scalars + at);
+      staged.store(at, c);
+    }
 }
 
 // sum_j p_j |c_j|^2 / 2 over the cluster, p relative to its largest, of centred codes.
-template <int L>
-__device__ float half_variance(Block& b, const Flow& flow) {
+template <int L, int T>
+__device__ float half_variance(Block<T>& b, const Flow& flow) {
+  using S = Shape<L, T>;
+  constexpr int N = S::kStreamed;
   const int place = simt::lane() % L, group = simt::thread() / L;
   float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kHeld / L; ++i) {
-    const CodeScalars own = layout().held[(place * (kHeld / L) + i) * Shape<L>::kGroups + group];
+  const auto add = [&](const CodeScalars& own) {
     if (own.log_p > kNegInf) sum = fmaf(simt::fast_exp(own.log_p), own.half_norm, sum);
-  }
-  for (int e = kHeld * Shape<L>::kGroups + group; e < flow.count; e += Shape<L>::kGroups) {
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld / L; ++i) add(((const CodeScalars*)b.area)[(place * (kHeld / L) + i) * S::kGroups + group]);
+  const Staged<L, T> staged(b);
+  int first = S::kInRegisters;
+  for (; first < flow.count && first < S::kInRegisters + staged.capacity; first += N * S::kGroups)
+#pragma unroll
+    for (int i = 0; i < N / L; ++i)
+      add(staged.scalars[first - S::kInRegisters + group + (place * (N / L) + i) * S::kGroups]);
+  for (int e = first + group; e < flow.count; e += S::kGroups) {
     float c[kDims];
     load_code(b, flow.count, e, place * kDims, c);
-    const CodeScalars own = scalars_of(b, flow.count, e, flow.log_most, norm_of(c));
-    sum = fmaf(simt::fast_exp(own.log_p), own.half_norm, sum);
+#pragma unroll
+    for (int k = 0; k < kDims; ++k) c[k] -= layout().mean[simt::warp()][place * kDims + k];
+    add(scalars_of(b, flow.count, e, flow.log_most, norm_of(c)));  // the lane's share of the norm
   }
   sum = warp_sum(sum);
   if (simt::lane() == 0) post(b, 0, simt::float_bits(sum));
   const uint32_t* records = collect(b);
   float all = 0.f;
-  for (int r = 0; r < b.cluster * kWarps; ++r) all += simt::bits_float(records[r * b.words]);
+  for (int r = 0; r < b.cluster * b.kWarps; ++r) all += simt::bits_float(records[r * b.words]);
   return all;
 }
 
 // The flow of the codes kept; all threads of the cluster return the same code.
-template <int L>
-__device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
-  using S = Shape<L>;
+template <int L, int T>
+__device__ uint32_t flow_row(Block<T>& b, Flow& flow, int32_t* evaluations) {
+  using S = Shape<L, T>;
   constexpr int K = S::kLaneDims;
   const FlowArguments& a = b.launch->a;
   const int dim = simt::lane() % S::kDim;
   const float diameter = a.geometry[a.V];
   // For the rounding of one lane's own sum; like all that decides, the same in every block.
-  const float slack = 1e-6f * (float)(2 + flow.in_cluster / (kHeld * S::kGroups));
+  const float slack = 1e-6f * (float)(2 + flow.in_cluster / S::kInRegisters);
   FlowGrid grid = {};
   Held held;
   float u[K] = {}, at[K] = {};            // the token, and where D is asked for
@@ -668,7 +790,7 @@ __device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
   // One loop with one evaluation in its body: inlined several times it would not fit the instruction cache. Step -1: D
   // at u = 0 and infinite sigma is the mean, on which the codes are then centred. predicting: Heun's second evaluation.
   bool predicting = false;
-  hold_codes<L>(b, flow, u, held);
+  hold_codes<L>(b, flow, held);
   for (int step = -1;;) {
     float inverse_variance = 0.f;
     if (step >= 0) {
@@ -678,7 +800,7 @@ __device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
     }
     const Evaluation e = evaluate<L>(b, flow, held, at, inverse_variance, d);
     if (step < 0) {
-      hold_codes<L>(b, flow, d, held);
+      centre_codes<L>(b, flow, d, held);
       const float variance = 2.f * half_variance<L>(b, flow) / ((1.f + e.rest) * (float)a.d);
       if (!(variance > 0.f)) return e.top;  // without spread there is no flow: the likeliest code
       grid = flow_grid(sqrtf(variance), a.sigma_min, a.steps, a.solver);
@@ -726,18 +848,20 @@ __device__ uint32_t flow_row(Block& b, Flow& flow, int32_t* evaluations) {
   }
 }
 
-// Where this block's part of a row is; `words` per record. After it every block of the cluster has started, so others
-// may write to its shared memory.
-__device__ Block open_block(const Launch& launch, int words) {
-  Block b;
+// Where this block's part of a row is. After it every block of the cluster has started, so others may write to its
+// shared memory.
+template <int T>
+__device__ Block<T> open_block(const Launch& launch, int words) {
+  Block<T> b;
   b.launch = &launch;
   b.cluster = launch.cluster;
   b.rank = simt::cluster_rank(b.cluster);
   b.words = words;
   b.histogram_turn = b.board_turn = 0;
   b.positions = (int)share(launch.a.V, b.cluster);
-  uint32_t* lists = boards() + 2 * b.cluster * kWarps * words;
-  if (launch.lists_in_scratch) lists = (uint32_t*)launch.a.scratch + (int64_t)simt::block() * 2 * b.positions;
+  uint32_t* lists = boards() + 2 * b.cluster * b.kWarps * words;
+  b.area = (unsigned char*)(launch.lists ? lists : lists + 2 * b.positions);
+  if (launch.lists) lists = launch.lists + (int64_t)simt::block() * 2 * b.positions;
   b.keys = lists;
   b.kept = lists + b.positions;
   b.row = simt::block() / b.cluster;
@@ -745,12 +869,14 @@ __device__ Block open_block(const Launch& launch, int words) {
   return b;
 }
 
-template <int L>
-__global__ void __launch_bounds__(kThreads, 1) flow_kernel(const __grid_constant__ Launch launch) {  // hot
+template <int L, int T>
+__global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constant__ Launch launch) {  // hot
   const FlowArguments& a = launch.a;
-  Block b = open_block(launch, Shape<L>::kWords);
-  const int64_t rows_at_a_time = launch.lists_in_scratch && a.rows > kScratchRows ? kScratchRows : a.rows;
-  for (; b.row < a.rows; b.row += rows_at_a_time) {
+  Block<T> b = open_block<T>(launch, Shape<L, T>::kWords);
+  const bool of_deferred = T == kWide && launch.deferred;
+  const int64_t rows = of_deferred ? launch.deferred[0] : a.rows;
+  for (int64_t i = b.row; i < rows; i += launch.groups) {
+    b.row = of_deferred ? launch.deferred[1 + i] : i;
     const Statistics row = load_row(b);
     bool noise_is_finite = true;
     for (int k = 0; k < (int)a.d; ++k) {
@@ -759,16 +885,22 @@ __global__ void __launch_bounds__(kThreads, 1) flow_kernel(const __grid_constant
     }
     int64_t code = -1;
     int32_t evaluations = 0;
+    bool deferred = false;
     if (!row.bad && row.finite > 0 && noise_is_finite) {
       Flow flow;
       const Threshold threshold = find_threshold(b, row);
       flow.count = list_kept(b, threshold, &flow.in_cluster);
       flow.log_most = value_of_key(row.most);
-      code = flow_row<L>(b, flow, &evaluations);
+      deferred = T == kNarrow && launch.deferred && flow.count > Shape<L, T>::kInRegisters + launch.staged;
+      if (!deferred) code = flow_row<L>(b, flow, &evaluations);
     }
     if (b.rank == 0 && simt::thread() == 0) {
-      a.codes[b.row] = code;
-      if (a.evaluations) a.evaluations[b.row] = evaluations;
+      if (deferred) {
+        launch.deferred[1 + simt::count_up(launch.deferred)] = (uint32_t)b.row;
+      } else {
+        a.codes[b.row] = code;
+        if (a.evaluations) a.evaluations[b.row] = evaluations;
+      }
     }
     simt::block_barrier();  // the lists are free for the next row
   }
@@ -776,75 +908,136 @@ __global__ void __launch_bounds__(kThreads, 1) flow_kernel(const __grid_constant
 
 int lanes_per_code(int64_t d) { return d <= 8 ? 1 : d <= 16 ? 2 : d <= 32 ? 4 : 8; }
 
-size_t shared_bytes_without_lists(int64_t d, int cluster) {
-  const size_t dim = (size_t)(kDims * lanes_per_code(d));
-  return sizeof(Layout) + 2 * (size_t)cluster * kWarps * (dim + kWordCount) * sizeof(uint32_t);
-}
+int64_t most_kept(int64_t V, int64_t top_k) { return top_k > 0 && top_k < V ? top_k : V; }  // but for ties
 
-// Whether a row's lists fit in shared memory, and the shared memory of a block.
-cudaError_t lists_fit(const simt::Device& device, int64_t V, int64_t d, int cluster, bool* fit, size_t* shared) {
+// The memory of blocks of T threads.
+struct Memory {
+  bool lists_fit, possible;
+  int staged;     // codes
+  size_t shared;  // bytes
+};
+
+template <int L, int T>
+Memory memory_of(const simt::Device& device, int64_t V, int64_t top_k, int cluster) {
+  using S = Shape<L, T>;
+  constexpr int64_t kChunk = S::kStreamed * S::kGroups;
+  constexpr size_t kScalars = S::kInRegisters * sizeof(CodeScalars);
+  const size_t half = (size_t)device.shared_per_multiprocessor / 2 - 1024, all = (size_t)device.shared_bytes;
+  const size_t limit = T == kNarrow && half < all ? half : all;
   const size_t lists = (size_t)(2 * share(V, cluster)) * sizeof(uint32_t);
-  const size_t rest = shared_bytes_without_lists(d, cluster);
-  *fit = lists + rest <= (size_t)device.shared_bytes;
-  *shared = rest + (*fit ? lists : 0);
-  return rest <= (size_t)device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+  size_t fixed = sizeof(Layout) + 2 * (size_t)cluster * (T / 32) * S::kWords * sizeof(uint32_t);
+  const size_t least = kHistogramBytes > kScalars ? kHistogramBytes : kScalars;
+  Memory m = {fixed + lists + least <= limit, fixed + least <= limit, 0, 0};
+  if (!m.possible) return m;
+  if (m.lists_fit) fixed += lists;
+  const int64_t most = most_kept(V, top_k), in_block = most < share(V, cluster) ? most : share(V, cluster);
+  const int64_t wanted = in_block > S::kInRegisters ? (in_block - S::kInRegisters + kChunk - 1) / kChunk * kChunk : 0;
+  const int64_t room = (int64_t)((limit - fixed - kScalars) / S::kStagedBytes) / kChunk * kChunk;
+  m.staged = (int)(wanted < room ? wanted : room);
+  const size_t used = kScalars + (size_t)m.staged * S::kStagedBytes;
+  m.shared = fixed + (used > kHistogramBytes ? used : kHistogramBytes);
+  return m;
 }
 
-cudaError_t choose_cluster(const simt::Device& device, int64_t V, int64_t d, int64_t top_k, int* cluster) {
-  const int64_t kept = top_k > 0 && top_k < V ? top_k : V, held = kHeld * kThreads / lanes_per_code(d);
-  *cluster = 1;
+int choose_cluster(const simt::Device& device, int64_t V, int64_t d, int64_t top_k) {
+  const int64_t held = kHeld * kWide / lanes_per_code(d);
+  int cluster = 1;
   if (device.clusters)
-    while (*cluster < kMaxCluster && (kept > held * *cluster || V > 8192 * *cluster)) *cluster *= 2;
-  return cudaSuccess;
+    while (cluster < kMaxCluster && (most_kept(V, top_k) > held * cluster || V > 8192 * cluster)) cluster *= 2;
+  return cluster;
+}
+
+// Which launches a problem takes, and with what.
+struct Plan {
+  bool narrow, wide;
+  int cluster;  // of the wide one
+  Memory narrow_memory, wide_memory;
+  int64_t deferred_bytes, list_bytes;
+};
+
+template <int L>
+Plan plan_of(const simt::Device& device, int64_t rows, int64_t V, int64_t d, int64_t top_k, double top_p, int cluster) {
+  Plan plan = {false, true, cluster ? cluster : choose_cluster(device, V, d, top_k), {}, {}, 0, 0};
+  if (cluster == 0) {
+    plan.narrow_memory = memory_of<L, kNarrow>(device, V, top_k, 1);
+    const int64_t capacity = Shape<L, kNarrow>::kInRegisters + plan.narrow_memory.staged, most = most_kept(V, top_k);
+    const bool known = most < V && !(top_p < 1.);  // how many codes every row keeps
+    plan.narrow = plan.narrow_memory.lists_fit && (most <= capacity || !known);
+    plan.wide = !(plan.narrow && most <= capacity);
+  }
+  plan.wide_memory = memory_of<L, kWide>(device, V, top_k, plan.cluster);
+  if (plan.narrow && plan.wide) plan.deferred_bytes = (rows + 4) / 4 * 16;  // a count and the rows, 4 bytes each
+  const int64_t in_flight = rows < kScratchRows ? rows : kScratchRows;
+  if (plan.wide && !plan.wide_memory.lists_fit)
+    plan.list_bytes = in_flight * plan.cluster * 2 * share(V, plan.cluster) * (int64_t)sizeof(uint32_t);
+  return plan;
+}
+
+template <int L>
+cudaError_t launch_flow(const simt::Device& device, const FlowArguments& a, int cluster, cudaStream_t stream) {
+  const Plan plan = plan_of<L>(device, a.rows, a.V, a.d, a.top_k, a.top_p, cluster);
+  if ((plan.wide && !plan.wide_memory.possible) || (plan.deferred_bytes + plan.list_bytes > 0 && !a.scratch))
+    return cudaErrorInvalidValue;
+  Launch launch{a, 1, plan.narrow_memory.staged, a.rows, nullptr, nullptr,
+                a.d % kDims == 0 && (uintptr_t)a.codebook % 16 == 0};
+  if (plan.deferred_bytes) launch.deferred = (uint32_t*)a.scratch;
+  if (plan.narrow) {
+    cudaError_t status = plan.wide ? simt::clear(launch.deferred, sizeof(uint32_t), stream) : cudaSuccess;
+    if (!status)
+      status = simt::launch(flow_kernel<L, kNarrow>, a.rows, kNarrow, plan.narrow_memory.shared, 1, stream, launch);
+    if (status || !plan.wide) return status;
+  }
+  launch.cluster = plan.cluster;
+  launch.staged = plan.wide_memory.staged;
+  if (plan.list_bytes) {
+    launch.lists = (uint32_t*)((unsigned char*)a.scratch + plan.deferred_bytes);
+    launch.groups = a.rows < kScratchRows ? a.rows : kScratchRows;
+  }
+  if (plan.narrow) {  // as many as run at a time, for there may be none to do
+    const int64_t resident = (device.multiprocessors + plan.cluster - 1) / plan.cluster;
+    launch.groups = launch.groups < resident ? launch.groups : resident;
+  }
+  return simt::launch(flow_kernel<L, kWide>, launch.groups * plan.cluster, kWide, plan.wide_memory.shared,
+                      plan.cluster, stream, launch);
+}
+
+// Calls `run` with the number of lanes per code as a constant.
+template <class Run>
+auto with_lanes(int64_t d, const Run& run) {
+  switch (lanes_per_code(d)) {
+    case 1: return run(std::integral_constant<int, 1>());
+    case 2: return run(std::integral_constant<int, 2>());
+    case 4: return run(std::integral_constant<int, 4>());
+    default: return run(std::integral_constant<int, 8>());
+  }
 }
 
 }  // namespace
 
-cudaError_t flow_cluster(int64_t V, int64_t d, int64_t top_k, int* cluster) {
+cudaError_t flow_scratch_bytes(int64_t rows, int64_t V, int64_t d, int64_t top_k, double top_p, int cluster,
+                               int64_t* bytes) {
   simt::Device device;
   const cudaError_t status = simt::device(&device);
-  return status ? status : choose_cluster(device, V, d, top_k, cluster);
-}
-
-cudaError_t flow_scratch_bytes(int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int64_t* bytes) {
-  simt::Device device;
-  cudaError_t status = simt::device(&device);
-  if (!status && cluster == 0) status = choose_cluster(device, V, d, top_k, &cluster);
-  bool fit = true;
-  size_t shared;
-  if (!status) status = lists_fit(device, V, d, cluster, &fit, &shared);
-  const int64_t in_flight = rows < kScratchRows ? rows : kScratchRows;
-  *bytes = fit ? 0 : in_flight * cluster * 2 * share(V, cluster) * (int64_t)sizeof(uint32_t);
-  return status;
+  if (status) return status;
+  const Plan plan = with_lanes(d, [&](auto lanes) {
+    return plan_of<decltype(lanes)::value>(device, rows, V, d, top_k, top_p, cluster);
+  });
+  *bytes = plan.deferred_bytes + plan.list_bytes;
+  return cudaSuccess;
 }
 
 cudaError_t flow_sample_cuda(const FlowArguments& a, int cluster, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
   simt::Device device;
-  cudaError_t status = simt::device(&device);
-  if (!status && cluster == 0) status = choose_cluster(device, a.V, a.d, a.top_k, &cluster);
+  const cudaError_t status = simt::device(&device);
   if (status) return status;
-  const bool known_size = cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
+  const bool known_size = cluster == 0 || cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
   if (!known_size || a.d < 1 || a.d > kFlowMaxDim || a.V < 1 || a.V > (int64_t)1 << 23 || a.steps < 1 ||
       a.rows > (int64_t)1 << 27)
     return cudaErrorInvalidValue;
-  Launch launch{a, cluster, false, a.d % kDims == 0 && (uintptr_t)a.codebook % 16 == 0};
-  bool fit;
-  size_t shared;
-  status = lists_fit(device, a.V, a.d, cluster, &fit, &shared);
-  if (status) return status;
-  launch.lists_in_scratch = !fit;
-  if (!fit && !a.scratch) return cudaErrorInvalidValue;
-  const int64_t blocks = (fit || a.rows < kScratchRows ? a.rows : kScratchRows) * cluster;
-  const auto run = [&](auto kernel) {
-    return simt::launch(kernel, blocks, kThreads, shared, cluster, stream, launch);
-  };
-  switch (lanes_per_code(a.d)) {
-    case 1: return run(flow_kernel<1>);
-    case 2: return run(flow_kernel<2>);
-    case 4: return run(flow_kernel<4>);
-    default: return run(flow_kernel<8>);
-  }
+  return with_lanes(a.d, [&](auto lanes) {
+    return launch_flow<decltype(lanes)::value>(device, a, cluster, stream);
+  });
 }
 
 }  // namespace ddfast

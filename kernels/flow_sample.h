@@ -28,14 +28,12 @@ struct FlowArguments {
   int32_t steps, solver, early_exit;
 };
 
-// Blocks that share a row. Depends on the problem's kind and the device alone, not on the number of rows: a row's
-// result is the same in every batch, bit for bit.
-cudaError_t flow_cluster(int64_t V, int64_t d, int64_t top_k, int* cluster);
-
-// Bytes of global memory that the rows' lists need where shared memory is too small for them (0: none).
-// cluster: blocks per row (1, 2, 4 or 8), or 0 for flow_cluster's choice; the same in both calls, as is top_k
-// (flow_sample: 0).
-cudaError_t flow_scratch_bytes(int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int64_t* bytes);
+// Bytes of global memory that the launches need: lists where shared memory is too small for them, and the rows that a
+// first launch leaves to a second (0: neither). cluster: blocks of 256 threads per row (1, 2, 4 or 8), or 0 for a choice
+// that depends on the problem's kind and the device, not on the number of rows, so that a row's result is the same in
+// every batch, bit for bit. The same values in both calls; flow_sample's top_k is 0 and its top_p 1.
+cudaError_t flow_scratch_bytes(int64_t rows, int64_t V, int64_t d, int64_t top_k, double top_p, int cluster,
+                               int64_t* bytes);
 
 cudaError_t flow_sample_cuda(const FlowArguments& arguments, int cluster, cudaStream_t stream);
 

@@ -48,6 +48,8 @@ __device__ __forceinline__ void atomic_add(uint64_t* at, uint64_t value) {
   atomicAdd((unsigned long long*)at, (unsigned long long)value);
 }
 
+// What was there before one was added.
+__device__ __forceinline__ uint32_t count_up(uint32_t* at) { return atomicAdd(at, 1u); }
 __device__ __forceinline__ void atomic_min(uint64_t* at, uint64_t value) {
   atomicMin((unsigned long long*)at, (unsigned long long)value);
 }
@@ -138,6 +140,7 @@ __device__ __forceinline__ T* of_rank(T* mine, int rank, int cluster) {
 
 struct Device {
   int shared_bytes;  // that one block may have
+  int shared_per_multiprocessor;
   int multiprocessors;
   bool clusters;
 };
@@ -146,18 +149,25 @@ inline cudaError_t device(Device* out) {
   int id, clusters;
   cudaError_t status = cudaGetDevice(&id);
   if (!status) status = cudaDeviceGetAttribute(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  if (!status)
+    status = cudaDeviceGetAttribute(&out->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
   if (!status) status = cudaDeviceGetAttribute(&out->multiprocessors, cudaDevAttrMultiProcessorCount, id);
   if (!status) status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, id);
   if (!status) out->clusters = clusters != 0;
   return status;
 }
 
+inline cudaError_t clear(void* at, size_t bytes, cudaStream_t stream) { return cudaMemsetAsync(at, 0, bytes, stream); }
+
 // Asynchronous, capturable into a graph; `blocks` is a multiple of `cluster`.
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes, int cluster,
                    cudaStream_t stream, const Arguments& arguments) {
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+  // A block that uses much of it should not be alone on its multiprocessor because the rest went to the L1 cache.
+  if (!status && shared_bytes > 48 << 10)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared);
   if (status) return status;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)blocks);

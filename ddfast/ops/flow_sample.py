@@ -161,13 +161,13 @@ def triton_flow(
 
 def cuda_flow(
     launch: str, logits_arguments: tuple[int | float, ...], noise: Tensor, codebook: Tensor, out: Tensor, steps: int,
-    solver: str, *, name: str, top_k: int = 0,
+    solver: str, *, name: str, top_k: int = 0, top_p: float = 1.0,
 ) -> None:  # fmt: skip
     """Call `launch` of the CUDA module on rows of `name`, described by its leading arguments."""
     kernels, geometry = common.cuda_kernels(codebook), codebook_geometry(codebook)
     eps, codes, place = common.float_rows(noise), codebook.float().contiguous(), common.launch_place(out)
-    size = kernels.flow_scratch_bytes(len(eps), *codes.shape, top_k, 0, place[0])
-    scratch = out.new_empty(size, dtype=torch.uint8)  # none at the usual sizes
+    size = kernels.flow_scratch_bytes(len(eps), *codes.shape, top_k, top_p, 0, place[0])
+    scratch = out.new_empty(size, dtype=torch.uint8)
     getattr(kernels, launch)(
         *logits_arguments, eps.data_ptr(), codes.data_ptr(), geometry.packed.data_ptr(), out.data_ptr(), 0,
         scratch.data_ptr() if size else 0, len(eps), *codes.shape, steps, SOLVERS[solver], geometry.sigma_min, True, 0,

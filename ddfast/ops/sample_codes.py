@@ -103,7 +103,10 @@ def _sample_codes(
         return out
     filter_arguments, _filter_alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
     if chosen == "cuda":
-        cuda_flow("sample_codes", filter_arguments, noise, codebook, out, steps, solver, name="logits", top_k=top_k)
+        cuda_flow(
+            "sample_codes", filter_arguments, noise, codebook, out, steps, solver,
+            name="logits", top_k=top_k, top_p=top_p,
+        )  # fmt: skip
         return out
     assert native.cpu is not None
     flow_arguments, _flow_alive = native_flow_arguments(noise, codebook, out, steps, solver)

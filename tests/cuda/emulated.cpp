@@ -11,13 +11,13 @@ namespace {
 
 // What the filter keeps, as a mask [rows, V] in place of the codes.
 void filter_kernel(const Launch launch) {
-  Block b = open_block(launch, Shape<1>::kWords);
+  Block<kWide> b = open_block<kWide>(launch, Shape<1, kWide>::kWords);
   int64_t* mask = launch.a.codes + b.row * launch.a.V;
   const Statistics row = load_row(b);
   if (row.bad || row.finite == 0) return;
   int in_cluster;
   const int count = list_kept(b, find_threshold(b, row), &in_cluster);
-  for (int e = simt::thread(); e < count; e += kThreads) mask[code_of(b, (int)b.kept[e])] = in_cluster;
+  for (int e = simt::thread(); e < count; e += kWide) mask[code_of(b, (int)b.kept[e])] = in_cluster;
 }
 
 // Kernels that are wrong on purpose, to see that the emulator says so. out: [64].
@@ -79,13 +79,11 @@ int product_emulated(const float* a, const float* b, float* out, int kind) {
   return simt::launch(product_kernel, 1, 32, 0, 1, nullptr, Product{a, b, out, kind});
 }
 int filter_emulated(const FlowArguments* a, int cluster) {
-  bool fit;
-  size_t shared;
   simt::Device device;
   simt::device(&device);
-  lists_fit(device, a->V, 8, cluster, &fit, &shared);
-  const Launch launch{*a, cluster, !fit, false};
-  return simt::launch(filter_kernel, a->rows * cluster, kThreads, shared, cluster, nullptr, launch);
+  const Memory memory = memory_of<1, kWide>(device, a->V, 0, cluster);
+  const Launch launch{*a, cluster, 0, a->rows, memory.lists_fit ? nullptr : (uint32_t*)a->scratch, nullptr, false};
+  return simt::launch(filter_kernel, a->rows * cluster, kWide, memory.shared, cluster, nullptr, launch);
 }
 
 const char* emulator_error() { return emulator::state.error.c_str(); }
@@ -99,9 +97,20 @@ void emulator_configure(uint64_t seed, int shared_limit, int clusters, int multi
 }
 
 int flow_sample_emulated(const FlowArguments* a, int cluster) { return flow_sample_cuda(*a, cluster, nullptr); }
-int flow_cluster_emulated(int64_t V, int64_t d, int64_t top_k, int* out) { return flow_cluster(V, d, top_k, out); }
-int flow_scratch_emulated(int64_t rows, int64_t V, int64_t d, int64_t top_k, int cluster, int64_t* out) {
-  return flow_scratch_bytes(rows, V, d, top_k, cluster, out);
+int flow_scratch_emulated(int64_t rows, int64_t V, int64_t d, int64_t top_k, double top_p, int cluster, int64_t* out) {
+  return flow_scratch_bytes(rows, V, d, top_k, top_p, cluster, out);
+}
+// out: codes that a row may keep in a launch of narrow blocks (-1: there is none); blocks per row of the one of wide
+// blocks (0: there is none).
+void flow_plan_emulated(int64_t V, int64_t d, int64_t top_k, double top_p, int64_t* out) {
+  simt::Device device;
+  simt::device(&device);
+  with_lanes(d, [&](auto lanes) {
+    constexpr int L = decltype(lanes)::value;
+    const Plan plan = plan_of<L>(device, 1, V, d, top_k, top_p, 0);
+    out[0] = plan.narrow ? Shape<L, kNarrow>::kInRegisters + plan.narrow_memory.staged : -1;
+    out[1] = plan.wide ? plan.cluster : 0;
+  });
 }
 
 int posterior_emulated(const PosteriorArguments* a, int backward) {

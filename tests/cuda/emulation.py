@@ -83,7 +83,7 @@ class Emulator:
         evaluations = torch.full((rows,), -7, dtype=torch.int32)
         size = ctypes.c_int64()
         counts = [ctypes.c_int64(value) for value in (rows, num_codes, dim, top_k)]
-        self.check(self.library.flow_scratch_emulated(*counts, cluster, ctypes.byref(size)))
+        self.check(self.library.flow_scratch_emulated(*counts, ctypes.c_double(top_p), cluster, ctypes.byref(size)))
         scratch = torch.full((size.value,), 255, dtype=torch.uint8)
         arguments = FlowArguments(
             address(logits), address(uncond), address(cfg_scale), address(noise), address(codebook),
@@ -105,12 +105,12 @@ class Emulator:
             "filter_emulated", mask, logits, torch.zeros(len(logits), 1), codebook, cluster=cluster, **options
         )[0]
 
-    def flow_cluster(self, num_codes: int, dim: int, top_k: int) -> int:
-        """Blocks per row that the launch chooses."""
-        out = ctypes.c_int()
+    def flow_plan(self, num_codes: int, dim: int, top_k: int = 0, top_p: float = 1.0) -> tuple[int, int]:
+        """Codes that a row may keep for a narrow block, -1 without these; wide blocks per row, 0 without these."""
+        out = (ctypes.c_int64 * 2)()
         counts = [ctypes.c_int64(value) for value in (num_codes, dim, top_k)]
-        self.check(self.library.flow_cluster_emulated(*counts, ctypes.byref(out)))
-        return out.value
+        self.library.flow_plan_emulated(*counts, ctypes.c_double(top_p), out)
+        return out[0], out[1]
 
     def posterior(
         self, x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, grad: Tensor | None = None,

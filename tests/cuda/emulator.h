@@ -230,6 +230,7 @@ inline int count_bits(uint32_t value) { return __builtin_popcount(value); }
 inline int lowest_bit(uint32_t value) { return __builtin_ffs((int)value) - 1; }
 inline void atomic_add(uint32_t* at, uint32_t value) { *at += value; }
 inline void atomic_add(uint64_t* at, uint64_t value) { *at += value; }
+inline uint32_t count_up(uint32_t* at) { return (*at)++; }
 inline void atomic_min(uint64_t* at, uint64_t value) { *at = std::min(*at, value); }
 
 inline float fast_exp(float x) { return std::exp(x); }
@@ -297,11 +298,17 @@ inline float half_bits_to_float(uint16_t bits) {
 }
 
 struct Device {
-  int shared_bytes, multiprocessors;
+  int shared_bytes, shared_per_multiprocessor, multiprocessors;
   bool clusters;
 };
 inline cudaError_t device(Device* out) {
-  *out = {emulator::state.shared_limit, emulator::state.multiprocessors, emulator::state.clusters};
+  *out = {emulator::state.shared_limit, emulator::state.shared_limit + 1024, emulator::state.multiprocessors,
+          emulator::state.clusters};
+  return cudaSuccess;
+}
+
+inline cudaError_t clear(void* at, size_t bytes, cudaStream_t) {
+  std::memset(at, 0, bytes);
   return cudaSuccess;
 }
 

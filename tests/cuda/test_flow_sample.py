@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import SHARED_LIMIT
 from safetensors.torch import load_file
 from truth import filtered, flow_codes, problem
 
@@ -82,7 +83,8 @@ def test_extreme_values(emulator):
 @pytest.mark.parametrize(
     ("rows", "num_codes", "dim", "support", "cluster"),
     [(2, 1, 1, 1.0, 1), (6, 7, 3, 1.0, 1), (6, 64, 8, 0.5, 2), (4, 300, 32, 0.5, 1), (3, 101, 64, 1.0, 1),
-     (3, 257, 16, 1.0, 2), (3, 130, 33, 1.0, 1), (1, 300, 8, 1.0, 8)],
+     (3, 257, 16, 1.0, 2), (3, 130, 33, 1.0, 1), (1, 300, 8, 1.0, 8), (6, 7, 3, 1.0, 0), (6, 64, 8, 0.5, 0),
+     (3, 257, 16, 1.0, 0), (4, 300, 32, 0.5, 0), (3, 130, 33, 1.0, 0)],
 )  # fmt: skip
 def test_against_the_reference(emulator, solver, rows, num_codes, dim, support, cluster):
     log_probs, noise, codebook = small(rows, num_codes, dim, support=support, seed=3)
@@ -108,12 +110,38 @@ def test_real_shapes(emulator, num_codes, dim, top_k, top_p):
     assert torch.equal(codes, flow_sample_reference(log_probs, noise.double(), codebook.double(), 20, "dpm3m"))
 
 
-@pytest.mark.parametrize("cluster", [1, 4])
-@pytest.mark.parametrize(("num_codes", "dim"), [(6000, 8), (1500, 32), (900, 64)])
-def test_more_codes_than_registers_hold(emulator, num_codes, dim, cluster):
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize(("num_codes", "dim"), [(6000, 8), (2500, 16), (1500, 32), (900, 64)])
+@pytest.mark.parametrize(
+    "shared_limit", [SHARED_LIMIT, 70 << 10, 56 << 10], ids=["staged", "partly", "lists in scratch"]
+)
+def test_more_codes_than_registers_hold(emulator, num_codes, dim, cluster, shared_limit):
+    """Some are staged in shared memory, where there is room, and the rest is read in every evaluation."""
+    emulator.configure(shared_limit=shared_limit)
     log_probs, noise, codebook = small(2, num_codes, dim, seed=5)
     codes, _ = emulator.sample_codes(log_probs, noise, codebook, cluster=cluster)
     assert torch.equal(codes, flow_sample_reference(log_probs, noise, codebook, 20, "dpm3m"))
+
+
+@pytest.mark.parametrize("shared_limit", [SHARED_LIMIT, 120 << 10])
+@pytest.mark.parametrize("seed", [0, 4])
+def test_rows_that_keep_too_much_are_left_to_a_second_launch(emulator, shared_limit, seed):
+    """Beside rows that do not and bad ones; each as it is alone."""
+    emulator.configure(shared_limit=shared_limit, seed=seed, multiprocessors=3)
+    log_probs, noise, codebook = small(9, 2000, 32, seed=6)
+    capacity, blocks = emulator.flow_plan(2000, 32)
+    assert 500 < capacity < 1900
+    assert blocks > 0
+    for row, kept in enumerate([1, 400, 1900, 600, 2000, 2000, 30, 1950, capacity]):
+        log_probs[row, kept:] = -math.inf
+    log_probs[5, 7] = math.nan
+    codes, evaluations = emulator.sample_codes(log_probs, noise, codebook)
+    good = torch.tensor([0, 1, 2, 3, 4, 6, 7, 8])
+    assert codes[5] == -1
+    assert torch.equal(codes[good], flow_sample_reference(log_probs[good], noise[good], codebook, 20, "dpm3m"))
+    for row in (2, 3, 7, 8):
+        alone = emulator.sample_codes(log_probs[row : row + 1], noise[row : row + 1].contiguous(), codebook)
+        assert (alone[0].item(), alone[1].item()) == (codes[row].item(), evaluations[row].item())
 
 
 def test_against_another_integrator(emulator):
@@ -185,7 +213,7 @@ def test_frequencies_are_p(emulator):
 # ---- what must not matter ----
 
 
-@pytest.mark.parametrize("cluster", [1, 2, 4])
+@pytest.mark.parametrize("cluster", [0, 1, 2, 4])
 def test_the_order_of_threads_and_the_batch_do_not_matter(emulator, cluster):
     logits, noise, codebook = small(4, 700, 32, seed=7)
     options = {"top_k": 400, "top_p": 0.95, "cluster": cluster}
@@ -218,18 +246,22 @@ def test_more_rows_than_scratch_holds(emulator):
     assert torch.equal(codes, torch.arange(1030) * 5)
 
 
-def test_cluster_choice(emulator):
-    assert emulator.flow_cluster(16384, 8, 8000) == 2  # 64 rows of LlamaGen: 128 of an H200's 132 multiprocessors
-    assert emulator.flow_cluster(16384, 8, 0) == 4
-    assert emulator.flow_cluster(4096, 32, 900) == 1  # VAR
+def test_choice_of_blocks(emulator):
+    assert emulator.flow_plan(16384, 8, 8000) == (-1, 2)  # 64 rows of LlamaGen: 128 of an H200's 132 multiprocessors
+    assert emulator.flow_plan(16384, 8) == (-1, 4)
+    assert emulator.flow_plan(4096, 32, 900, 0.95) == (1024, 0)  # VAR
+    assert emulator.flow_plan(4096, 32) == (1024, 4)
+    assert emulator.flow_plan(4096, 32, 2000) == (-1, 2)
+    assert emulator.flow_plan(4096, 32, 2000, 0.9) == (1024, 2)
+    assert emulator.flow_plan(64, 8) == (2048, 0)
     emulator.configure(clusters=False)
-    assert emulator.flow_cluster(16384, 8, 8000) == 1
+    assert emulator.flow_plan(16384, 8, 8000) == (-1, 1)
 
 
 # ---- rows at the edges ----
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("cluster", [0, 1, 2])
 def test_bad_rows_get_minus_one_and_leave_others_alone(emulator, cluster):
     logits, noise, codebook = small(8, 70, 8, seed=2)
     good, _ = emulator.sample_codes(logits, noise, codebook, cluster=cluster)

@@ -16,10 +16,10 @@ def module(emulator, monkeypatch):
     """A module with the compiled one's signatures, and the backend "cuda" on the CPU's tensors."""
     library, check = emulator.library, emulator.check
 
-    def flow_scratch_bytes(rows, num_codes, dim, top_k, cluster, device):
+    def flow_scratch_bytes(rows, num_codes, dim, top_k, top_p, cluster, device):
         size = ctypes.c_int64()
         counts = [ctypes.c_int64(value) for value in (rows, num_codes, dim, top_k)]
-        check(library.flow_scratch_emulated(*counts, cluster, ctypes.byref(size)))
+        check(library.flow_scratch_emulated(*counts, ctypes.c_double(top_p), cluster, ctypes.byref(size)))
         return size.value
 
     def sample(
