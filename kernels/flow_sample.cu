@@ -46,14 +46,14 @@ constexpr int kGranule = 32;
 constexpr int kDigit = 11, kBins = 1 << kDigit;
 constexpr int kMaxDim = (int)kFlowMaxDim;
 constexpr int kMaxCluster = 8;
-constexpr int64_t kScratchRows = 1024;  // rows in flight where lists are in global memory
+constexpr int kScratchRows = 1024;  // rows in flight where lists are in global memory
 constexpr uint32_t kNone = 0xffffffffu;
 constexpr float kFarMargin = 3e38f;  // half norm of padding: its margin is never the largest, and 0 times it is 0
 
 struct Launch {
   FlowArguments a;
   int cluster, staged;  // blocks that share a row; codes that a block can stage in shared memory
-  int64_t groups;       // clusters, which take the rows in turn
+  int groups;           // clusters, which take the rows in turn
   uint32_t* lists;      // global memory for the lists; null: they fit in shared memory
   uint32_t* deferred;   // how many rows keep too many codes for a narrow block, and which; null: none may
   bool vector_loads;
@@ -130,6 +130,7 @@ __device__ __forceinline__ uint32_t* board_of(const Block<T>& b) {
 template <int T>
 __device__ __forceinline__ void post(const Block<T>& b, int word, uint32_t value) {
   uint32_t* at = board_of(b) + (b.rank * b.kWarps + simt::warp()) * b.words + word;
+#pragma unroll 1
   for (int rank = 0; rank < b.cluster; ++rank) *simt::of_rank(at, rank, b.cluster) = value;
 }
 
@@ -254,11 +255,15 @@ __device__ Selection select(Block<T>& b, int bits, uint64_t goal, Key key, Weigh
     simt::cluster_barrier(b.cluster);
     // Thread 0 has the highest bins. The other histogram was last read before this barrier: clear it for the next pass.
     const int first = kBins - 1 - simt::thread() * kBinsPerThread;
-    uint64_t bin[kBinsPerThread], sum = 0;
+    uint64_t bin[kBinsPerThread] = {}, sum = 0;
+#pragma unroll 1
+    for (int rank = 0; rank < b.cluster; ++rank) {
+      const Sum* theirs = simt::of_rank(bins + first, rank, b.cluster);
+#pragma unroll
+      for (int i = 0; i < kBinsPerThread; ++i) bin[i] += theirs[-i];
+    }
 #pragma unroll
     for (int i = 0; i < kBinsPerThread; ++i) {
-      bin[i] = 0;
-      for (int rank = 0; rank < b.cluster; ++rank) bin[i] += *simt::of_rank(bins + first - i, rank, b.cluster);
       sum += bin[i];
       following[first - i] = 0;
     }
@@ -746,7 +751,7 @@ __device__ float half_variance(Block<T>& b, const Flow& flow) {
   const auto add = [&](const CodeScalars& own) {
     if (own.log_p > kNegInf) sum = fmaf(simt::fast_exp(own.log_p), own.half_norm, sum);
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kHeld / L; ++i) add(((const CodeScalars*)b.area)[(place * (kHeld / L) + i) * S::kGroups + group]);
   const Staged<L, T> staged(b);
   int first = S::kInRegisters;
@@ -754,6 +759,7 @@ __device__ float half_variance(Block<T>& b, const Flow& flow) {
 #pragma unroll
     for (int i = 0; i < N / L; ++i)
       add(staged.scalars[first - S::kInRegisters + group + (place * (N / L) + i) * S::kGroups]);
+#pragma unroll 1
   for (int e = first + group; e < flow.count; e += S::kGroups) {
     float c[kDims];
     load_code(b, flow.count, e, place * kDims, c);
@@ -864,7 +870,6 @@ __device__ Block<T> open_block(const Launch& launch, int words) {
   if (launch.lists) lists = launch.lists + (int64_t)simt::block() * 2 * b.positions;
   b.keys = lists;
   b.kept = lists + b.positions;
-  b.row = simt::block() / b.cluster;
   simt::cluster_barrier(b.cluster);
   return b;
 }
@@ -874,8 +879,8 @@ __global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constan
   const FlowArguments& a = launch.a;
   Block<T> b = open_block<T>(launch, Shape<L, T>::kWords);
   const bool of_deferred = T == kWide && launch.deferred;
-  const int64_t rows = of_deferred ? launch.deferred[0] : a.rows;
-  for (int64_t i = b.row; i < rows; i += launch.groups) {
+  const int rows = of_deferred ? (int)launch.deferred[0] : (int)a.rows;
+  for (int i = simt::block() / b.cluster; i < rows; i += launch.groups) {
     b.row = of_deferred ? launch.deferred[1 + i] : i;
     const Statistics row = load_row(b);
     bool noise_is_finite = true;
@@ -978,23 +983,24 @@ cudaError_t launch_flow(const simt::Device& device, const FlowArguments& a, int 
   const Plan plan = plan_of<L>(device, a.rows, a.V, a.d, a.top_k, a.top_p, cluster);
   if ((plan.wide && !plan.wide_memory.possible) || (plan.deferred_bytes + plan.list_bytes > 0 && !a.scratch))
     return cudaErrorInvalidValue;
-  Launch launch{a, 1, plan.narrow_memory.staged, a.rows, nullptr, nullptr,
+  const int rows = (int)a.rows;
+  Launch launch{a, 1, plan.narrow_memory.staged, rows, nullptr, nullptr,
                 a.d % kDims == 0 && (uintptr_t)a.codebook % 16 == 0};
   if (plan.deferred_bytes) launch.deferred = (uint32_t*)a.scratch;
   if (plan.narrow) {
     cudaError_t status = plan.wide ? simt::clear(launch.deferred, sizeof(uint32_t), stream) : cudaSuccess;
     if (!status)
-      status = simt::launch(flow_kernel<L, kNarrow>, a.rows, kNarrow, plan.narrow_memory.shared, 1, stream, launch);
+      status = simt::launch(flow_kernel<L, kNarrow>, rows, kNarrow, plan.narrow_memory.shared, 1, stream, launch);
     if (status || !plan.wide) return status;
   }
   launch.cluster = plan.cluster;
   launch.staged = plan.wide_memory.staged;
   if (plan.list_bytes) {
     launch.lists = (uint32_t*)((unsigned char*)a.scratch + plan.deferred_bytes);
-    launch.groups = a.rows < kScratchRows ? a.rows : kScratchRows;
+    launch.groups = rows < kScratchRows ? rows : kScratchRows;
   }
   if (plan.narrow) {  // as many as run at a time, for there may be none to do
-    const int64_t resident = (device.multiprocessors + plan.cluster - 1) / plan.cluster;
+    const int resident = (device.multiprocessors + plan.cluster - 1) / plan.cluster;
     launch.groups = launch.groups < resident ? launch.groups : resident;
   }
   return simt::launch(flow_kernel<L, kWide>, launch.groups * plan.cluster, kWide, plan.wide_memory.shared,

@@ -12,6 +12,7 @@ namespace {
 // What the filter keeps, as a mask [rows, V] in place of the codes.
 void filter_kernel(const Launch launch) {
   Block<kWide> b = open_block<kWide>(launch, Shape<1, kWide>::kWords);
+  b.row = simt::block() / b.cluster;
   int64_t* mask = launch.a.codes + b.row * launch.a.V;
   const Statistics row = load_row(b);
   if (row.bad || row.finite == 0) return;
@@ -82,7 +83,7 @@ int filter_emulated(const FlowArguments* a, int cluster) {
   simt::Device device;
   simt::device(&device);
   const Memory memory = memory_of<1, kWide>(device, a->V, 0, cluster);
-  const Launch launch{*a, cluster, 0, a->rows, memory.lists_fit ? nullptr : (uint32_t*)a->scratch, nullptr, false};
+  const Launch launch{*a, cluster, 0, (int)a->rows, memory.lists_fit ? nullptr : (uint32_t*)a->scratch, nullptr, false};
   return simt::launch(filter_kernel, a->rows * cluster, kWide, memory.shared, cluster, nullptr, launch);
 }
 
