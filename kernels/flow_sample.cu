@@ -606,72 +606,73 @@ __device__ Evaluation evaluate(Block<T>& b, const Flow& flow, const Held& held,
     }, entry, u, inverse_variance);
   }
 
-  // This warp's record.
-  const uint32_t first = simt::reduce_min(w.score == w.most ? (uint32_t)w.entry : kNone);
-  const bool owner = (uint32_t)w.entry == first && w.score == w.most && w.most > kNegInf;
+  // This warp's record: a scalar in each of the first lanes, and the sums.
+  const uint32_t best = simt::reduce_min(w.score == w.most ? (uint32_t)w.entry : kNone);
+  const bool some = w.most > kNegInf, owner = some && w.score == w.most && (uint32_t)w.entry == best;
+  const uint32_t top = some ? code_of(b, (int)b.kept[best]) : kNone;
   const float rest = warp_sum(w.total - (owner ? 1.f : 0.f));
+  const float own = simt::shuffle(w.margin, simt::lowest_bit(simt::ballot(owner) | 0x80000000u));
   const float largest = value_of_key(simt::reduce_max(key_of(w.largest)));
-  fold<kDims, 16, L>(w.sums);
-  if (owner) {
-    post(b, S::kDim + kTop, code_of(b, (int)b.kept[w.entry]));
-    post(b, S::kDim + kOwn, simt::float_bits(w.margin));
-  }
-  if (lane == 0) {
-    post(b, S::kDim + kMost, simt::float_bits(w.most));
-    post(b, S::kDim + kLargest, simt::float_bits(largest));
-    post(b, S::kDim + kRest, simt::float_bits(rest));
-    if (w.most == kNegInf) post(b, S::kDim + kTop, kNone);
-  }
+  const uint32_t scalar = lane == kMost  ? simt::float_bits(w.most)
+                          : lane == kTop ? top
+                                         : simt::float_bits(lane == kOwn ? own : lane == kLargest ? largest : rest);
+  if (lane < kWordCount) post(b, S::kDim + lane, scalar);
   // fold leaves the sums of coordinate `place * 8 + the lane's upper bits`; the lanes below 4 hold copies if L < 4.
+  fold<kDims, 16, L>(w.sums);
   const int upper = (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (L <= 4 && (lane & 4) ? 1 : 0);
   if (L >= 4 || lane % 4 < L)
 #pragma unroll
     for (int i = 0; i < S::kLaneDims; ++i) post(b, place * kDims + upper + i, simt::float_bits(w.sums[i]));
 
-  // The same merge in every warp.
+  // The same merge in every warp, a record per lane; there are 4 to 64 of them, a multiple of 4.
   const uint32_t* records = collect(b);
   const int count = b.cluster * b.kWarps;
-  Evaluation e;
-  uint32_t most = 0, largest_key = 0, top = kNone;
+  uint32_t most_key = 0, largest_key = 0, lowest = kNone;
+#pragma unroll 1
   for (int r = lane; r < count; r += 32) {
     const uint32_t* record = records + r * S::kWords + S::kDim;
     const uint32_t key = key_of(simt::bits_float(record[kMost]));
     const uint32_t margin = key_of(simt::bits_float(record[kLargest]));
-    most = key > most ? key : most;
+    if (key > most_key || (key == most_key && record[kTop] < lowest)) lowest = record[kTop];
+    most_key = key > most_key ? key : most_key;
     largest_key = margin > largest_key ? margin : largest_key;
   }
-  most = simt::reduce_max(most);
+  const uint32_t all_most = simt::reduce_max(most_key);
+  Evaluation e;
+  e.top = simt::reduce_min(most_key == all_most ? lowest : kNone);
   e.largest = value_of_key(simt::reduce_max(largest_key));
-  for (int r = lane; r < count; r += 32) {
-    const uint32_t* record = records + r * S::kWords + S::kDim;
-    if (key_of(simt::bits_float(record[kMost])) == most && record[kTop] < top) top = record[kTop];
-  }
-  e.top = simt::reduce_min(top);
-  const float most_score = value_of_key(most);
-  float rest_sum = 0.f, margin = 0.f, sum[S::kLaneDims] = {};
+  const float most_score = value_of_key(all_most);
   const int part = lane / S::kDim, dim = lane % S::kDim;  // for L = 8: part 0, dimensions lane and lane + 32
-  for (int r = L == 8 ? 0 : part; r < count; r += S::kParts) {
-    const uint32_t* record = records + r * S::kWords;
-    const float factor = simt::fast_exp(simt::bits_float(record[S::kDim + kMost]) - most_score);
-    const bool is_top = record[S::kDim + kTop] == e.top;
-    rest_sum += factor * (simt::bits_float(record[S::kDim + kRest]) + (is_top ? 0.f : 1.f));
-    if (is_top) margin += simt::bits_float(record[S::kDim + kOwn]);
-#pragma unroll
-    for (int i = 0; i < S::kLaneDims; ++i)
-      sum[i] = fmaf(factor, simt::bits_float(record[dim + 32 * i]), sum[i]);
-  }
-  if constexpr (S::kParts > 1) {
-#pragma unroll
-    for (int stride = 16; stride >= S::kDim; stride /= 2) {
-      rest_sum += simt::shuffle_xor(rest_sum, stride);
-      margin += simt::shuffle_xor(margin, stride);
-      sum[0] += simt::shuffle_xor(sum[0], stride);
+  float rest_of_lane = 0.f, margin = 0.f, sum[S::kLaneDims] = {};
+  bool has_top = false;
+#pragma unroll 1
+  for (int begin = 0; begin < count; begin += 32) {
+    float factor = 0.f;
+    if (begin + lane < count) {
+      const uint32_t* record = records + (begin + lane) * S::kWords + S::kDim;
+      factor = simt::fast_exp(simt::bits_float(record[kMost]) - most_score);
+      const bool is_top = record[kTop] == e.top;
+      rest_of_lane += factor * (simt::bits_float(record[kRest]) + (is_top ? 0.f : 1.f));
+      margin = is_top ? simt::bits_float(record[kOwn]) : margin;
+      has_top |= is_top;
     }
-  }
-  e.rest = rest_sum;
-  e.margin = margin;
+    const int here = count - begin < 32 ? count - begin : 32;
+#pragma unroll 1
+    for (int r = 0; r < here; r += 4)
 #pragma unroll
-  for (int i = 0; i < S::kLaneDims; ++i) mean[i] = sum[i] / (1.f + rest_sum);
+      for (int j = 0; j < 4; j += S::kParts) {
+        const float* of_record = (const float*)records + (begin + r + j + part) * S::kWords;
+        const float scale = simt::shuffle(factor, r + j + part);
+#pragma unroll
+        for (int i = 0; i < S::kLaneDims; ++i) sum[i] = fmaf(scale, of_record[dim + 32 * i], sum[i]);
+      }
+  }
+  e.rest = warp_sum(rest_of_lane);
+  e.margin = simt::shuffle(margin, simt::lowest_bit(simt::ballot(has_top) | 0x80000000u));
+#pragma unroll
+  for (int stride = 16; stride >= S::kDim; stride /= 2) sum[0] += simt::shuffle_xor(sum[0], stride);
+#pragma unroll
+  for (int i = 0; i < S::kLaneDims; ++i) mean[i] = sum[i] / (1.f + e.rest);
   return e;
 }
 
