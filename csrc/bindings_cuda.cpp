@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../kernels/codebook_posterior.h"
+#include "../kernels/filter_logits.h"
 #include "../kernels/flow_sample.h"
 #include "../kernels/nearest_code.h"
 #include "../kernels/noise.h"
@@ -99,6 +100,25 @@ PYBIND11_MODULE(ddfast_cuda, m) {
     check(codebook_posterior_backward_cuda(arguments, stream_of(stream)), "codebook_posterior_backward");
   }, no_gil);
 
+  // Bytes of device memory that filter_logits wants as `scratch`: 0 for the usual sizes.
+  m.def("filter_scratch_bytes", [](int64_t rows, int64_t V, int cluster, int device) {
+    const DeviceGuard guard(device);
+    int64_t bytes = 0;
+    check(filter_scratch_bytes(rows, V, cluster, &bytes), "filter_scratch_bytes");
+    return bytes;
+  });
+
+  m.def("filter_logits", [](Address logits, int dtype, int64_t stride, Address uncond, int64_t uncond_stride,
+                            Address cfg_scale, float temperature, int64_t top_k, double top_p, Address log_probs,
+                            Address scratch, int64_t rows, int64_t V, int cluster, int device, Address stream) {
+    const DeviceGuard guard(device);
+    const FilterArguments arguments{
+        pointer<const void>(logits), pointer<const void>(uncond), pointer<const float>(cfg_scale), stride,
+        uncond_stride, rows, V, top_k, top_p, temperature, dtype};
+    check(filter_logits_cuda(arguments, pointer<float>(log_probs), pointer<void>(scratch), cluster, stream_of(stream)),
+          "filter_logits");
+  }, no_gil);
+
   // Bytes of device memory that flow_sample and sample_codes want as `scratch`.
   m.def("flow_scratch_bytes", [](int64_t rows, int64_t V, int64_t d, int64_t top_k, double top_p, int cluster,
                                  int device) {
@@ -114,9 +134,10 @@ PYBIND11_MODULE(ddfast_cuda, m) {
                           int device, Address stream) {
     const DeviceGuard guard(device);
     const FlowArguments arguments{
-        pointer<const void>(log_probs), nullptr, nullptr, pointer<const float>(noise), pointer<const float>(codebook),
-        pointer<const float>(geometry), pointer<int64_t>(codes), pointer<int32_t>(evaluations), pointer<void>(scratch),
-        stride, 0, rows, V, d, 0, 1., 1.f, sigma_min, dtype, steps, solver, early_exit};
+        {pointer<const void>(log_probs), nullptr, nullptr, stride, 0, rows, V, 0, 1., 1.f, dtype},
+        pointer<const float>(noise), pointer<const float>(codebook), pointer<const float>(geometry),
+        pointer<int64_t>(codes), pointer<int32_t>(evaluations), pointer<void>(scratch), d, sigma_min, steps, solver,
+        early_exit};
     check(flow_sample_cuda(arguments, cluster, stream_of(stream)), "flow_sample");
   }, no_gil);
 
@@ -127,10 +148,11 @@ PYBIND11_MODULE(ddfast_cuda, m) {
                            int cluster, int device, Address stream) {
     const DeviceGuard guard(device);
     const FlowArguments arguments{
-        pointer<const void>(logits), pointer<const void>(uncond), pointer<const float>(cfg_scale),
+        {pointer<const void>(logits), pointer<const void>(uncond), pointer<const float>(cfg_scale), stride,
+         uncond_stride, rows, V, top_k, top_p, temperature, dtype},
         pointer<const float>(noise), pointer<const float>(codebook), pointer<const float>(geometry),
-        pointer<int64_t>(codes), pointer<int32_t>(evaluations), pointer<void>(scratch), stride, uncond_stride, rows,
-        V, d, top_k, top_p, temperature, sigma_min, dtype, steps, solver, early_exit};
+        pointer<int64_t>(codes), pointer<int32_t>(evaluations), pointer<void>(scratch), d, sigma_min, steps, solver,
+        early_exit};
     check(flow_sample_cuda(arguments, cluster, stream_of(stream)), "sample_codes");
   }, no_gil);
 }

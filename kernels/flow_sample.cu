@@ -6,10 +6,7 @@
 //   u' = g u + a0 D_i + a1 D_{i-1} + a2 D_{i-2}
 //
 // One cluster of 1, 2, 4 or 8 blocks of 256 threads, or one block of 128, does a row from beginning to end:
-//   1. Every block reads its share of the logits (granules of 32 codes, dealt to the blocks in turn) and keeps them in
-//      shared memory as order-preserving integers.
-//   2. Thresholds without sorting: radix selection, 11 bits a pass, on a histogram of counts (top-k), of fixed-point
-//      probability mass (top-p: integer sums do not depend on their order), or of indices (ties at top-p's edge).
+//   1. and 2. It finds the thresholds of top-k and top-p (row_filter.h).
 //   3. The codes kept are listed, in order. L = ceil(d / 8) lanes share a code, 8 coordinates each; a thread holds its
 //      coordinates of 16 codes in registers, centred on the row's mean, from here to the end. What does not fit
 //      (more than 4096 / L codes kept per block of 256) is staged in shared memory, and what does not fit there is read
@@ -32,22 +29,16 @@
 #include <type_traits>
 
 #include "flow_math.h"
-#include "logits.h"
+#include "row_filter.h"
 #include "simt.h"
 
 namespace ddfast {
 namespace {
 
-constexpr int kWide = 256, kNarrow = 128;  // threads of a block
-constexpr int kMaxWarps = kWide / 32;
+constexpr int kNarrow = 128;  // threads of the smaller blocks; the others have kWide
 constexpr int kHeld = 16;  // codes per thread in registers
 constexpr int kDims = 8;  // coordinates per thread
-constexpr int kGranule = 32;
-constexpr int kDigit = 11, kBins = 1 << kDigit;
 constexpr int kMaxDim = (int)kFlowMaxDim;
-constexpr int kMaxCluster = 8;
-constexpr int kScratchRows = 1024;  // rows in flight where lists are in global memory
-constexpr uint32_t kNone = 0xffffffffu;
 constexpr float kFarMargin = 3e38f;  // half norm of padding: its margin is never the largest, and 0 times it is 0
 
 struct Launch {
@@ -66,12 +57,6 @@ struct CodeScalars {  // log p relative to the row's largest, and |c|^2 / 2 of t
   float log_p, half_norm;
 };
 
-struct Control {  // a block's scalars in shared memory
-  uint64_t warp_mass[kMaxWarps];
-  uint64_t above, at;  // of the digit found by select
-  uint32_t digit;
-};
-
 template <int L, int T>
 struct Shape {
   static constexpr int kDim = kDims * L;                    // d, padded with zeros
@@ -84,289 +69,19 @@ struct Shape {
   static constexpr size_t kStagedBytes = kDim * sizeof(float) + sizeof(CodeScalars);  // of one
 };
 
-DDFAST_MATH int64_t share(int64_t V, int cluster) {  // codes per block, at most
-  const int64_t granules = (V + kGranule - 1) / kGranule;
-  return (granules + cluster - 1) / cluster * kGranule;
-}
-
-// A block's shared memory: this, at constant addresses; the boards, whose size depends on the cluster; the lists, if
-// they fit; and an area that holds two histograms [2][kBins] of uint64_t while thresholds are sought, and after it the
-// scalars of the codes in registers and the staged codes.
-struct alignas(16) Layout {
+// At the start of shared memory, so that addresses need no registers. After the thresholds a block's area holds the
+// scalars of the codes in registers, by entry, and the staged codes.
+struct Layout {
   Control control;
   float u[kMaxWarps][kMaxDim], mean[kMaxWarps][kMaxDim];  // every warp's copy
 };
-constexpr size_t kHistogramBytes = 2 * kBins * sizeof(uint64_t);
 
 __device__ __forceinline__ Layout& layout() { return *(Layout*)simt::shared_memory(); }
-__device__ __forceinline__ uint32_t* boards() { return (uint32_t*)(simt::shared_memory() + sizeof(Layout)); }
 
-// What a block of T threads knows of its row.
 template <int T>
-struct Block {
-  static constexpr int kWarps = T / 32;
+struct FlowBlock : Block<T> {
   const Launch* launch;
-  uint32_t *keys, *kept;  // [share], in shared or in global memory
-  unsigned char* area;    // see Layout
-  int64_t row;
-  int rank, cluster, positions, words;
-  int histogram_turn, board_turn;
 };
-
-template <int T>
-DDFAST_MATH uint32_t code_of(const Block<T>& b, int position) {
-  const uint32_t p = (uint32_t)position;
-  return (p / kGranule * (uint32_t)b.cluster + (uint32_t)b.rank) * kGranule + p % kGranule;
-}
-
-// ---- records ------------------------------------------------------------------------------------------------------
-
-template <int T>
-__device__ __forceinline__ uint32_t* board_of(const Block<T>& b) {
-  return boards() + b.board_turn * b.cluster * b.kWarps * b.words;
-}
-
-// Puts a word of this warp's record where every block of the cluster will find it.
-template <int T>
-__device__ __forceinline__ void post(const Block<T>& b, int word, uint32_t value) {
-  uint32_t* at = board_of(b) + (b.rank * b.kWarps + simt::warp()) * b.words + word;
-#pragma unroll 1
-  for (int rank = 0; rank < b.cluster; ++rank) *simt::of_rank(at, rank, b.cluster) = value;
-}
-
-// After it every record is there. Two boards take turns, so one barrier per exchange is enough: whoever posts to a
-// board again has passed the other board's barrier, which all reach after reading this one.
-template <int T>
-__device__ __forceinline__ const uint32_t* collect(Block<T>& b) {
-  const uint32_t* records = board_of(b);
-  b.board_turn ^= 1;
-  simt::cluster_barrier(b.cluster);
-  return records;
-}
-
-// Sum of a number per warp over all warps of the cluster.
-template <int T>
-__device__ uint64_t sum_over_warps(Block<T>& b, uint64_t value) {
-  if (simt::lane() == 0) {
-    post(b, 0, (uint32_t)value);
-    post(b, 1, (uint32_t)(value >> 32));
-  }
-  const uint32_t* records = collect(b);
-  uint64_t sum = 0;
-  for (int r = 0; r < b.cluster * b.kWarps; ++r)
-    sum += (uint64_t)records[r * b.words] | (uint64_t)records[r * b.words + 1] << 32;
-  return sum;
-}
-
-__device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
-#pragma unroll
-  for (int stride = 16; stride; stride /= 2) {
-    const uint32_t low = simt::shuffle_xor((uint32_t)value, stride);
-    const uint32_t high = simt::shuffle_xor((uint32_t)(value >> 32), stride);
-    value += (uint64_t)low | (uint64_t)high << 32;
-  }
-  return value;
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int stride = 16; stride; stride /= 2) value += simt::shuffle_xor(value, stride);
-  return value;
-}
-
-// ---- the filter ---------------------------------------------------------------------------------------------------
-
-struct Statistics {
-  uint32_t most;    // key of the largest value
-  uint32_t finite;  // how many are above -inf
-  bool bad;
-};
-
-// Keys of the guided, tempered row, and clear histograms; its exchange makes both visible to all threads.
-template <int T>
-__device__ Statistics load_row(Block<T>& b) {
-  const FlowArguments& a = b.launch->a;
-  for (int i = simt::thread(); i < 2 * kBins; i += T) ((uint64_t*)b.area)[i] = 0;
-  const int64_t at = b.row * a.stride, uncond_at = b.row * a.uncond_stride;
-  const float scale = a.uncond ? a.cfg_scale[b.row] : 1.f;
-  uint32_t most = 0, finite = 0, bad = 0;
-#pragma unroll 4
-  for (int p = simt::thread(); p < b.positions; p += T) {
-    const uint32_t j = code_of(b, p);
-    uint32_t key = 0;
-    if (j < (uint32_t)a.V) {
-      float value = load_logit(a.logits, a.dtype, at + j);
-      if (a.uncond) {
-        const float base = load_logit(a.uncond, a.dtype, uncond_at + j);
-        if (!(value == kNegInf && base == kNegInf)) value = base + scale * (value - base);
-      }
-      value /= a.temperature;
-      bad |= !(value < INFINITY);
-      finite += value > kNegInf;
-      key = key_of(value);
-      most = key > most ? key : most;
-    }
-    b.keys[p] = key;
-  }
-  most = simt::reduce_max(most);
-  finite = simt::reduce_add(finite);
-  bad = simt::reduce_max(bad);
-  if (simt::lane() == 0) {
-    post(b, 0, most);
-    post(b, 1, finite);
-    post(b, 2, bad);
-  }
-  const uint32_t* records = collect(b);
-  Statistics s = {0, 0, false};
-  for (int r = 0; r < b.cluster * b.kWarps; ++r) {
-    const uint32_t* record = records + r * b.words;
-    s.most = record[0] > s.most ? record[0] : s.most;
-    s.finite += record[1];
-    s.bad |= record[2] != 0;
-  }
-  return s;
-}
-
-struct Selection {
-  uint32_t key;    // the largest K for which all entries with key >= K weigh at least the goal
-  uint64_t above;  // weight of the keys > K
-  uint64_t at;     // weight of the keys = K
-};
-
-// key(p) < 2^bits, weight(p) >= 0; all together weigh at least `goal` >= 1 and fit in a Sum: uint32_t to count (its
-// atomics are one instruction), uint64_t for masses. The histogram whose turn
-// it is must be clear, and is left clear; a count dirties the lower half only, so a sum may follow it.
-template <class Sum, int T, class Key, class Weight>
-__device__ Selection select(Block<T>& b, int bits, uint64_t goal, Key key, Weight weight) {
-  constexpr int kBinsPerThread = kBins / T;
-  Control& c = layout().control;
-  Selection s = {0, 0, 0};
-  for (int low = bits; low > 0;) {
-    const int width = low < kDigit ? low : kDigit;
-    Sum* bins = (Sum*)((uint64_t*)b.area + b.histogram_turn * kBins);
-    Sum* following = (Sum*)((uint64_t*)b.area + (b.histogram_turn ^ 1) * kBins);
-    for (int p = simt::thread(); p < b.positions; p += T) {
-      const uint32_t k = key(p);
-      if ((uint32_t)((uint64_t)k >> low) != s.key) continue;
-      const Sum w = weight(p);
-      if (w) simt::atomic_add(&bins[k >> (low - width) & ((1u << width) - 1u)], w);
-    }
-    low -= width;
-    simt::cluster_barrier(b.cluster);
-    // Thread 0 has the highest bins. The other histogram was last read before this barrier: clear it for the next pass.
-    const int first = kBins - 1 - simt::thread() * kBinsPerThread;
-    uint64_t bin[kBinsPerThread] = {}, sum = 0;
-#pragma unroll 1
-    for (int rank = 0; rank < b.cluster; ++rank) {
-      const Sum* theirs = simt::of_rank(bins + first, rank, b.cluster);
-#pragma unroll
-      for (int i = 0; i < kBinsPerThread; ++i) bin[i] += theirs[-i];
-    }
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      sum += bin[i];
-      following[first - i] = 0;
-    }
-    uint64_t through = sum;  // of this warp's lanes up to this one
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const uint64_t before = simt::shuffle_up(through, by);
-      through += simt::lane() >= by ? before : 0;
-    }
-    if (simt::lane() == 31) c.warp_mass[simt::warp()] = through;
-    simt::block_barrier();
-    uint64_t above = s.above + through - sum;
-    for (int w = 0; w < simt::warp(); ++w) above += c.warp_mass[w];
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      if (above < goal && above + bin[i] >= goal) {
-        c.digit = (uint32_t)(first - i);
-        c.above = above;
-        c.at = bin[i];
-      }
-      above += bin[i];
-    }
-    simt::block_barrier();
-    s.key = s.key << width | c.digit;
-    s.above = c.above;
-    s.at = c.at;
-    b.histogram_turn ^= 1;
-  }
-  return s;
-}
-
-// An entry stays if its key is above `key`, or equal to it and its code at most `last_tie`.
-struct Threshold {
-  uint32_t key, last_tie;
-};
-
-template <int T>
-__device__ Threshold find_threshold(Block<T>& b, const Statistics& row) {
-  const FlowArguments& a = b.launch->a;
-  Threshold t = {kKeyOfMinusInf + 1, kNone};
-  const uint32_t* keys = b.keys;
-  if (a.top_k > 0 && a.top_k < (int64_t)row.finite)
-    t.key = select<uint32_t>(b, 32, (uint64_t)a.top_k, [&](int p) { return keys[p]; }, [](int) { return 1u; }).key;
-  if (!(a.top_p < 1.)) return t;
-
-  const uint32_t least = t.key;
-  const float most = value_of_key(row.most);
-  const auto mass = [&](int p) {
-    return keys[p] < least ? (uint64_t)0 : fixed_mass(expf(value_of_key(keys[p]) - most));
-  };
-  uint64_t sum = 0;
-  for (int p = simt::thread(); p < b.positions; p += T) sum += mass(p);
-  const uint64_t goal = mass_goal(a.top_p, sum_over_warps(b, warp_sum(sum)));
-  const Selection s = select<uint64_t>(b, 32, goal, [&](int p) { return keys[p]; }, mass);
-  t.key = s.key;
-  // All ties weigh the same; the i-th of them stays while the mass before it is below the goal.
-  const uint64_t each = fixed_mass(expf(value_of_key(s.key) - most));
-  const uint64_t needed = (goal - s.above + each - 1) / each;
-  if (needed * each < s.at) {
-    int bits = 1;
-    while (((a.V - 1) >> bits) != 0) ++bits;
-    const uint32_t last = (1u << bits) - 1u;
-    const uint32_t tied = s.key;
-    const auto reversed = [&](int p) { return last - (code_of(b, p) & last); };
-    const auto is_tied = [&](int p) { return (uint32_t)(keys[p] == tied); };
-    t.last_tie = last - select<uint32_t>(b, bits, needed, reversed, is_tied).key;
-  }
-  return t;
-}
-
-// Lists the positions kept, in order; returns how many there are in this block, and in the cluster.
-template <int T>
-__device__ int list_kept(Block<T>& b, const Threshold& t, int* in_cluster) {
-  const int segment = (b.positions + T - 1) / T * 32;  // positions per warp
-  const int begin = simt::warp() * segment;
-  const auto stays = [&](int p) {
-    return p < b.positions && (b.keys[p] > t.key || (b.keys[p] == t.key && code_of(b, p) <= t.last_tie));
-  };
-  int count = 0;
-  for (int p = begin; p < begin + segment; p += 32) count += simt::count_bits(simt::ballot(stays(p + simt::lane())));
-  if (simt::lane() == 0) post(b, 0, (uint32_t)count);
-  const uint32_t* records = collect(b);
-  int at = 0, mine = 0, all = 0;
-  for (int r = 0; r < b.cluster * b.kWarps; ++r) {
-    const int n = (int)records[r * b.words];
-    all += n;
-    if (r / b.kWarps != b.rank) continue;
-    mine += n;
-    at += r % b.kWarps < simt::warp() ? n : 0;
-  }
-  for (int p = begin; p < begin + segment; p += 32) {
-    const int position = p + simt::lane();
-    const bool here = stays(position);
-    const uint32_t who = simt::ballot(here);
-    if (here) b.kept[at + simt::count_bits(who & ((1u << simt::lane()) - 1u))] = (uint32_t)position;
-    at += simt::count_bits(who);
-  }
-  simt::block_barrier();
-  *in_cluster = all;
-  return mine;
-}
-
-// ---- the flow -----------------------------------------------------------------------------------------------------
 
 // Sums v over the lanes that differ in the bits kFrom, kFrom / 2, .., kTo, and shares out the N sums as it goes: with
 // every step a lane keeps half of what it has, the upper half if its bit is set, until one is left. Then the sum is
@@ -395,7 +110,7 @@ struct alignas(16) Quad {
 
 // This lane's 8 coordinates of entry e of the block's list; zeros beyond d and beyond the list.
 template <int T>
-__device__ __forceinline__ void load_code(const Block<T>& b, int count, int e, int first, float (&out)[kDims]) {
+__device__ __forceinline__ void load_code(const FlowBlock<T>& b, int count, int e, int first, float (&out)[kDims]) {
   const FlowArguments& a = b.launch->a;
   const bool real = e < count;
   const float* from = a.codebook + (int64_t)(real ? code_of(b, (int)b.kept[e]) : 0) * a.d + first;
@@ -415,7 +130,7 @@ __device__ __forceinline__ void load_code(const Block<T>& b, int count, int e, i
 
 // Padding weighs nothing and has the least margin.
 template <int T>
-__device__ __forceinline__ CodeScalars scalars_of(const Block<T>& b, int count, int e, float log_most, float norm) {
+__device__ __forceinline__ CodeScalars scalars_of(const FlowBlock<T>& b, int count, int e, float log_most, float norm) {
   if (e >= count) return {kNegInf, kFarMargin};
   return {value_of_key(b.keys[b.kept[e]]) - log_most, norm / 2.f};
 }
@@ -443,7 +158,7 @@ struct Staged {
   CodeScalars* scalars;  // [capacity]
   int capacity, place;
 
-  __device__ __forceinline__ explicit Staged(const Block<T>& b) {
+  __device__ __forceinline__ explicit Staged(const FlowBlock<T>& b) {
     capacity = b.launch->staged;
     place = simt::lane() % L;
     quads = (Quad*)(b.area + Shape<L, T>::kInRegisters * sizeof(CodeScalars));
@@ -553,7 +268,7 @@ struct Flow {
 
 // D at u, in the lanes that update it; everything relative to the mean in the layout.
 template <int L, int T>
-__device__ Evaluation evaluate(Block<T>& b, const Flow& flow, const Held& held,
+__device__ Evaluation evaluate(FlowBlock<T>& b, const Flow& flow, const Held& held,
                                const float (&position)[Shape<L, T>::kLaneDims], float inverse_variance,
                                float (&mean)[Shape<L, T>::kLaneDims]) {
   using S = Shape<L, T>;
@@ -678,7 +393,7 @@ __device__ Evaluation evaluate(Block<T>& b, const Flow& flow, const Held& held,
 
 // Reads the codes kept, as they are in the codebook: the origin is 0.
 template <int L, int T>
-__device__ __forceinline__ void hold_codes(const Block<T>& b, const Flow& flow, Held& held) {
+__device__ __forceinline__ void hold_codes(const FlowBlock<T>& b, const Flow& flow, Held& held) {
   using S = Shape<L, T>;
   constexpr int N = S::kStreamed;
   const int lane = simt::lane(), place = lane % L, group = simt::thread() / L;
@@ -706,7 +421,7 @@ __device__ __forceinline__ void hold_codes(const Block<T>& b, const Flow& flow, 
 
 // Moves the origin to the mean [kLaneDims].
 template <int L, int T>
-__device__ __forceinline__ void centre_codes(const Block<T>& b, const Flow& flow,
+__device__ __forceinline__ void centre_codes(const FlowBlock<T>& b, const Flow& flow,
                                              const float (&mean)[Shape<L, T>::kLaneDims], Held& held) {
   using S = Shape<L, T>;
   constexpr int N = S::kStreamed;
@@ -744,7 +459,7 @@ __device__ __forceinline__ void centre_codes(const Block<T>& b, const Flow& flow
 
 // sum_j p_j |c_j|^2 / 2 over the cluster, p relative to its largest, of centred codes.
 template <int L, int T>
-__device__ float half_variance(Block<T>& b, const Flow& flow) {
+__device__ float half_variance(FlowBlock<T>& b, const Flow& flow) {
   using S = Shape<L, T>;
   constexpr int N = S::kStreamed;
   const int place = simt::lane() % L, group = simt::thread() / L;
@@ -778,12 +493,12 @@ __device__ float half_variance(Block<T>& b, const Flow& flow) {
 
 // The flow of the codes kept; all threads of the cluster return the same code.
 template <int L, int T>
-__device__ uint32_t flow_row(Block<T>& b, Flow& flow, int32_t* evaluations) {
+__device__ uint32_t flow_row(FlowBlock<T>& b, Flow& flow, int32_t* evaluations) {
   using S = Shape<L, T>;
   constexpr int K = S::kLaneDims;
   const FlowArguments& a = b.launch->a;
   const int dim = simt::lane() % S::kDim;
-  const float diameter = a.geometry[a.V];
+  const float diameter = a.geometry[a.filter.V];
   // For the rounding of one lane's own sum; like all that decides, the same in every block.
   const float slack = 1e-6f * (float)(2 + flow.in_cluster / S::kInRegisters);
   FlowGrid grid = {};
@@ -855,32 +570,14 @@ __device__ uint32_t flow_row(Block<T>& b, Flow& flow, int32_t* evaluations) {
   }
 }
 
-// Where this block's part of a row is. After it every block of the cluster has started, so others may write to its
-// shared memory.
-template <int T>
-__device__ Block<T> open_block(const Launch& launch, int words) {
-  Block<T> b;
-  b.launch = &launch;
-  b.cluster = launch.cluster;
-  b.rank = simt::cluster_rank(b.cluster);
-  b.words = words;
-  b.histogram_turn = b.board_turn = 0;
-  b.positions = (int)share(launch.a.V, b.cluster);
-  uint32_t* lists = boards() + 2 * b.cluster * b.kWarps * words;
-  b.area = (unsigned char*)(launch.lists ? lists : lists + 2 * b.positions);
-  if (launch.lists) lists = launch.lists + (int64_t)simt::block() * 2 * b.positions;
-  b.keys = lists;
-  b.kept = lists + b.positions;
-  simt::cluster_barrier(b.cluster);
-  return b;
-}
-
 template <int L, int T>
 __global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constant__ Launch launch) {  // hot
   const FlowArguments& a = launch.a;
-  Block<T> b = open_block<T>(launch, Shape<L, T>::kWords);
+  FlowBlock<T> b;
+  b.launch = &launch;
+  open_block(b, a.filter, launch.cluster, sizeof(Layout), Shape<L, T>::kWords, 2, launch.lists);
   const bool of_deferred = T == kWide && launch.deferred;
-  const int rows = of_deferred ? (int)launch.deferred[0] : (int)a.rows;
+  const int rows = of_deferred ? (int)launch.deferred[0] : (int)a.filter.rows;
   for (int i = simt::block() / b.cluster; i < rows; i += launch.groups) {
     b.row = of_deferred ? launch.deferred[1 + i] : i;
     const Statistics row = load_row(b);
@@ -981,10 +678,10 @@ Plan plan_of(const simt::Device& device, int64_t rows, int64_t V, int64_t d, int
 
 template <int L>
 cudaError_t launch_flow(const simt::Device& device, const FlowArguments& a, int cluster, cudaStream_t stream) {
-  const Plan plan = plan_of<L>(device, a.rows, a.V, a.d, a.top_k, a.top_p, cluster);
+  const Plan plan = plan_of<L>(device, a.filter.rows, a.filter.V, a.d, a.filter.top_k, a.filter.top_p, cluster);
   if ((plan.wide && !plan.wide_memory.possible) || (plan.deferred_bytes + plan.list_bytes > 0 && !a.scratch))
     return cudaErrorInvalidValue;
-  const int rows = (int)a.rows;
+  const int rows = (int)a.filter.rows;
   Launch launch{a, 1, plan.narrow_memory.staged, rows, nullptr, nullptr,
                 a.d % kDims == 0 && (uintptr_t)a.codebook % 16 == 0};
   if (plan.deferred_bytes) launch.deferred = (uint32_t*)a.scratch;
@@ -1034,13 +731,13 @@ cudaError_t flow_scratch_bytes(int64_t rows, int64_t V, int64_t d, int64_t top_k
 }
 
 cudaError_t flow_sample_cuda(const FlowArguments& a, int cluster, cudaStream_t stream) {
-  if (a.rows == 0) return cudaSuccess;
+  if (a.filter.rows == 0) return cudaSuccess;
   simt::Device device;
   const cudaError_t status = simt::device(&device);
   if (status) return status;
   const bool known_size = cluster == 0 || cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
-  if (!known_size || a.d < 1 || a.d > kFlowMaxDim || a.V < 1 || a.V > (int64_t)1 << 23 || a.steps < 1 ||
-      a.rows > (int64_t)1 << 27)
+  if (!known_size || a.d < 1 || a.d > kFlowMaxDim || a.filter.V < 1 || a.filter.V > (int64_t)1 << 23 || a.steps < 1 ||
+      a.filter.rows > (int64_t)1 << 27)
     return cudaErrorInvalidValue;
   return with_lanes(a.d, [&](auto lanes) {
     return launch_flow<decltype(lanes)::value>(device, a, cluster, stream);

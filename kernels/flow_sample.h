@@ -4,27 +4,22 @@
 #include <cstdint>
 
 #include "cuda_api.h"
+#include "filter_logits.h"
 
 namespace ddfast {
 
 constexpr int64_t kFlowMaxDim = 64;
 
 struct FlowArguments {
-  const void* logits;  // [rows, V]; flow_sample: log-probabilities, and no guidance, temperature 1, top_k 0, top_p 1
-  const void* uncond;  // the same dtype; null: no guidance
-  const float* cfg_scale;  // [rows]; unused without uncond
+  FilterArguments filter;  // flow_sample: log-probabilities, and no guidance, temperature 1, top_k 0, top_p 1
   const float* noise;      // [rows, d]
   const float* codebook;   // [V, d]
   const float* geometry;   // [V + 1]: distance of each code to its nearest other one; a bound on the diameter
   int64_t* codes;          // [rows]; -1 where a row has NaN, +inf, nothing finite, or noise that is not finite
   int32_t* evaluations;    // [rows], or null
   void* scratch;           // flow_scratch_bytes() of them, or null where that is 0
-  int64_t stride, uncond_stride;  // elements between rows
-  int64_t rows, V, d;
-  int64_t top_k;  // 0: off
-  double top_p;   // 1: off
-  float temperature, sigma_min;
-  int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+  int64_t d;
+  float sigma_min;
   int32_t steps, solver, early_exit;
 };
 

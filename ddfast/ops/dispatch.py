@@ -15,7 +15,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 KERNELS: dict[str, tuple[str, ...]] = {
     "nearest_code": ("cpu", "cuda", "triton"),
-    "filter_logits": ("cpu", "triton"),
+    "filter_logits": ("cpu", "cuda", "triton"),
     "codebook_posterior": ("cpu", "cuda", "triton"),
     "flow_sample": ("cpu", "cuda", "triton"),
     "sample_codes": ("cpu", "cuda", "triton"),

@@ -161,13 +161,20 @@ def _filter_logits(
         if common.rows_are_checked(chosen, out):
             common.check_rows("logits", common.bad_row(out.view(rows.shape)))
         return out
-    assert native.cpu is not None
     arguments, _alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
-    out = torch.empty(logits.shape, dtype=torch.float32)
-    num_codes = logits.shape[-1]
-    status = native.cpu.filter_logits(
-        *arguments, out.data_ptr(), logits.numel() // num_codes, num_codes, common.threads()
-    )
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    sizes = (logits.numel() // logits.shape[-1], logits.shape[-1])
+    if chosen == "cuda":
+        assert native.cuda is not None
+        place = common.launch_place(out)
+        size = native.cuda.filter_scratch_bytes(*sizes, 0, place[0])
+        scratch = out.new_empty(size, dtype=torch.uint8)
+        native.cuda.filter_logits(*arguments, out.data_ptr(), scratch.data_ptr() if size else 0, *sizes, 0, *place)
+        if common.rows_are_checked(chosen, out):
+            common.check_rows("logits", common.bad_row(out.view(sizes)))
+        return out
+    assert native.cpu is not None
+    status = native.cpu.filter_logits(*arguments, out.data_ptr(), *sizes, common.threads())
     common.check_rows("logits", status)
     return out
 

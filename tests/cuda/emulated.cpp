@@ -2,24 +2,13 @@
 #include "emulator.h"
 
 #include "../../kernels/codebook_posterior.cu"
+#include "../../kernels/filter_logits.cu"
 #include "../../kernels/flow_sample.cu"
 #include "../../kernels/nearest_code.cu"
 
 using namespace ddfast;
 
 namespace {
-
-// What the filter keeps, as a mask [rows, V] in place of the codes.
-void filter_kernel(const Launch launch) {
-  Block<kWide> b = open_block<kWide>(launch, Shape<1, kWide>::kWords);
-  b.row = simt::block() / b.cluster;
-  int64_t* mask = launch.a.codes + b.row * launch.a.V;
-  const Statistics row = load_row(b);
-  if (row.bad || row.finite == 0) return;
-  int in_cluster;
-  const int count = list_kept(b, find_threshold(b, row), &in_cluster);
-  for (int e = simt::thread(); e < count; e += kWide) mask[code_of(b, (int)b.kept[e])] = in_cluster;
-}
 
 // Kernels that are wrong on purpose, to see that the emulator says so. out: [64].
 struct Mistake {
@@ -79,12 +68,11 @@ int mistake_emulated(int kind, float* out) {
 int product_emulated(const float* a, const float* b, float* out, int kind) {
   return simt::launch(product_kernel, 1, 32, 0, 1, nullptr, Product{a, b, out, kind});
 }
-int filter_emulated(const FlowArguments* a, int cluster) {
-  simt::Device device;
-  simt::device(&device);
-  const Memory memory = memory_of<1, kWide>(device, a->V, 0, cluster);
-  const Launch launch{*a, cluster, 0, (int)a->rows, memory.lists_fit ? nullptr : (uint32_t*)a->scratch, nullptr, false};
-  return simt::launch(filter_kernel, a->rows * cluster, kWide, memory.shared, cluster, nullptr, launch);
+int filter_emulated(const FilterArguments* a, float* log_probs, void* scratch, int cluster) {
+  return filter_logits_cuda(*a, log_probs, scratch, cluster, nullptr);
+}
+int filter_scratch_emulated(int64_t rows, int64_t V, int cluster, int64_t* out) {
+  return filter_scratch_bytes(rows, V, cluster, out);
 }
 
 const char* emulator_error() { return emulator::state.error.c_str(); }

@@ -20,17 +20,38 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class FilterArguments(ctypes.Structure):
+    """As in kernels/filter_logits.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("logits", "uncond", "cfg_scale")],
+        *[(name, ctypes.c_int64) for name in ("stride", "uncond_stride", "rows", "num_codes", "top_k")],
+        ("top_p", ctypes.c_double),
+        ("temperature", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
 class FlowArguments(ctypes.Structure):
     """As in kernels/flow_sample.h."""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("logits", "uncond", "cfg_scale", "noise", "codebook", "geometry")],
-        *[(name, ctypes.c_void_p) for name in ("codes", "evaluations", "scratch")],
-        *[(name, ctypes.c_int64) for name in ("stride", "uncond_stride", "rows", "num_codes", "dim", "top_k")],
-        ("top_p", ctypes.c_double),
-        *[(name, ctypes.c_float) for name in ("temperature", "sigma_min")],
-        *[(name, ctypes.c_int32) for name in ("dtype", "steps", "solver", "early_exit")],
+        ("filter", FilterArguments),
+        *[(name, ctypes.c_void_p) for name in ("noise", "codebook", "geometry", "codes", "evaluations", "scratch")],
+        ("dim", ctypes.c_int64),
+        ("sigma_min", ctypes.c_float),
+        *[(name, ctypes.c_int32) for name in ("steps", "solver", "early_exit")],
     ]
+
+
+def filter_arguments(
+    logits: Tensor, uncond: Tensor | None = None, cfg_scale: Tensor | None = None, temperature: float = 1.0,
+    top_k: int = 0, top_p: float = 1.0,
+) -> FilterArguments:  # fmt: skip
+    return FilterArguments(
+        address(logits), address(uncond), address(cfg_scale), logits.stride(0),
+        0 if uncond is None else uncond.stride(0), *logits.shape, top_k, top_p, temperature, DTYPE_CODES[logits.dtype],
+    )  # fmt: skip
 
 
 class PosteriorArguments(ctypes.Structure):
@@ -71,39 +92,38 @@ class Emulator:
         if status:
             raise RuntimeError(f"status {status}: {self.library.emulator_error().decode()}")
 
-    def flow(
-        self, launch: str, codes: Tensor, logits: Tensor, noise: Tensor, codebook: Tensor, *,
-        uncond: Tensor | None = None, cfg_scale: Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
-        top_p: float = 1.0, steps: int = 20, solver: str = "dpm3m", early_exit: bool = True, cluster: int = 0,
+    def sample_codes(
+        self, logits: Tensor, noise: Tensor, codebook: Tensor, *, top_k: int = 0, top_p: float = 1.0, steps: int = 20,
+        solver: str = "dpm3m", early_exit: bool = True, cluster: int = 0, **filtering: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Fills `codes`; returns it and the evaluations."""
+        """Codes and evaluations of rows of logits; without a filter, of rows of log-probabilities (flow_sample)."""
         rows, num_codes = logits.shape
         dim = codebook.shape[1]
         geometry = codebook_geometry(codebook)
-        evaluations = torch.full((rows,), -7, dtype=torch.int32)
+        codes, evaluations = torch.full((rows,), -7), torch.full((rows,), -7, dtype=torch.int32)
         size = ctypes.c_int64()
         counts = [ctypes.c_int64(value) for value in (rows, num_codes, dim, top_k)]
         self.check(self.library.flow_scratch_emulated(*counts, ctypes.c_double(top_p), cluster, ctypes.byref(size)))
         scratch = torch.full((size.value,), 255, dtype=torch.uint8)
         arguments = FlowArguments(
-            address(logits), address(uncond), address(cfg_scale), address(noise), address(codebook),
+            filter_arguments(logits, top_k=top_k, top_p=top_p, **filtering), address(noise), address(codebook),
             address(geometry.packed), address(codes), address(evaluations), address(scratch) if size.value else None,
-            logits.stride(0), 0 if uncond is None else uncond.stride(0), rows, num_codes, dim, top_k, top_p,
-            temperature, geometry.sigma_min, DTYPE_CODES[logits.dtype], steps, SOLVERS[solver], early_exit,
+            dim, geometry.sigma_min, steps, SOLVERS[solver], early_exit,
         )  # fmt: skip
-        self.check(getattr(self.library, launch)(ctypes.byref(arguments), cluster))
+        self.check(self.library.flow_sample_emulated(ctypes.byref(arguments), cluster))
         return codes, evaluations
 
-    def sample_codes(self, logits: Tensor, noise: Tensor, codebook: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """Codes and evaluations of rows of logits; without a filter, of rows of log-probabilities (flow_sample)."""
-        return self.flow("flow_sample_emulated", torch.full((len(logits),), -7), logits, noise, codebook, **options)
-
-    def kept(self, logits: Tensor, cluster: int, **options: Any) -> Tensor:
-        """The filter alone: int64 [rows, V], 0 where an entry is dropped, else how many the row keeps."""
-        mask, codebook = torch.zeros(logits.shape, dtype=torch.int64), torch.zeros(logits.shape[1], 1)
-        return self.flow(
-            "filter_emulated", mask, logits, torch.zeros(len(logits), 1), codebook, cluster=cluster, **options
-        )[0]
+    def filter_logits(self, logits: Tensor, cluster: int = 0, **filtering: Any) -> Tensor:
+        """float32 [rows, V]: log-probabilities."""
+        out = torch.full(logits.shape, 7e7)
+        size = ctypes.c_int64()
+        counts = [ctypes.c_int64(value) for value in logits.shape]
+        self.check(self.library.filter_scratch_emulated(*counts, cluster, ctypes.byref(size)))
+        scratch = torch.full((size.value,), 255, dtype=torch.uint8)
+        pointers = [ctypes.c_void_p(address(tensor)) for tensor in (out, scratch if size.value else None)]
+        arguments = filter_arguments(logits, **filtering)
+        self.check(self.library.filter_emulated(ctypes.byref(arguments), *pointers, cluster))
+        return out
 
     def flow_plan(self, num_codes: int, dim: int, top_k: int = 0, top_p: float = 1.0) -> tuple[int, int]:
         """Codes that a row may keep for a narrow block, -1 without these; wide blocks per row, 0 without these."""

@@ -1,79 +1,20 @@
 """flow_sample and sample_codes: one kernel, on the emulator."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from emulation import SHARED_LIMIT
-from safetensors.torch import load_file
-from truth import filtered, flow_codes, problem
+from truth import flow_codes, problem
 
 from ddfast.ops import native
 from ddfast.ops.filter_logits import filter_logits_reference
 from ddfast.ops.flow_sample import SOLVERS, flow_sample_reference
 from ddfast.ops.geometry import codebook_geometry
 
-GOLDEN = load_file(Path(__file__).parents[1] / "data" / "filter_golden.safetensors")
-GOLDEN_SETTINGS = [(0, 0.0), (14, 0.95), (1, 0.0), (64, 0.0), (0, 0.53), (5, 0.31), (0, 0.998), (20, 1.0)]
-
 
 def small(rows, num_codes, dim, **options):
     return [tensor.float() for tensor in problem(rows, num_codes, dim, **options)]
-
-
-# ---- what the filter keeps ----
-
-
-def assert_kept(emulator, logits, cluster, *, temperature=1.0, top_k=0, top_p=1.0):
-    mask = emulator.kept(logits, cluster, temperature=temperature, top_k=top_k, top_p=top_p)
-    expected = filter_logits_reference(logits, None, None, temperature, top_k, top_p) > -math.inf
-    assert torch.equal(mask > 0, expected)
-    assert torch.equal(mask.amax(-1), expected.sum(-1))
-
-
-@pytest.mark.parametrize("cluster", [1, 2, 4])
-@pytest.mark.parametrize("num_codes", [1, 2, 33, 700, 4095])
-@pytest.mark.parametrize(
-    ("dtype", "ties"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)]
-)
-def test_filter_keeps_what_the_reference_keeps(emulator, cluster, num_codes, dtype, ties):
-    generator = torch.Generator().manual_seed(num_codes)
-    logits = 3 * torch.randn(2, num_codes, generator=generator)
-    logits = ((logits * 2).round() / 2 if ties else logits).to(dtype)
-    emulator.configure(seed=num_codes)
-    for top_k, top_p, temperature in [(0, 1.0, 1.0), (1, 1.0, 0.3), (5, 0.5, 1.0), (300, 0.9, 2.5), (0, 0.02, 1.0)]:
-        assert_kept(emulator, logits, cluster, top_k=top_k, top_p=top_p, temperature=temperature)
-
-
-@pytest.mark.parametrize("case", range(len(GOLDEN_SETTINGS)))
-def test_official_keep_rule(emulator, case):
-    """As in tests/ops/test_filter_logits.py: the entries that the official VAR filter keeps."""
-    top_k, top_p = GOLDEN_SETTINGS[case]
-    logits = GOLDEN["flt_logits"]
-    got = emulator.kept(logits.flatten(0, -2), 1, top_k=top_k, top_p=top_p or 1.0).view(logits.shape) > 0
-    official, tied = GOLDEN[f"flt_{case}"] > -math.inf, GOLDEN[f"flt_{case}_tied"].bool()
-    assert torch.equal(got[~tied], official[~tied])
-    for row, mine, theirs in zip(logits[tied], got[tied], official[tied], strict=True):
-        assert torch.equal(row[mine].sort().values, row[theirs].sort().values)
-
-
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_ties_at_the_nucleus_edge_stay_by_index(emulator, cluster):
-    logits = torch.zeros(2, 1000)
-    logits[1, 500:] = 1.0
-    logits[1, ::7] = -math.inf
-    for top_p in (1e-9, 0.1, 0.55, 0.999):
-        assert_kept(emulator, logits, cluster, top_p=top_p)
-    truth = torch.from_numpy(filtered(logits.double().numpy(), 1.0, 0, 0.1)) > -math.inf
-    assert torch.equal(emulator.kept(logits, cluster, top_p=0.1) > 0, truth)
-
-
-def test_extreme_values(emulator):
-    logits = torch.tensor([[3e38, -3e38, 0.0, -0.0, 1e-45, -1e-45, -math.inf, 1e-38]]).repeat(1, 5)
-    for top_k in (1, 3, 6, 12, 20, 27):
-        assert_kept(emulator, logits, 1, top_k=top_k)
-    assert_kept(emulator, torch.tensor([[1.0, 0.0, -0.0, -1.0, 0.0]]), 1, top_p=0.6)
 
 
 # ---- the flow ----

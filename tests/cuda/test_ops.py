@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from emulation import FlowArguments, NearestArguments, PosteriorArguments
+from emulation import FilterArguments, FlowArguments, NearestArguments, PosteriorArguments
 from truth import problem
 
-from ddfast.ops import codebook_posterior, dispatch, flow_sample, native, nearest_code, sample_codes
+from ddfast.ops import codebook_posterior, dispatch, filter_logits, flow_sample, native, nearest_code, sample_codes
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +22,30 @@ def module(emulator, monkeypatch):
         check(library.flow_scratch_emulated(*counts, ctypes.c_double(top_p), cluster, ctypes.byref(size)))
         return size.value
 
+    def filter_scratch_bytes(rows, num_codes, cluster, device):
+        size = ctypes.c_int64()
+        check(library.filter_scratch_emulated(*map(ctypes.c_int64, (rows, num_codes)), cluster, ctypes.byref(size)))
+        return size.value
+
+    def filtering(
+        logits, dtype, stride, uncond, uncond_stride, cfg_scale, temperature, top_k, top_p, log_probs, scratch, rows,
+        num_codes, cluster, *_,
+    ):  # fmt: skip
+        arguments = FilterArguments(
+            logits, uncond, cfg_scale, stride, uncond_stride, rows, num_codes, top_k, top_p, temperature, dtype
+        )
+        check(library.filter_emulated(ctypes.byref(arguments), *map(ctypes.c_void_p, (log_probs, scratch)), cluster))
+
     def sample(
         logits, dtype, stride, uncond, uncond_stride, cfg_scale, temperature, top_k, top_p, noise, codebook, geometry,
         codes, evaluations, scratch, rows, num_codes, dim, steps, solver, sigma_min, early_exit, cluster, *_,
     ):  # fmt: skip
+        rows_of_logits = FilterArguments(
+            logits, uncond, cfg_scale, stride, uncond_stride, rows, num_codes, top_k, top_p, temperature, dtype
+        )
         arguments = FlowArguments(
-            logits, uncond, cfg_scale, noise, codebook, geometry, codes, evaluations, scratch, stride,
-            uncond_stride, rows, num_codes, dim, top_k, top_p, temperature, sigma_min, dtype, steps, solver, early_exit,
+            rows_of_logits, noise, codebook, geometry, codes, evaluations, scratch, dim, sigma_min, steps, solver,
+            early_exit,
         )  # fmt: skip
         check(library.flow_sample_emulated(ctypes.byref(arguments), cluster))
 
@@ -52,7 +69,8 @@ def module(emulator, monkeypatch):
         check(library.nearest_emulated(ctypes.byref(arguments), cluster))
 
     stand_in = SimpleNamespace(
-        max_dim=64, flow_scratch_bytes=flow_scratch_bytes, sample_codes=sample, flow_sample=flow, nearest_code=nearest,
+        max_dim=64, filter_scratch_bytes=filter_scratch_bytes, filter_logits=filtering,
+        flow_scratch_bytes=flow_scratch_bytes, sample_codes=sample, flow_sample=flow, nearest_code=nearest,
         codebook_posterior_forward=forward, codebook_posterior_backward=backward,
     )  # fmt: skip
     monkeypatch.setattr(native, "cuda", stand_in)
@@ -79,6 +97,14 @@ def test_codebook_posterior(dtype):
     assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_filter(dtype):
+    logits, uncond = (torch.randn(2, 3, 90).to(dtype) for _ in range(2))
+    settings = {"uncond": uncond, "cfg_scale": 1.7, "temperature": 0.9, "top_k": 30, "top_p": 0.9}
+    ours, exact = (filter_logits(logits, **settings, backend=backend) for backend in ("cuda", "reference"))
+    torch.testing.assert_close(ours, exact)
+
+
 def test_flow():
     log_probs, noise, codebook = (tensor.float() for tensor in problem(6, 90, 8, support=0.5))
     shaped = log_probs.view(2, 3, 90), noise.view(2, 3, 8)
@@ -90,6 +116,8 @@ def test_flow():
 
 
 def test_errors():
+    with pytest.raises(ValueError, match="logits: row 1 has NaN"):
+        filter_logits(torch.zeros(3, 5).index_fill(0, torch.tensor(1), torch.nan), backend="cuda")
     with pytest.raises(ValueError, match="log_probs: row 2 has NaN"):
         flow_sample(torch.zeros(3, 5).index_fill(0, torch.tensor(2), torch.nan), torch.randn(3, 4), torch.randn(5, 4),
                     backend="cuda")  # fmt: skip

@@ -67,13 +67,13 @@ def test_nearest_code_ties_go_to_the_lowest_index(backend, cosine):
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 900, "top_p": 0.95}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_codes", SIZES)
-def test_filter_logits(num_codes, dtype, filters):
+def test_filter_logits(backend, num_codes, dtype, filters):
     rows = ROWS // 4 + 1
     logits, uncond = moved(3 * torch.randn(rows, num_codes), torch.randn(rows, num_codes), dtype=dtype)
     logits[0] = logits[0, 0]  # all tied
     logits[:, num_codes // 2] = -math.inf if num_codes > 1 else 0.0
     for guidance in ({}, {"uncond": uncond, "cfg_scale": 2.0}):
-        ours = ops.filter_logits(logits, **guidance, **filters, temperature=0.9, backend="triton").cpu()
+        ours = ops.filter_logits(logits, **guidance, **filters, temperature=0.9, backend=backend).cpu()
         if guidance:
             guidance["uncond"] = uncond.float().cpu()
         exact = ops.filter_logits(logits.float().cpu(), **guidance, **filters, temperature=0.9, backend="reference")
@@ -126,7 +126,7 @@ def test_sample_codes(backend, dtype):
     noise, codebook = moved(torch.randn(ROWS, 8), torch.randn(num_codes, 8))
     settings = {"cfg_scale": 1.5, "temperature": 1.1, "top_k": num_codes // 4, "top_p": 0.95}
     codes, _ = ops.sample_codes(logits, noise, codebook, uncond=uncond, **settings, backend=backend)
-    log_probs = ops.filter_logits(logits, uncond=uncond, **settings, backend="triton")
+    log_probs = ops.filter_logits(logits, uncond=uncond, **settings, backend=backend)
     apart, _ = ops.flow_sample(log_probs, noise, codebook, backend=backend)
     assert (codes != apart).sum() <= 0.002 * ROWS + 1
 
@@ -266,7 +266,7 @@ def test_bad_rows_are_marked_without_waiting(backend):
     log_probs[1], log_probs[2, 3], log_probs[3, 4], noise[5, 0] = -math.inf, math.nan, math.inf, math.inf
     codes, _ = ops.flow_sample(log_probs, noise, codebook, backend=backend)
     assert (codes == -1).nonzero()[:, 0].tolist() == [1, 2, 3, 5]
-    assert ops.filter_logits(log_probs, backend="triton").isnan().all(-1).nonzero()[:, 0].tolist() == [1, 2, 3]
+    assert ops.filter_logits(log_probs, backend=backend).isnan().all(-1).nonzero()[:, 0].tolist() == [1, 2, 3]
     codes = ops.draw_codes(log_probs, torch.zeros(8, device=DEVICE), backend="triton")
     assert (codes == -1).nonzero()[:, 0].tolist() == [1, 2, 3]
 
@@ -289,7 +289,9 @@ def test_in_a_cuda_graph(backend):
     logits, noise, codebook = moved(torch.randn(64, 4096), torch.randn(64, 8), torch.randn(4096, 8))
 
     def step() -> torch.Tensor:
-        return ops.sample_codes(logits, noise, codebook, top_k=900, backend=backend)[0]
+        log_probs = ops.filter_logits(logits, top_k=900, backend=backend)
+        apart, _ = ops.flow_sample(log_probs, noise, codebook, backend=backend)
+        return torch.stack([ops.sample_codes(logits, noise, codebook, top_k=900, backend=backend)[0], apart])
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # compiles and tunes
