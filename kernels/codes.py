@@ -22,16 +22,20 @@ def code_tile(codes_ptr, j, k, num_codes, dim: tl.constexpr):
 def along(x, c, ROWS: tl.constexpr):
     """x.c for x [ROWS, DIM] and c [CODES, DIM]: [ROWS, CODES]."""
     if ROWS == 1:
-        return tl.sum(x[:, None, :] * c[None, :, :], axis=2)
-    return tl.dot(x, tl.trans(c), input_precision="tf32x3")
+        product = tl.sum(x[:, None, :] * c[None, :, :], axis=2)
+    else:  # Triton 3.6 would compile it after a return, too, for shapes that it refuses
+        product = tl.dot(x, tl.trans(c), input_precision="tf32x3")
+    return product
 
 
 @triton.jit
 def combined(weight, c, ROWS: tl.constexpr):
     """sum_j weight_j c_j for weight [ROWS, CODES] and c [CODES, DIM]: [ROWS, DIM]."""
     if ROWS == 1:
-        return tl.sum(weight[:, :, None] * c[None, :, :], axis=1)
-    return tl.dot(weight, c, input_precision="tf32x3")
+        product = tl.sum(weight[:, :, None] * c[None, :, :], axis=1)
+    else:
+        product = tl.dot(weight, c, input_precision="tf32x3")
+    return product
 
 
 @triton.jit
