@@ -1,4 +1,4 @@
-// Rows times codes on the tensor cores, in float32 precision: what codebook_posterior.cu and nearest_code.cu share.
+// Rows times codes on the tensor cores, in float32 precision, for codebook_posterior.cu.
 //
 // Every float is split as hi + lo, hi its nearest tf32 number; x.c = lo.hi + hi.lo + hi.hi by three tensor-core
 // products (3xTF32). lo is kept exactly, so hi + lo gives the float back. The error stays below kDotError<D> |x| |c|.

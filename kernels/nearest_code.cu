@@ -5,8 +5,8 @@
 // gives every score s_j within
 //   E_j = kBf16Error |x| |c_j| + kNormError |c_j|^2
 // of v_j. The smallest upper bound s_i + E_i so far is kept per row; a code with s_j - E_j above it cannot be the
-// answer, any other is a candidate. So the index does not depend on what the tensor cores round. In random order about
-// log V codes per row are candidates; data far from the origin, where E_j is large, has more.
+// answer, any other is a candidate. So the index does not depend on what the tensor cores round. At the papers' sizes
+// about ten codes per row are candidates; data far from the origin, where E_j is large, has more.
 //
 // The accumulators start at |c_j|^2 / 2 and x is negated, so what the tensor cores return is s_j; a minimum per score
 // and a comparison per row and strip are all that the other units do. A strip that may hold a candidate (the warp
@@ -14,7 +14,7 @@
 // per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum, whose order is free.
 //
 // A block of 8 warps has 32 rows per row warp; all its warps read the same tiles of codes, converted to bf16 once per
-// block while the tile before is worked on. Few rows: fewer row warps, strips are dealt to the rest; and up to 8 blocks
+// block, the next one on its way meanwhile. Few rows: fewer row warps, strips are dealt to the rest; and up to 8 blocks
 // of a cluster share the tiles.
 // Registers: 32 rows of bf16 and 32 x 32 scores per warp. Cost: 2 V d tensor-core FLOP and V minima per row, codes from
 // L2 once per block. Built with -fmad=false; fmaf is explicit.
