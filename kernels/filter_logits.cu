@@ -21,7 +21,7 @@ struct FilterLaunch {
   int cluster, groups;  // blocks that share a row; clusters, which take the rows in turn
 };
 
-__global__ void __launch_bounds__(kWide, 3) filter_kernel(const __grid_constant__ FilterLaunch launch) {  // hot
+__global__ void __launch_bounds__(kWide, 2) filter_kernel(const __grid_constant__ FilterLaunch launch) {  // hot
   const FilterArguments& a = launch.a;
   Block<kWide> b;
   open_block(b, a, launch.cluster, sizeof(Control), kFilterWords, 1, launch.lists);

@@ -41,7 +41,7 @@ def guided(value, base, scale, temperature, GUIDED: tl.constexpr):
 def order_key(value):
     """uint32 keys in the order of float32 values."""
     bits = value.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
