@@ -6,12 +6,12 @@
 //   u' = g u + a0 D_i + a1 D_{i-1} + a2 D_{i-2}
 //
 // One cluster of 1, 2, 4 or 8 blocks of 256 threads, or one block of 128, does a row from beginning to end:
-//   1. and 2. It finds the thresholds of top-k and top-p (row_filter.h).
-//   3. The codes kept are listed, in order. L = ceil(d / 8) lanes share a code, 8 coordinates each; a thread holds its
+//   1. It finds the thresholds of top-k and top-p (row_filter.h).
+//   2. The codes kept are listed, in order. L = ceil(d / 8) lanes share a code, 8 coordinates each; a thread holds its
 //      coordinates of 16 codes in registers, centred on the row's mean, from here to the end. What does not fit
 //      (more than 4096 / L codes kept per block of 256) is staged in shared memory, and what does not fit there is read
 //      from the codebook in every evaluation.
-//   4. An evaluation: dot products and weights within the warp, relative to the warp's largest score; one record per
+//   3. An evaluation: dot products and weights within the warp, relative to the warp's largest score; one record per
 //      warp (largest score and its code, margins, the rest's weight, d sums) to every block of the cluster; one
 //      barrier; then every warp of every block merges the same records in the same order, so all take the same
 //      decisions.
@@ -21,7 +21,7 @@
 // Determinism: no floating-point atomics, fixed orders everywhere; how a row is done depends on the problem's kind and
 // on how many of its codes stay, not on the number of rows.
 // Shared memory: 8 bytes per code of the block's share (or global scratch where that is too much), 32 KiB of
-// histograms, two boards of records, staged codes. Device memory: the logits once, the codebook's kept rows twice.
+// histograms, two boards of records, staged codes. Device memory: the logits once, the codebook's kept rows once.
 // Cost per evaluation and code kept: 2 d fused multiply-adds, one exponential.
 // Built with -fmad=false: sums are fused where fmaf says so, guidance and temperature round as in PyTorch.
 #include "flow_sample.h"
@@ -36,8 +36,8 @@ namespace ddfast {
 namespace {
 
 constexpr int kNarrow = 128;  // threads of the smaller blocks; the others have kWide
-constexpr int kHeld = 16;  // codes per thread in registers
-constexpr int kDims = 8;  // coordinates per thread
+constexpr int kHeld = 16;     // codes per thread in registers
+constexpr int kDims = 8;      // coordinates per thread
 constexpr int kMaxDim = (int)kFlowMaxDim;
 constexpr float kFarMargin = 3e38f;  // half norm of padding: its margin is never the largest, and 0 times it is 0
 
