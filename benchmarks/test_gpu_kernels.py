@@ -43,7 +43,7 @@ ROUNDS = 3
 def record(benchmark: Any, op: str, rows: int, providers: dict[str, Callable[[], Any]], **work: float) -> None:
     """Medians, 20th and 80th percentiles and peak memory of all providers; ours against the others and the floor.
 
-    `work` is what `floors` counts.
+    `work` is what `floors` counts; by it goes what a provider achieves per second.
     """
     from triton.testing import do_bench
 
@@ -68,6 +68,7 @@ def record(benchmark: Any, op: str, rows: int, providers: dict[str, Callable[[],
         table[name] = {
             "median_ms": median, "p20_ms": low, "p80_ms": high, "peak_bytes": peaks[name],
             "of_floor": 1e3 * floor / median,
+            "per_second": {unit.removeprefix("num_"): 1e3 * amount / median for unit, amount in work.items()},
         }  # fmt: skip
     best = min((name for name in OURS if name in table), key=lambda name: table[name]["median_ms"])
     for row in table.values():
@@ -79,10 +80,11 @@ def record(benchmark: Any, op: str, rows: int, providers: dict[str, Callable[[],
     limit = max(limits, key=lambda name: limits[name])
     print(f"\n{benchmark.name}: floor {1e3 * floor:.4f} ms ({limit})")
     for name, row in sorted(table.items(), key=lambda item: item[1]["median_ms"]):
+        rates = ", ".join(f"{rate / 1e12:.2f} T {unit}/s" for unit, rate in row["per_second"].items())
         print(
             f"  {name:26s} {row['median_ms']:9.4f} ms [{row['p20_ms']:.4f}, {row['p80_ms']:.4f}]"
             f" {row['ddfast_is_faster_by']:7.2f}x {100 * row['of_floor']:5.1f} % of floor"
-            f" {row['peak_bytes'] / 2**20:9.1f} MiB"
+            f" {row['peak_bytes'] / 2**20:9.1f} MiB  {rates}"
         )
 
 
@@ -136,6 +138,7 @@ LARGEST = [LLAMAGEN, Shape(**{**VAR.__dict__, "name": "var-largest-scale", "toke
 
 @pytest.mark.parametrize("shape", LARGEST, ids=lambda shape: shape.name)
 def test_sample_codes(benchmark, shape: Shape):
+    """Work as `floor_of_flow` counts it, of the codes that top-k keeps."""
     codebook = shape.codebook()
     logits, noise, codebook = cuda(shape.logits(codebook), shape.noise(), codebook)
     kept = shape.filters["top_k"]
@@ -155,6 +158,7 @@ def test_sample_codes(benchmark, shape: Shape):
 
 @pytest.mark.parametrize("shape", LARGEST, ids=lambda shape: shape.name)
 def test_flow_sample(benchmark, shape: Shape):
+    """Work as `floor_of_flow` counts it, of the codes that these rows keep."""
     codebook = shape.codebook()
     logits, noise, codebook = cuda(shape.logits(codebook), shape.noise(), codebook)
     log_probs = filter_logits_reference(logits, **shape.filters)
@@ -172,6 +176,7 @@ def test_flow_sample(benchmark, shape: Shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_filter_logits(benchmark, shape: Shape):
+    """Bytes: every float32 logit in, every log-probability out."""
     (logits,) = cuda(shape.logits(shape.codebook()))
     providers: dict[str, Callable] = {
         name: lambda name=name: ops.filter_logits(logits, **shape.filters, backend=name)
@@ -371,7 +376,11 @@ def flex_posterior(t: Tensor, log_probs: Tensor, codebook: Tensor, attention: Ca
     ("rows", "num_codes", "dim"), [(32 * 680, 4096, 32), (128 * 256, 16384, 8)], ids=["var", "llamagen"]
 )
 def test_codebook_posterior(benchmark, rows, num_codes, dim):
-    """Training shapes, forward and backward; log-probabilities in bf16, as a teacher under autocast gives them."""
+    """Training shapes, forward and backward; log-probabilities in bf16, as a teacher under autocast gives them.
+
+    Bytes: the log-probabilities, twice. Operations: 2 products of d multiply-adds per row and code forward, 3 backward,
+    each as three of tf32. An exponential per row and code, twice.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     log_probs = torch.randn(rows, num_codes, generator=generator, device="cuda").bfloat16()
     codebook = torch.randn(num_codes, dim, generator=generator, device="cuda")
@@ -400,7 +409,6 @@ def test_codebook_posterior(benchmark, rows, num_codes, dim):
 
     add_peer(providers, "FlexAttention", "torch", flex)
     work = rows * num_codes
-    # Two products forward, three backward, each as three of tf32.
     record(
         benchmark,
         "codebook_posterior",
@@ -415,6 +423,9 @@ def test_codebook_posterior(benchmark, rows, num_codes, dim):
 @pytest.mark.parametrize(("num_codes", "dim"), [(16384, 8), (4096, 32)])
 @torch.inference_mode()
 def test_nearest_code(benchmark, num_codes, dim):
+    """Bytes: every vector in, every index out. Operations: d multiply-adds per row and code in bf16, which tells the
+    codes that can be nearest, and a comparison, which takes the place of a float32 multiply-add.
+    """
     rows = 65536
     x, codebook = cuda(torch.randn(rows, dim), torch.randn(num_codes, dim))
     fast = compiled(lambda x, codebook: torch.cdist(x, codebook).argmin(-1))
@@ -444,7 +455,6 @@ def test_nearest_code(benchmark, num_codes, dim):
     add_peer(providers, "flash-kmeans", "flash_kmeans", flash_kmeans)
     add_peer(providers, "KeOps", "pykeops", keops)
     pairs = rows * num_codes
-    # bf16 tells which codes can be nearest; every score is compared, which takes the place of a multiply-add.
     record(
         benchmark,
         "nearest_code",
