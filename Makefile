@@ -29,9 +29,10 @@ $(STAMP): $(BUILD_INPUTS)
 demo: $(STAMP)
 	$(BIN)/python -m ddfast.train --recipe digits --method dd1
 
-# A process per core, a file of tests in one process: tests of one file share what they trained. The longest files first.
+# A process per core, a file of tests in one process: tests of one file share what they trained; tests/conftest.py puts the
+# longest files first.
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/test_toy_quality.py tests/ops tests -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,3 +18,10 @@ if not torch.cuda.is_available():
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, deadline=None)
 settings.load_profile("repeatable")
+
+LONGEST = ("tests/test_toy_quality.py", "tests/ops/test_flow_sample.py")
+"""Minutes each: where several processes share the files, these must not come last."""
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
