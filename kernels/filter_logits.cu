@@ -70,8 +70,6 @@ FilterPlan plan_of(const simt::Device& device, int64_t V, int cluster) {
   return {cluster, fits, fixed + (fits ? keys : 0) + kHistogramBytes};
 }
 
-int64_t groups_of(int64_t rows, bool fits) { return fits || rows < kScratchRows ? rows : kScratchRows; }
-
 }  // namespace
 
 cudaError_t filter_scratch_bytes(int64_t rows, int64_t V, int cluster, int64_t* bytes) {
@@ -79,7 +77,8 @@ cudaError_t filter_scratch_bytes(int64_t rows, int64_t V, int cluster, int64_t* 
   const cudaError_t status = simt::device(&device);
   if (status) return status;
   const FilterPlan plan = plan_of(device, V, cluster);
-  *bytes = plan.fits ? 0 : groups_of(rows, false) * plan.cluster * share(V, plan.cluster) * (int64_t)sizeof(uint32_t);
+  const int64_t lists = groups_in_flight(rows, false) * plan.cluster;
+  *bytes = plan.fits ? 0 : lists * share(V, plan.cluster) * (int64_t)sizeof(uint32_t);
   return cudaSuccess;
 }
 
@@ -89,11 +88,12 @@ cudaError_t filter_logits_cuda(const FilterArguments& a, float* log_probs, void*
   simt::Device device;
   const cudaError_t status = simt::device(&device);
   if (status) return status;
-  const bool known_size = cluster == 0 || cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
-  if (!known_size || a.V < 1 || a.V > (int64_t)1 << 23 || a.rows > (int64_t)1 << 27) return cudaErrorInvalidValue;
+  if ((cluster != 0 && !simt::is_cluster_size(cluster)) || a.V < 1 || a.V > (int64_t)1 << 23 ||
+      a.rows > (int64_t)1 << 27)
+    return cudaErrorInvalidValue;
   const FilterPlan plan = plan_of(device, a.V, cluster);
   if (!plan.fits && !scratch) return cudaErrorInvalidValue;
-  const int groups = (int)groups_of(a.rows, plan.fits);
+  const int groups = (int)groups_in_flight(a.rows, plan.fits);
   const FilterLaunch launch{a, log_probs, plan.fits ? nullptr : (uint32_t*)scratch, plan.cluster, groups};
   return simt::launch(filter_kernel, (int64_t)groups * plan.cluster, kWide, plan.shared, plan.cluster, stream, launch);
 }

@@ -670,9 +670,8 @@ Plan plan_of(const simt::Device& device, int64_t rows, int64_t V, int64_t d, int
   }
   plan.wide_memory = memory_of<L, kWide>(device, V, top_k, plan.cluster);
   if (plan.narrow && plan.wide) plan.deferred_bytes = (rows + 4) / 4 * 16;  // a count and the rows, 4 bytes each
-  const int64_t in_flight = rows < kScratchRows ? rows : kScratchRows;
   if (plan.wide && !plan.wide_memory.lists_fit)
-    plan.list_bytes = in_flight * plan.cluster * 2 * share(V, plan.cluster) * (int64_t)sizeof(uint32_t);
+    plan.list_bytes = groups_in_flight(rows, false) * plan.cluster * 2 * share(V, plan.cluster) * (int64_t)sizeof(uint32_t);
   return plan;
 }
 
@@ -695,7 +694,7 @@ cudaError_t launch_flow(const simt::Device& device, const FlowArguments& a, int 
   launch.staged = plan.wide_memory.staged;
   if (plan.list_bytes) {
     launch.lists = (uint32_t*)((unsigned char*)a.scratch + plan.deferred_bytes);
-    launch.groups = rows < kScratchRows ? rows : kScratchRows;
+    launch.groups = (int)groups_in_flight(rows, false);
   }
   if (plan.narrow) {  // as many as run at a time, for there may be none to do
     const int resident = (device.multiprocessors + plan.cluster - 1) / plan.cluster;
@@ -735,9 +734,8 @@ cudaError_t flow_sample_cuda(const FlowArguments& a, int cluster, cudaStream_t s
   simt::Device device;
   const cudaError_t status = simt::device(&device);
   if (status) return status;
-  const bool known_size = cluster == 0 || cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
-  if (!known_size || a.d < 1 || a.d > kFlowMaxDim || a.filter.V < 1 || a.filter.V > (int64_t)1 << 23 || a.steps < 1 ||
-      a.filter.rows > (int64_t)1 << 27)
+  if ((cluster != 0 && !simt::is_cluster_size(cluster)) || a.d < 1 || a.d > kFlowMaxDim || a.filter.V < 1 ||
+      a.filter.V > (int64_t)1 << 23 || a.steps < 1 || a.filter.rows > (int64_t)1 << 27)
     return cudaErrorInvalidValue;
   return with_lanes(a.d, [&](auto lanes) {
     return launch_flow<decltype(lanes)::value>(device, a, cluster, stream);

@@ -312,8 +312,7 @@ cudaError_t launch_nearest(const NearestArguments& a, int cluster, cudaStream_t 
     for (cluster = 1; device.clusters && cluster < 8 && groups() * cluster <= device.multiprocessors &&
                       2 * cluster * S::kTile <= a.V;)
       cluster *= 2;
-  const bool known_size = cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
-  if (!known_size || groups() * cluster >= (int64_t)1 << 31) return cudaErrorInvalidValue;
+  if (!simt::is_cluster_size(cluster) || groups() * cluster >= (int64_t)1 << 31) return cudaErrorInvalidValue;
   const NearestLaunch launch{a, cluster, row_warps, a.d == D && (uintptr_t)a.codebook % 16 == 0};
   return simt::launch(nearest_kernel<D>, groups() * cluster, kSearchThreads, sizeof(SearchMemory<D>), cluster, stream,
                       launch);

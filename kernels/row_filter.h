@@ -30,6 +30,11 @@ constexpr int kMaxCluster = 8;
 constexpr int kScratchRows = 1024;  // rows in flight where lists are in global memory
 constexpr uint32_t kNone = 0xffffffffu;
 
+// Clusters that take the rows in turn: one each, unless the lists are in global memory.
+inline int64_t groups_in_flight(int64_t rows, bool lists_fit) {
+  return lists_fit || rows < kScratchRows ? rows : kScratchRows;
+}
+
 DDFAST_MATH int64_t share(int64_t V, int cluster) {  // codes per block, at most
   const int64_t granules = (V + kGranule - 1) / kGranule;
   return (granules + cluster - 1) / cluster * kGranule;

@@ -9,6 +9,15 @@
 
 #include "cuda_api.h"
 
+namespace ddfast {
+namespace simt {
+
+// How many blocks a cluster may have; 0, where a launch chooses, is none.
+inline bool is_cluster_size(int cluster) { return cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8; }
+
+}  // namespace simt
+}  // namespace ddfast
+
 #ifndef DDFAST_EMULATE
 
 namespace ddfast {

@@ -74,6 +74,14 @@ class NearestArguments(ctypes.Structure):
     ]
 
 
+def guided_rows(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits [6, 999] and their guidance, rows of wider tensors."""
+    generator = torch.Generator().manual_seed(4)
+    wide, uncond_wide = (2 * torch.randn(6, 1100, generator=generator) for _ in range(2))
+    logits, uncond = wide.to(dtype)[:, 50:1049], uncond_wide.to(dtype)[:, :999]
+    return logits, {"uncond": uncond, "cfg_scale": torch.linspace(1, 4, 6)}
+
+
 class Emulator:
     """The library, with one method per launch; a failed launch raises with the emulator's words."""
 

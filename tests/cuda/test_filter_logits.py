@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import guided_rows
 from safetensors.torch import load_file
 from truth import filtered
 
@@ -69,12 +70,9 @@ def test_extreme_values(emulator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cluster", [0, 2])
 def test_guidance_and_strides(emulator, dtype, cluster):
-    generator = torch.Generator().manual_seed(4)
-    wide, uncond_wide = (2 * torch.randn(6, 1100, generator=generator) for _ in range(2))
-    logits, uncond = wide.to(dtype)[:, 50:1049], uncond_wide.to(dtype)[:, :999]
-    logits[:, 3] = uncond[:, 3] = -math.inf
-    scale = torch.linspace(1, 4, 6)
-    assert_filtered(emulator, logits, cluster, uncond=uncond, cfg_scale=scale, temperature=0.8, top_k=200, top_p=0.9)
+    logits, guidance = guided_rows(dtype)
+    logits[:, 3] = guidance["uncond"][:, 3] = -math.inf
+    assert_filtered(emulator, logits, cluster, **guidance, temperature=0.8, top_k=200, top_p=0.9)
 
 
 @pytest.mark.parametrize("cluster", [0, 1, 4])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from emulation import SHARED_LIMIT
+from emulation import SHARED_LIMIT, guided_rows
 from truth import flow_codes, problem
 
 from ddfast.ops import native
@@ -120,16 +120,12 @@ def test_exits_when_the_cpu_kernel_does(emulator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_guidance_temperature_filter_and_strides(emulator, dtype, cluster):
-    generator = torch.Generator().manual_seed(4)
-    wide, uncond_wide = (2 * torch.randn(6, 1100, generator=generator) for _ in range(2))
-    logits, uncond = wide.to(dtype)[:, 50:1049], uncond_wide.to(dtype)[:, :999]
+    logits, guidance = guided_rows(dtype)
+    generator = torch.Generator().manual_seed(5)
     noise, codebook = torch.randn(6, 8, generator=generator), torch.randn(999, 8, generator=generator)
-    options = {"temperature": 0.8, "top_k": 200, "top_p": 0.9}
-    scale = torch.linspace(1, 4, 6)
-    log_probs = filter_logits_reference(logits, uncond, scale, **options)
-    codes, _ = emulator.sample_codes(
-        logits, noise, codebook, uncond=uncond, cfg_scale=scale, cluster=cluster, **options
-    )
+    options = {**guidance, "temperature": 0.8, "top_k": 200, "top_p": 0.9}
+    log_probs = filter_logits_reference(logits, **options)
+    codes, _ = emulator.sample_codes(logits, noise, codebook, cluster=cluster, **options)
     assert torch.equal(codes, flow_sample_reference(log_probs, noise, codebook, 20, "dpm3m"))
 
 
