@@ -10,14 +10,13 @@ from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 from ddfast.models.exporting import export_student, export_teacher
 from ddfast.models.loading import (
-    STUDENT_FILE,
-    TEACHER_FILE,
     load_student,
     load_teacher,
     save_student,
     save_teacher,
     teacher_config,
 )
+from ddfast.models.official import STUDENT_FILE, TEACHER_FILE
 
 
 def convert(

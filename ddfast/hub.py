@@ -20,7 +20,8 @@ from torch import Tensor
 import ddfast
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
-from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load_teacher, save_student, save_teacher
+from ddfast.models.loading import load_student, load_teacher, save_student, save_teacher
+from ddfast.models.official import STUDENT_FILE, TEACHER_FILE
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import noise

@@ -27,7 +27,8 @@ from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.digits import Progress
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.llamagen import LlamaGenFlowNetwork
-from ddfast.models.loading import STUDENT_FILE, TEACHER_FILE, load_student, load_teacher, save_student
+from ddfast.models.loading import load_student, load_teacher, save_student
+from ddfast.models.official import STUDENT_FILE, TEACHER_FILE
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.recipes import build_teacher, get_recipe

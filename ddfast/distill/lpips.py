@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.models.checkpoint import build_around, only_tensors, read_checkpoint
+from ddfast.models.checkpoint import build_around, read_checkpoint
+from ddfast.models.official import largest_set
 
 # VGG16's convolutions by stage: (layer number in torchvision, output channels).
 _STAGES: tuple[tuple[tuple[int, int], ...], ...] = (
@@ -63,9 +64,9 @@ class LPIPS(nn.Module):
         Raises:
             DDFastError: a file is missing, damaged or unsafe, or a tensor is missing or of another shape.
         """
-        trunk = only_tensors(read_checkpoint(Path(vgg))[0])
+        trunk, layers = (largest_set(read_checkpoint(Path(path))[0], path) for path in (vgg, linear))
         tensors = {name: value for name, value in trunk.items() if not name.startswith("classifier.")}
-        return build_around(cls, {**tensors, **only_tensors(read_checkpoint(Path(linear))[0])}, f"{vgg} with {linear}")
+        return build_around(cls, {**tensors, **layers}, f"{vgg} with {linear}", dtype=torch.float32)
 
     def _stages(self, images: Tensor) -> list[Tensor]:
         """Features of every stage, normalised over channels."""

@@ -1,26 +1,101 @@
-"""Checkpoint files: ours are safetensors with the configuration in the header; PyTorch's are read, never run."""
+"""Checkpoint files: ours are safetensors with the configuration in the header; PyTorch's are read, never run.
+
+Opening a file reads its structure; a tensor is read when it is wanted, into memory of its own. So a file that is
+written anew, or cut short, under a loaded model changes nothing, and what nobody wants (an optimizer's state, a second
+set of weights) costs nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import pathlib
 import pickle
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 
-PYTORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+INDEX_SUFFIX = ".index.json"
+"""Of the file that tells in which of several files a tensor is (Hugging Face)."""
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""Element types by safetensors' names."""
+
+_HARMLESS: list[Any] = [
+    argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, np.dtype, np.ndarray,
+    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64")),
+    *((maker, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")  # NumPy 1 and 2
+      for name, maker in (("scalar", np.float64(0).__reduce__()[0]), ("_reconstruct", np.empty(0).__reduce__()[0]))),
+]  # fmt: skip
+"""What training scripts store beside tensors: options, paths, NumPy's numbers. Making them runs no code of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor that is still in its file.
+
+    Attributes:
+        path: the file.
+        state: its size and time of change when it was opened.
+        offset: of the first element, in bytes.
+        shape, stride, dtype: of the tensor.
+    """
+
+    path: Path
+    state: tuple[int, int]
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        """The tensor, contiguous, in memory of its own.
+
+        Raises:
+            DDFastError: the file cannot be read, or is another one by now.
+        """
+        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        flat = torch.empty(span if math.prod(self.shape) else 0, dtype=self.dtype, device="cpu")
+        missing = memoryview(flat.view(torch.uint8).numpy().data)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                while len(missing) and (count := file.readinto(missing)):
+                    missing = missing[count:]
+        except OSError as error:
+            raise DDFastError(f"cannot read {self.path}: {error.strerror}") from error
+        if len(missing) or _state(self.path) != self.state:
+            raise DDFastError(f"{self.path} changed while it was read; load it again when it is complete")
+        return flat.as_strided(self.shape, self.stride).contiguous()
+
+
+AnyTensor: TypeAlias = Tensor | StoredTensor
+
+
+def read_tensor(tensor: AnyTensor) -> Tensor:
+    """A tensor in memory, contiguous."""
+    return tensor.read() if isinstance(tensor, StoredTensor) else tensor.detach().contiguous()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -29,47 +104,98 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any])
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (mapped from the file, not copied) and configuration of a safetensors file (none: an empty dict).
+    """All tensors and the configuration (none: an empty dict) of a file that `save_tensors` wrote.
 
     Raises:
-        DDFastError: the file is missing, damaged, or not safetensors.
+        DDFastError: the file is missing, damaged, or no checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DDFastError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            return tensors, json.loads((file.metadata() or {}).get("config", "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise DDFastError(f"{path} is not a readable safetensors file: {error}") from error
+    content, config = read_checkpoint(Path(path))
+    return {name: read_tensor(value) for name, value in tensors_of(content).items()}, config
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Content of a checkpoint of either kind, mapped from the file, and its configuration (PyTorch's: empty).
+    """Content of a checkpoint, its tensors as `StoredTensor`, and the configuration of ours (others: empty).
 
-    PyTorch files are read by `torch.load(weights_only=True)`: tensors and plain containers, and `argparse.Namespace`
-    (training scripts store their options), nothing else; no code of the file runs.
+    What a file is, its first bytes decide, not its name. safetensors; PyTorch's, read by
+    `torch.load(weights_only=True)`: tensors, plain containers and numbers, paths, and `argparse.Namespace` (training
+    scripts store their options), nothing else; no code of the file runs; an index of several files is all of them.
 
     Raises:
-        DDFastError: the file is missing, damaged, or holds anything but tensors and plain values.
+        DDFastError: the file is missing, damaged, something else, or holds anything but tensors and plain values.
     """
     path = Path(path)
-    if path.suffix not in PYTORCH_SUFFIXES:
-        return load_tensors(path)
     if not path.is_file():
         raise DDFastError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise DDFastError(f"cannot read {path}: {error.strerror}") from error
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_index(path)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:  # the header's length; text would be larger
+        return _read_safetensors(path)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        content = _read_pytorch(path, zipped=head.startswith(b"PK"))
+        if not isinstance(content, Mapping):
+            name = "Tensor" if isinstance(content, StoredTensor) else type(content).__name__
+            raise DDFastError(f"{path} holds a {name}, expected a dict of tensors")
+        return dict(content), {}
+    raise DDFastError(f"{path} {_what_it_is(head)}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    state = _state(path)
+    try:
+        with safe_open(path, framework="pt") as file:  # it checks the header, and the file's length by it
+            config = (file.metadata() or {}).get("config", "{}")
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+    except (SafetensorError, ValueError, OSError) as error:
+        reason = f"{_first_line(error)}; copy or download it again"
+        raise DDFastError(f"{path} is not a readable safetensors file, cut short or damaged: {reason}") from error
+    content = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise DDFastError(f"{path}: {name} has elements of type {entry['dtype']}, which PyTorch does not know")
+        shape = torch.Size(entry["shape"])
+        content[name] = StoredTensor(
+            path=path,
+            state=state,
+            offset=8 + length + entry["data_offsets"][0],
+            shape=shape,
+            stride=_contiguous(shape),
+            dtype=_DTYPES[entry["dtype"]],
+        )
+    try:
+        parsed = json.loads(config)
+    except ValueError:
+        parsed = {}
+    return content, parsed if isinstance(parsed, dict) else {}
+
+
+def _read_pytorch(path: Path, *, zipped: bool) -> Any:
+    state = _state(path)
+    if zipped:
+        _check_archive(path)
+    try:
+        with path.open("rb") as file, torch.serialization.safe_globals(_HARMLESS):
+            if not zipped:  # the format before PyTorch 1.6 cannot be read in part
+                return torch.load(file, map_location="cpu", weights_only=True)
+            try:  # storages on the meta device are not read, and PyTorch notes where in the file they are
+                return _stored(torch.load(file, map_location="meta", weights_only=True), path, state)
+            except _NoPlaceError:  # before 2.12 it does so for fake tensors only, whose import takes seconds
+                from torch._subclasses.fake_tensor import FakeTensorMode
+
+                file.seek(0)
+                with torch.inference_mode(False), FakeTensorMode():
+                    return _stored(torch.load(file, map_location="cpu", weights_only=True), path, state)
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # bytes that are no pickle of PyTorch at all
-            raise DDFastError(f"{path} is damaged or no PyTorch checkpoint") from error
+            raise DDFastError(f"{path} is damaged or no PyTorch checkpoint; copy or download it again") from error
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
         found = f" ({reason.strip()[:160]})" if reason else ""
         raise DDFastError(
@@ -78,54 +204,101 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, OSError) as error:
         raise DDFastError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise DDFastError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
+
+
+class _NoPlaceError(Exception):
+    """PyTorch did not note where in a file a storage is."""
+
+
+def _check_archive(path: Path) -> None:
+    """Raise where a zip archive is cut short, or is not one that `torch.save` writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise DDFastError(f"{path} is damaged, most likely cut short: copy or download it again") from error
+    if "constants.pkl" in names:
+        raise DDFastError(f"{path} is a TorchScript program, which is not run here: save its state_dict alone")
+    if "data.pkl" not in names:
+        raise DDFastError(f"{path} is a zip archive, not a PyTorch checkpoint: unpack it first")
+
+
+def _stored(content: Any, path: Path, state: tuple[int, int]) -> Any:
+    """The content with every tensor in nested dicts as what is known of it in the file."""
+    if isinstance(content, Mapping):
+        return {name: _stored(value, path, state) for name, value in content.items()}
+    if not isinstance(content, Tensor):
+        return content
+    start: Any = getattr(content.untyped_storage(), "_checkpoint_offset", None)
+    if start is None:
+        raise _NoPlaceError
+    return StoredTensor(
+        path=path,
+        state=state,
+        offset=int(start) + int(content.storage_offset()) * content.element_size(),
+        shape=content.shape,
+        stride=content.stride(),
+        dtype=content.dtype,
+    )
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        files = set(json.loads(path.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DDFastError(f"{path} is no index of checkpoint files: {_first_line(error)}") from error
+    content: dict[str, Any] = {}
+    for name in sorted(files):
+        part = path.parent / str(name)
+        if part.parent != path.parent or not part.is_file():
+            raise DDFastError(f"{path} names {name}, which is not there; download it too")
+        content |= read_checkpoint(part)[0]
     return content, {}
 
 
-def only_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among a dict's values, without the prefix that wrappers such as DistributedDataParallel add."""
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    for prefix in ("module.", "_orig_mod."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+def _what_it_is(head: bytes) -> str:
+    """What a file that is no checkpoint seems to be, as its error says it."""
+    if not head:
+        return "is damaged: it is empty; copy or download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself: run `git lfs pull`, or download the file"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page (HTML), not a checkpoint: open the link in a browser and download the file itself"
+    if text.startswith((b"{", b"[")):
+        return "is a JSON file, not a checkpoint: give the file with the weights, or its folder"
+    for start, name in ((b"\x1f\x8b", "gzip"), (b"7z\xbc\xaf", "7-Zip"), (b"BZh", "bzip2"), (b"Rar!", "RAR")):
+        if head.startswith(start):
+            return f"is a {name} archive, not a checkpoint: unpack it first"
+    if head[257:262] == b"ustar":
+        return "is a tar archive, not a checkpoint: unpack it first"
+    if head.startswith(b"\x93NUMPY"):
+        return "is a NumPy array, not a checkpoint of PyTorch or safetensors"
+    if len(text) > 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
+        return f"is a text file, not a checkpoint: it begins {text[:60].decode().split(chr(10))[0].strip()!r}"
+    return "is damaged or no checkpoint of PyTorch or safetensors; copy or download it again"
 
 
-def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def tensors_of(content: Mapping[Any, Any]) -> dict[str, AnyTensor]:
+    """The tensors among a dict's values."""
+    return {str(name): value for name, value in content.items() if isinstance(value, (Tensor, StoredTensor))}
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as a file takes them: on the CPU, contiguous, none inside another's memory."""
-    return unshared({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return _unshared({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def cast_floats(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors with the floating-point ones in `dtype`; None: as they are."""
-    if dtype is None:
-        return tensors
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, copied where two of them share memory: editing one must not change another."""
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, copied where two of them share memory: a file holds each by itself."""
     owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel())
-    shared = {pointer for pointer, count in owners.items() if count > 1}
-    if not shared:
-        return tensors
-    # Tensors of a mapped file share one storage without overlapping; a copy is only needed where ranges meet.
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
+    return {
+        name: tensor.clone() if owners[tensor.untyped_storage().data_ptr()] > 1 else tensor
         for name, tensor in tensors.items()
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in shared
-    )
-    result, end = dict(tensors), 0
-    for start, stop, name in spans:
-        if start < end:
-            result[name] = tensors[name].clone()
-        else:
-            end = stop
-    return result
+    }
 
 
-def state_problems(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
+def state_problems(expected: Mapping[str, Tensor], tensors: Mapping[str, AnyTensor]) -> list[str]:
     """What keeps `tensors` from being a state with the names and shapes of `expected`, an entry per tensor."""
     problems = [f"missing {name} {list(expected[name].shape)}" for name in expected if name not in tensors]
     problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in tensors if name not in expected]
@@ -136,40 +309,49 @@ def state_problems(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> l
     ]
 
 
-def load_state(module: nn.Module, tensors: dict[str, Tensor], source: object, *, assign: bool = False) -> None:
+def load_state(module: nn.Module, tensors: Mapping[str, AnyTensor], source: object, *, assign: bool = False) -> None:
     """`module.load_state_dict`, strict, with one error that names every tensor that does not fit."""
     problems = state_problems(module.state_dict(), tensors)
     if problems:
         raise DDFastError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
-    module.load_state_dict(tensors, assign=assign)
+    module.load_state_dict({name: read_tensor(value) for name, value in tensors.items()}, assign=assign)
 
 
 def build_around(
     make: Callable[[], Model],
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, AnyTensor],
     source: object,
     *,
     derived: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> Model:
-    """A module whose parameters *are* the given tensors: nothing is drawn, allocated or copied first.
+    """A module whose parameters *are* the given tensors: nothing is drawn or allocated first.
 
-    The module is made on the meta device and the tensors are assigned, so a checkpoint that was mapped from a file is
-    paged in as it is used. A module's `derive_buffers()` then fills what is in no file.
+    The module is made on the meta device, and the tensors, which are read one by one where they still are in a file,
+    are assigned. A module's `derive_buffers()` then fills what is in no file.
 
     Args:
         make: builds the module.
         tensors: its state; every name and shape must fit.
         source: where they come from, for the error.
         derived: names (or ends of names, from the last dot on) of buffers in official files that the module computes.
+        dtype: of the floating-point tensors; None: as they are.
+        beside: the rest of its state, whose types stay.
 
     Raises:
         DDFastError: tensors are missing, unexpected or of another shape; each is listed.
     """
     endings = tuple(derived)
     kept = {n: value for n, value in tensors.items() if not n.endswith(endings)} if endings else tensors
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         module = make()
-    load_state(module, unshared(kept), source, assign=True)
+    beside = beside or {}
+    problems = state_problems(module.state_dict(), {**kept, **beside})
+    if problems:
+        raise DDFastError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
+    read = {name: cast_float(read_tensor(value), dtype) for name, value in kept.items()}
+    module.load_state_dict({**_unshared(read), **beside}, assign=True)
     for child in module.modules():
         derive = getattr(child, "derive_buffers", None)
         if derive is not None:
@@ -177,8 +359,41 @@ def build_around(
     return module.eval().requires_grad_(False)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the drawing of weights: on the meta device it does nothing, but makes PyTorch load its compiler."""
+
+    _DRAWS = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"})
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in self._DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def cast_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating-point tensor in `dtype`; others, and with None all, as they are."""
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
 def _header(config: dict[str, Any]) -> dict[str, str]:
     return {"config": json.dumps(config, sort_keys=True)}
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of change: what tells that a file is the one that was opened."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DDFastError(f"cannot read {path}: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    steps, step = [], 1
+    for size in reversed(shape):
+        steps.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(steps))
 
 
 def _first_line(error: BaseException) -> str:

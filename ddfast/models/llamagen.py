@@ -45,6 +45,8 @@ class LlamaGenSizes:
         num_classes: of labels (c2i).
         class_dropout_prob: 0: the teacher was trained without guidance, and has no embedding for "no condition".
         cls_token_num: condition tokens.
+        token_num: rows of the stored unconditional caption, of which the first `cls_token_num` are read (t2i);
+            0: as many as are read.
         caption_dim: of caption features (t2i).
         rope_base: of the rotary embedding.
         norm_eps: of every RMSNorm.
@@ -60,6 +62,7 @@ class LlamaGenSizes:
     num_classes: int = 1000
     class_dropout_prob: float = 0.1
     cls_token_num: int = 1
+    token_num: int = 0
     caption_dim: int = 2048
     rope_base: float = 10000
     norm_eps: float = 1e-5
@@ -70,6 +73,8 @@ class LlamaGenSizes:
             raise ValueError(f"block_size: got {self.block_size}, expected a square: images are square")
         if self.model_type not in ("c2i", "t2i"):
             raise ValueError(f"model_type: got {self.model_type!r}, expected 'c2i' or 't2i'")
+        if 0 < self.token_num < self.cls_token_num:
+            raise ValueError(f"token_num: got {self.token_num}, expected at least cls_token_num {self.cls_token_num}")
         if self.dim % self.n_head or self.n_head % self.n_kv_head:
             got = f"dim {self.dim}, n_head {self.n_head}, n_kv_head {self.n_kv_head}"
             raise ValueError(f"n_head: got {got}, expected n_head to divide dim and n_kv_head to divide n_head")
@@ -184,9 +189,15 @@ class CaptionEmbedding(nn.Module):
                 "fc2": nn.Linear(sizes.dim, sizes.dim, bias=False),
             }
         )
-        uncond = torch.randn(sizes.cls_token_num, sizes.caption_dim) / sizes.caption_dim**0.5
+        self.tokens = sizes.cls_token_num
+        rows = sizes.token_num or sizes.cls_token_num
+        uncond = torch.randn(rows, sizes.caption_dim) / sizes.caption_dim**0.5
         self.register_buffer("uncond_embedding", uncond)
         self.uncond_embedding: Tensor
+
+    def unconditional(self, features: Tensor) -> Tensor:
+        """The features that stand for "no caption", as many as those given [B, C, dim]."""
+        return self.uncond_embedding[: self.tokens].expand_as(features)
 
     def forward(self, features: Tensor) -> Tensor:
         first, second = (cast(nn.Linear, self.cap_proj[name]) for name in ("fc1", "fc2"))
@@ -233,7 +244,7 @@ class _LlamaGenNetwork(nn.Module):
             return self.cls_embedding(labels), None
         features, valid = condition
         if unconditional:
-            features = cast(CaptionEmbedding, self.cls_embedding).uncond_embedding.expand_as(features)
+            features = cast(CaptionEmbedding, self.cls_embedding).unconditional(features)
         else:
             features = features * valid[..., None]
         return self.cls_embedding(features), valid.bool()

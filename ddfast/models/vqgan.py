@@ -8,12 +8,15 @@ Dimensions: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ddfast.models.checkpoint import AnyTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class ConvSizes:
     image_channels: int = 3
 
     @classmethod
-    def read(cls, tensors: dict[str, Tensor], naming: Naming) -> ConvSizes:
+    def read(cls, tensors: Mapping[str, AnyTensor], naming: Naming) -> ConvSizes:
         """The sizes that a tokenizer's tensors have."""
         pattern = re.compile(rf"encoder\.{naming.down}\.(\d+)\.{naming.block}\.(\d+)\.conv1\.weight")
         found = {tuple(map(int, match.groups())): name for name in tensors if (match := pattern.fullmatch(name))}

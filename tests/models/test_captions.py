@@ -108,7 +108,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         load_captions(tmp_path / "captions.safetensors")
     path = tmp_path / "captions.npy"
     path.write_bytes(b"\x93NUMPY" + bytes(100))
-    with pytest.raises(DDFastError, match="not a readable safetensors file"):
+    with pytest.raises(DDFastError, match="is a NumPy array, not a checkpoint"):
         load_captions(path)
 
 

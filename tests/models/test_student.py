@@ -131,7 +131,7 @@ def test_files_that_do_not_fit_are_explained(tmp_path):
     save_student(path, student, {})
     with pytest.raises(DDFastError, match=r"position_embedding is \[8, 32\] instead of \[5, 32\]"):
         load_student(path, ToyTeacher())
-    with pytest.raises(DDFastError, match="missing"):
+    with pytest.raises(DDFastError, match="holds averaged weights alone; ema=False asks for the live ones"):
         load_student(path, teacher, ema=False)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DDFastError, match="not a readable safetensors file"):
@@ -139,7 +139,7 @@ def test_files_that_do_not_fit_are_explained(tmp_path):
     with pytest.raises(DDFastError, match="no checkpoint at"):
         load_student(tmp_path / "nothing", teacher)
     path.write_bytes(b"\x80\x04cos\nsystem\n")  # a pickle is never unpickled
-    with pytest.raises(DDFastError, match="not a readable safetensors file"):
+    with pytest.raises(DDFastError, match="holds something else than tensors.*refused"):
         load_teacher(path)
 
 

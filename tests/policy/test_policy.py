@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ddfast"
 
 # A module may import from its own and lower layers.
 LAYERS = [
-    {"errors", "env", "files", "config", "schedule", "frechet"},
+    {"errors", "env", "files", "config", "messages", "schedule", "frechet"},
     {"ops"},
     {"models"},
     {"trajectories"},
