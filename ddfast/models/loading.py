@@ -313,7 +313,7 @@ def _var_tokenizer(tensors: dict[str, Tensor], source: object, config: dict[str,
     settled = _settle(found, config, source, aliases=_VAR_TOKENIZER_ALIASES)
     hits = tensors.get("quantize.ema_vocab_hit_SV")
     if hits is None:
-        tensors = {**tensors, "quantize.ema_vocab_hit_SV": torch.zeros(0, num_codes)}
+        tensors = {**tensors, "quantize.ema_vocab_hit_SV": torch.zeros(0, num_codes, dtype=torch.float32)}
     return build_around(
         lambda: VARTokenizer(
             patch_nums=tuple(settled["patch_nums"] or IMAGENET_SCALES),
