@@ -110,7 +110,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         """
         teacher = self.teacher
         device = teacher.codebook.device
-        index = torch.arange(first_index, first_index + len(classes))
+        index = torch.arange(first_index, first_index + len(classes), dtype=torch.int64)
         start = noise(seed, index, (teacher.num_tokens, teacher.code_dim), device)
         condition = teacher.condition_of(torch.tensor(list(classes), dtype=torch.int64, device=device))
         return teacher.decode(self.student.sample(condition, start, **self.student.settings(steps, self.point)))

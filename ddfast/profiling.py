@@ -81,8 +81,8 @@ def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path
     AR decoding stops after 16 groups: LlamaGen's 256 would make a trace of hundreds of megabytes of the same.
     """
     device = teacher.codebook.device
-    condition = teacher.condition_of(torch.arange(batch, device=device) % teacher.num_conditions)
-    eps = noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim), device)
+    condition = teacher.condition_of(torch.arange(batch, dtype=torch.int64, device=device) % teacher.num_conditions)
+    eps = noise(0, torch.arange(batch, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
     stop = teacher.group_starts()[min(len(teacher.groups), 16)]
     stages = {  # no comma in a name: ncu's range filter reads it as a separator
         "teacher AR": lambda: teacher.generate(condition, stop=stop),

@@ -247,7 +247,8 @@ def build_teacher(config: TrainConfig, progress: Progress | None = None) -> Teac
         )
     assert isinstance(config.tokenizer, VQTokenizerConfig)
     sizes = _var_sizes(teacher) if isinstance(teacher, VARTeacherConfig) else _llamagen_sizes(teacher)
-    given = {name: value for name, value in vars(sizes).items() if name not in ("mlp_ratio", "norm_eps", "rope_base", "token_num")}
+    unsaid = ("mlp_ratio", "norm_eps", "rope_base", "token_num")
+    given = {name: value for name, value in vars(sizes).items() if name not in unsaid}
     if isinstance(teacher, VARTeacherConfig):
         given["patch_nums"] = tuple(teacher.patch_nums)
         if not teacher.attn_l2_norm:

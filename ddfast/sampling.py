@@ -113,11 +113,12 @@ def _skip_last(request: _Request) -> Tensor:
 
 def marginal_tables(teacher: Teacher, generator: torch.Generator, *, samples_per_class: int = 4000) -> Tensor:
     """Every token's marginal distribution given the class, estimated from the teacher's samples: [classes, N, V]."""
-    tables = torch.zeros(teacher.num_conditions, teacher.num_tokens, teacher.num_codes, device=teacher.codebook.device)
+    shape = (teacher.num_conditions, teacher.num_tokens, teacher.num_codes)
+    tables = torch.zeros(shape, dtype=torch.float32, device=teacher.codebook.device)
     for label, table in enumerate(tables):
-        condition = torch.full((samples_per_class,), label, device=tables.device)
+        condition = torch.full((samples_per_class,), label, dtype=torch.int64, device=tables.device)
         codes = teacher.generate(teacher.condition_of(condition), generator=generator)
-        table.scatter_add_(1, codes.T, torch.full(codes.T.shape, 1 / samples_per_class, device=tables.device))
+        table.scatter_add_(1, codes.T, table.new_full(codes.T.shape, 1 / samples_per_class))
     return tables
 
 
@@ -248,7 +249,7 @@ def _collect(
 ) -> Samples:
     if count < 1:
         raise ValueError(f"count: got {count}, expected at least 1")
-    labels = torch.tensor(classes if classes is not None else range(teacher.num_conditions))
+    labels = torch.tensor(classes if classes is not None else range(teacher.num_conditions), dtype=torch.int64)
     if not len(labels):
         raise ValueError("captions: got none, expected a text teacher with captions")
     if int(labels.min()) < 0 or int(labels.max()) >= teacher.num_conditions:
@@ -257,7 +258,7 @@ def _collect(
     generator = torch.Generator(device).manual_seed(seed)
     embeddings, conditions = [], []
     for start in range(0, count, batch_size):
-        index = torch.arange(start, min(start + batch_size, count))
+        index = torch.arange(start, min(start + batch_size, count), dtype=torch.int64)
         condition = labels[index % len(labels)].to(device)
         request = _Request(
             teacher=teacher,

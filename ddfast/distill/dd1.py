@@ -59,7 +59,7 @@ class DD1(Method):
         """Loss on the tokens that each sequence's point leaves open."""
         student, config = self.student, self.config
         assert batch.codes is not None
-        later = torch.rand(len(batch.codes), generator=generator) < config.point_probability
+        later = torch.rand(len(batch.codes), generator=generator, dtype=torch.float32) < config.point_probability
         points = (later.long() * config.point).to(batch.codes.device)
         target = student.codebook[batch.codes]
         is_data = student.data_mask(points, len(batch.codes))

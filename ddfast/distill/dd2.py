@@ -303,16 +303,16 @@ def _schedule(config: MatchConfig) -> list[tuple[str, int, int]]:
 def _draws(draws: int, x: Tensor, generator: torch.Generator, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Flow times [m, B, N], uniform between the bounds, and noise [m, B, N, D] for tokens x [B, N, D]."""
     shape = (draws, *x.shape)
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
     own = torch.Generator(x.device).manual_seed(seed)  # drawn where it is used: millions of numbers a step
-    t = low + (high - low) * torch.rand(shape[:-1], generator=own, device=x.device)
-    return t, torch.randn(shape, generator=own, device=x.device)
+    t = low + (high - low) * torch.rand(shape[:-1], generator=own, dtype=torch.float32, device=x.device)
+    return t, torch.randn(shape, generator=own, dtype=torch.float32, device=x.device)
 
 
 def _by_time(values: Tensor, t: Tensor) -> dict[str, Tensor]:
     """Means of values [m, B, N] in equal bins of t [m, B, N]."""
     index = (t * _TIME_BINS).long().clamp_max(_TIME_BINS - 1).flatten()
-    sums = torch.zeros(_TIME_BINS, device=t.device).index_add_(0, index, values.flatten().float())
+    sums = torch.zeros(_TIME_BINS, dtype=torch.float32, device=t.device).index_add_(0, index, values.flatten().float())
     means = sums / torch.bincount(index, minlength=_TIME_BINS).clamp_min(1)
     return {f"score_discrepancy_t{(number + 0.5) / _TIME_BINS:g}": mean for number, mean in enumerate(means)}
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.models.checkpoint import build_around, read_checkpoint
+from ddfast.models.layers import Conv2d
 from ddfast.models.official import largest_set
 
 # VGG16's convolutions by stage: (layer number in torchvision, output channels).
@@ -40,18 +41,18 @@ class LPIPS(nn.Module):
         channels = 3
         for stage in _STAGES:
             for layer, width in stage:
-                self.features[str(layer)] = nn.Conv2d(channels, width, 3, padding=1)
+                self.features[str(layer)] = Conv2d(channels, width, 3, padding=1)
                 channels = width
         for number, stage in enumerate(_STAGES):
-            linear = nn.ModuleDict({"1": nn.Conv2d(stage[-1][1], 1, 1, bias=False)})
+            linear = nn.ModuleDict({"1": Conv2d(stage[-1][1], 1, 1, bias=False)})
             setattr(self, f"lin{number}", nn.ModuleDict({"model": linear}))
         self.derive_buffers()
 
     def derive_buffers(self) -> None:
         """The normalisation of the inputs: ImageNet's, for images in [-1, 1]."""
-        shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-        self.register_buffer("shift", shift[:, None, None], persistent=False)
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        for name, values in (("shift", [-0.030, -0.088, -0.188]), ("scale", [0.458, 0.448, 0.450])):
+            channels = torch.tensor(values, dtype=torch.float32)
+            self.register_buffer(name, channels[:, None, None], persistent=False)
 
     @classmethod
     def load(cls, vgg: Path, linear: Path) -> LPIPS:

@@ -27,12 +27,12 @@ class Watcher:
     def __init__(self, student: FlowNetwork, teacher: Teacher) -> None:
         self.student, self.teacher = student, teacher
         device = teacher.codebook.device
-        index = torch.arange(_SAMPLES)
+        index = torch.arange(_SAMPLES, dtype=torch.int64)
         shape = (teacher.num_tokens, teacher.code_dim)
         self.noise = noise(_SEED, index, shape, device)
         self.condition = teacher.condition_of((index % max(teacher.num_conditions, 1)).to(device))
         flat = teacher.num_tokens * teacher.code_dim
-        self.directions = noise(_SEED + 1, torch.arange(_DIRECTIONS), (flat,), device).T / flat**0.5
+        self.directions = noise(_SEED + 1, torch.arange(_DIRECTIONS, dtype=torch.int64), (flat,), device).T / flat**0.5
         self.reference: Tensor | None = None
 
     @torch.no_grad()
@@ -81,6 +81,6 @@ def _alarm(seen: dict[str, float]) -> str | None:
 
 def _entropy(codes: Tensor, num_codes: int) -> float:
     """Mean over positions of the entropy, in nats, of codes int64 [B, N]."""
-    table = torch.zeros(codes.shape[1], num_codes, device=codes.device)
-    table.scatter_add_(1, codes.T, torch.full(codes.T.shape, 1 / len(codes), device=codes.device))
+    table = torch.zeros(codes.shape[1], num_codes, dtype=torch.float32, device=codes.device)
+    table.scatter_add_(1, codes.T, table.new_full(codes.T.shape, 1 / len(codes)))
     return max(float(torch.special.entr(table).sum(-1).mean()), 1e-6)

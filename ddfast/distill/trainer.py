@@ -130,7 +130,7 @@ def from_store(trajectories: Trajectories, teacher: Teacher) -> Draw:
     device = teacher.codebook.device
 
     def draw(size: int, generator: torch.Generator, codes: bool = True) -> Batch:
-        rows = torch.randint(len(trajectories.codes), (size,), generator=generator)
+        rows = torch.randint(len(trajectories.codes), (size,), generator=generator, dtype=torch.int64)
         return Batch(
             noise=trajectories.noise(rows).to(device),
             codes=trajectories.codes[rows].long().to(device),
@@ -145,9 +145,11 @@ def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) ->
     device = teacher.codebook.device
 
     def draw(size: int, generator: torch.Generator, codes: bool = True) -> Batch:
-        condition = teacher.condition_of(torch.randint(teacher.num_conditions, (size,), generator=generator).to(device))
-        seed = int(torch.randint(2**62, (), generator=generator))
-        eps = noise(seed, torch.arange(size), (teacher.num_tokens, teacher.code_dim), device)
+        condition = teacher.condition_of(
+            torch.randint(teacher.num_conditions, (size,), generator=generator, dtype=torch.int64).to(device)
+        )
+        seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
+        eps = noise(seed, torch.arange(size, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
         drawn = None
         if decoding is not None and codes:
             own = torch.Generator(device).manual_seed(seed)

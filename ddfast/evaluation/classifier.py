@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ddfast.env import cache_dir
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.digits import NUM_CLASSES, Progress, digit_images, render
+from ddfast.models.layers import Conv2d, Linear
 from ddfast.schedule import warmup_cosine
 
 _ITERATIONS = 1200
@@ -25,14 +26,14 @@ class DigitsClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(1, 32, 3, stride=2, padding=1),
+            Conv2d(1, 32, 3, stride=2, padding=1),
             nn.GELU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            Conv2d(32, 64, 3, stride=2, padding=1),
             nn.GELU(),
             nn.Flatten(),
-            nn.Linear(64 * 16, _FEATURES),
+            Linear(64 * 16, _FEATURES),
         )
-        self.head = nn.Linear(_FEATURES, NUM_CLASSES)
+        self.head = Linear(_FEATURES, NUM_CLASSES)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def train_classifier(progress: Progress | None = None) -> DigitsClassifier:
     generator = torch.Generator().manual_seed(1)
     originals, labels = digit_images("train")
     for step in range(_ITERATIONS):
-        rows = torch.randint(len(originals), (256,), generator=generator)
+        rows = torch.randint(len(originals), (256,), generator=generator, dtype=torch.int64)
         images = render(originals[rows], generator)
         loss = F.cross_entropy(model.logits(model.trunk(2 * images - 1)), labels[rows], label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)

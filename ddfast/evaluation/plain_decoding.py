@@ -227,8 +227,9 @@ class _TokenDecoder(PlainDecoder):
         length = -(-(width + stop) // 8) * 8  # as in gpt-fast and LlamaGen
         mask = torch.ones(1, length, length, dtype=torch.bool, device=self.first.device).tril()
         if valid is not None:  # padding is seen by itself alone
-            mask = mask & F.pad(valid, (0, length - width), value=True)[:, None] | torch.eye(length).to(mask)
-        self.position = torch.arange(width, device=mask.device)
+            itself = torch.eye(length, dtype=torch.bool, device=mask.device)
+            mask = mask & F.pad(valid, (0, length - width), value=True)[:, None] | itself
+        self.position = torch.arange(width, dtype=torch.int64, device=mask.device)
         depth, heads, head_dim = self.sizes
         shape = (rows, heads, length, head_dim)
         if self.compiled and self.keys and self.keys[0].shape == shape:
@@ -384,7 +385,7 @@ class _VARDecoder(PlainDecoder):
         if self.guided:
             labels = torch.cat((labels, torch.full_like(labels, teacher.num_classes)))
         self.label = teacher.class_emb(labels)
-        sizes = torch.tensor(teacher.groups, device=labels.device)
+        sizes = torch.tensor(teacher.groups, dtype=torch.int64, device=labels.device)
         self.places = teacher.lvl_embed.weight.repeat_interleave(sizes, dim=0) + teacher.pos_1LC[0]
         side = teacher.tokenizer.side
         self.f_hat = teacher.codebook.new_zeros(len(condition), teacher.code_dim, side, side)

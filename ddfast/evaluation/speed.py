@@ -54,10 +54,10 @@ def measure_speed(
     result: dict[str, dict[int, float]] = {}
     turns = _WARM_UP_ROUNDS + rounds
     for number, batch in enumerate(batch_sizes):
-        index = torch.arange(batch, device=device) % teacher.num_conditions
+        index = torch.arange(batch, dtype=torch.int64, device=device) % teacher.num_conditions
         condition = teacher.condition_of(index)
-        eps = noise(0, torch.arange(batch), (teacher.num_tokens, teacher.code_dim), device)
-        codes = torch.randint(teacher.num_codes, (batch, teacher.num_tokens), device=device)
+        eps = noise(0, torch.arange(batch, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
+        codes = torch.randint(teacher.num_codes, (batch, teacher.num_tokens), dtype=torch.int64, device=device)
         sources: dict[str, Callable[[], Tensor]] = {
             "ar": partial(teacher.generate, condition),
             "ar_plain": partial(plain_decoder(teacher).generate, condition),

@@ -25,9 +25,12 @@ def group_starts(groups: tuple[int, ...]) -> list[int]:
 def group_levels(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Group of every position, int64 [S]."""
     if len(groups) == sum(groups):
-        return torch.arange(len(groups), device=device)
+        return torch.arange(len(groups), dtype=torch.int64, device=device)
     # Filled where it is: a copy from the host would wait, and cannot be captured in a graph.
-    return torch.cat([torch.full((size,), level, device=device) for level, size in enumerate(groups)])
+    levels = torch.empty(sum(groups), dtype=torch.int64, device=device)
+    for level, part in enumerate(levels.split(groups)):
+        part.fill_(level)
+    return levels
 
 
 def block_mask(groups: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor | None:
@@ -211,7 +214,7 @@ class StepMix:
             here = slice(cache.length, cache.length + 1)
             mask = None
             if first is not None:
-                column = torch.arange(cache.length + 1, device=keys.device)
+                column = torch.arange(cache.length + 1, dtype=torch.int64, device=keys.device)
                 mask = (column >= first.clamp_max(cache.length)[:, None])[:, None, None]
             angles = None if rope is None else rope[here]
             self.plain = SequenceMix(CachedAttention(cache, mask), head_dim, kv_heads=kv_heads, rope=angles)

@@ -161,9 +161,9 @@ def random_captions(count: int, length: int, dim: int, seed: int = 0) -> tuple[T
     if length < 1 or dim < 1:
         raise ValueError(f"length, dim: got {length}, {dim}, expected at least 1")
     generator = torch.Generator().manual_seed(seed)
-    valid = torch.randint(max(1, length // 4), length + 1, (count, 1), generator=generator)
-    mask = (torch.arange(length) >= length - valid).long()
-    features = torch.randn(count, length, dim, generator=generator) * dim**-0.5
+    valid = torch.randint(max(1, length // 4), length + 1, (count, 1), generator=generator, dtype=torch.int64)
+    mask = (torch.arange(length, dtype=torch.int64) >= length - valid).long()
+    features = torch.randn(count, length, dim, generator=generator, dtype=torch.float32) * dim**-0.5
     return features.masked_fill((mask == 0)[..., None], 0), mask
 
 

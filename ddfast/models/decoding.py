@@ -102,7 +102,7 @@ class Decoding:
         self.codes = torch.empty(plan.batch, self.starts[plan.stop], dtype=torch.int64, device=device)
         self.token = torch.empty(1, dtype=torch.int64, device=device)  # how many are decided
         self.latest = torch.empty(plan.batch, max(teacher.groups), dtype=torch.int64, device=device)
-        self.offsets = torch.arange(max(teacher.groups), device=device)
+        self.offsets = torch.arange(max(teacher.groups), dtype=torch.int64, device=device)
         self.state: Any = None
 
     def start(self) -> None:

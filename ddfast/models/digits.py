@@ -24,6 +24,7 @@ from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TrainConfi
 from ddfast.env import cache_dir
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
+from ddfast.models.layers import Conv2d
 from ddfast.models.protocol import SamplingDefaults
 from ddfast.models.transformer import TransformerTeacher
 from ddfast.ops import nearest_code
@@ -49,7 +50,7 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
     rows = order[:HELD_OUT] if split == "test" else order[HELD_OUT:]
     images = torch.from_numpy(data.images).float()[rows, None] / 16
     return images, torch.from_numpy(data.target).long()[rows]
@@ -58,12 +59,12 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
 def render(images: Tensor, generator: torch.Generator) -> Tensor:
     """Place 8x8 digits [B, 1, 8, 8] on the canvas: [B, 1, 16, 16] in [0, 1], random place, size and polarity."""
     batch = len(images)
-    size = torch.empty(batch).uniform_(0.65, 0.9, generator=generator)
+    size = torch.empty(batch, dtype=torch.float32).uniform_(0.65, 0.9, generator=generator)
     room = (1 - size)[:, None]
-    shift = torch.empty(batch, 2).uniform_(-1, 1, generator=generator) * room
-    dark_on_light = torch.rand(batch, generator=generator) < 0.5
+    shift = torch.empty(batch, 2, dtype=torch.float32).uniform_(-1, 1, generator=generator) * room
+    dark_on_light = torch.rand(batch, generator=generator, dtype=torch.float32) < 0.5
     # grid_sample reads: canvas coordinate y in [-1, 1] comes from (y - shift) / size of the digit's own coordinates.
-    transform = torch.zeros(batch, 2, 3)
+    transform = torch.zeros(batch, 2, 3, dtype=torch.float32)
     transform[:, 0, 0] = transform[:, 1, 1] = 1 / size
     transform[:, :, 2] = -shift / size[:, None]
     grid = F.affine_grid(transform, [batch, 1, CANVAS, CANVAS], align_corners=False)
@@ -75,7 +76,7 @@ def digit_batch(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` rendered digits of a split, drawn with replacement: images [count, 1, 16, 16] and labels [count]."""
     images, labels = digit_images(split)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(images), (count,), generator=generator)
+    rows = torch.randint(len(images), (count,), generator=generator, dtype=torch.int64)
     return render(images[rows], generator), labels[rows]
 
 
@@ -87,23 +88,23 @@ class Tokenizer(nn.Module):
         self.config = config
         width, dim = config.width, config.code_dim
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, width, PATCH, stride=PATCH),
+            Conv2d(1, width, PATCH, stride=PATCH),
             nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            Conv2d(width, width, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(width, dim, 1),
+            Conv2d(width, dim, 1),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, 2 * width, 3, padding=1),
+            Conv2d(dim, 2 * width, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(2 * width, PATCH * PATCH * 4, 1),
+            Conv2d(2 * width, PATCH * PATCH * 4, 1),
             nn.PixelShuffle(PATCH),
             nn.GELU(),
-            nn.Conv2d(4, 1, 3, padding=1),
+            Conv2d(4, 1, 3, padding=1),
         )
-        self.register_buffer("codebook", torch.randn(config.num_codes, dim))
+        self.register_buffer("codebook", torch.randn(config.num_codes, dim, dtype=torch.float32))
         self.codebook: Tensor
 
     @property
@@ -134,16 +135,18 @@ def train_tokenizer(config: DigitsTokenizerConfig, *, seed: int = 0, progress: P
     )
     generator = torch.Generator().manual_seed(seed + 1)
     originals, _ = digit_images("train")
-    counts, sums = torch.ones(config.num_codes), model.codebook.clone()
+    counts, sums = torch.ones(config.num_codes, dtype=torch.float32), model.codebook.clone()
     for step in range(config.iterations):
-        images = render(originals[torch.randint(len(originals), (config.batch_size,), generator=generator)], generator)
+        rows = torch.randint(len(originals), (config.batch_size,), generator=generator, dtype=torch.int64)
+        images = render(originals[rows], generator)
         latents = model.latents(images)
         flat = latents.detach().flatten(0, 1)
         if step < config.warmup:  # a plain autoencoder first: its latents then seed the codebook
             embeddings, commitment = latents, latents.square().mean() * 1e-3
         else:
             if step == config.warmup:
-                sums = flat[torch.randperm(len(flat), generator=generator)[: config.num_codes]].clone()
+                order = torch.randperm(len(flat), generator=generator, dtype=torch.int64)
+                sums = flat[order[: config.num_codes]].clone()
                 model.codebook.copy_(sums)
             codes = nearest_code(latents.detach(), model.codebook)
             chosen = model.codebook[codes]
@@ -154,8 +157,8 @@ def train_tokenizer(config: DigitsTokenizerConfig, *, seed: int = 0, progress: P
             sums.mul_(0.98).add_(one_hot.T @ flat, alpha=0.02)
             dead = counts < 0.5
             if step % 20 == 0 and step < 0.7 * config.iterations and dead.any():
-                fresh = flat[torch.randint(len(flat), (int(dead.sum()),), generator=generator)]
-                counts[dead], sums[dead] = 1.0, fresh
+                rows = torch.randint(len(flat), (int(dead.sum()),), generator=generator, dtype=torch.int64)
+                counts[dead], sums[dead] = 1.0, flat[rows]
             model.codebook.copy_(sums / counts[:, None].clamp_min(1e-3))
         error = model.decode(embeddings) - (2 * images - 1)
         loss = error.abs().mean() + error.square().mean() + commitment
@@ -210,8 +213,8 @@ def train_teacher(
         codes = torch.cat([teacher.encode(chunk) for chunk in images.split(4096)])
     generator = torch.Generator().manual_seed(seed + 2)
     for step in range(config.iterations):
-        rows = torch.randint(len(codes), (config.batch_size,), generator=generator)
-        dropped = torch.rand(config.batch_size, generator=generator) < config.class_dropout
+        rows = torch.randint(len(codes), (config.batch_size,), generator=generator, dtype=torch.int64)
+        dropped = torch.rand(config.batch_size, generator=generator, dtype=torch.float32) < config.class_dropout
         condition = torch.where(dropped, NUM_CLASSES, labels[rows])
         loss = F.cross_entropy(teacher.logits(condition, codes[rows]).flatten(0, 1), codes[rows].flatten())
         optimizer.zero_grad(set_to_none=True)

@@ -72,12 +72,13 @@ def _network(teacher: Teacher) -> dict[str, Tensor]:
 
 def _zero_biases(network: VARTeacher | VARStudent) -> dict[str, Tensor]:
     """The official buffer that stands for the key's missing bias."""
-    zeros = torch.zeros(network.sizes.embed_dim)
+    zeros = torch.zeros(network.sizes.embed_dim, dtype=torch.float32)
     return {f"blocks.{number}.attn.zero_k_bias": zeros.clone() for number in range(network.sizes.depth)}
 
 
 def _bias(mask: Tensor) -> Tensor:
-    return torch.where(mask, 0.0, -torch.inf)[None, None]
+    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return zeros.masked_fill(~mask, -torch.inf)[None, None]
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.models.layers import Linear
 from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.student import Student, modulated
 from ddfast.models.transformer import TransformerNetwork, transformer_sizes
@@ -42,12 +43,12 @@ class VelocityHead(nn.Module):
 
     def __init__(self, feature_width: int, code_dim: int, width: int, depth: int) -> None:
         super().__init__()
-        self.input = nn.Linear(code_dim, width)
-        self.feature = nn.Linear(feature_width, width)
-        self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.input = Linear(code_dim, width)
+        self.feature = Linear(feature_width, width)
+        self.time = nn.Sequential(Linear(2 * _FREQUENCIES, width), nn.SiLU(), Linear(width, width))
         self.blocks = nn.ModuleList(_HeadBlock(width) for _ in range(depth))
-        self.modulation = nn.Linear(width, 2 * width)
-        self.output = nn.Linear(width, code_dim)
+        self.modulation = Linear(width, 2 * width)
+        self.output = Linear(width, code_dim)
         for layer in (self.modulation, self.output):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -64,8 +65,8 @@ class VelocityHead(nn.Module):
 class _HeadBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.modulation = nn.Linear(width, 3 * width)
-        self.expand, self.contract = nn.Linear(width, width), nn.Linear(width, width)
+        self.modulation = Linear(width, 3 * width)
+        self.expand, self.contract = Linear(width, width), Linear(width, width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -76,7 +77,7 @@ class _HeadBlock(nn.Module):
 
 def _time_waves(t: Tensor) -> Tensor:
     """Sines and cosines of t [...] in (0, 1] at frequencies 1 to 1000: [..., 64]."""
-    frequency = torch.exp(torch.linspace(0, math.log(1000.0), _FREQUENCIES, device=t.device))
+    frequency = torch.exp(torch.linspace(0, math.log(1000.0), _FREQUENCIES, dtype=torch.float32, device=t.device))
     angle = t[..., None].float() * frequency
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 

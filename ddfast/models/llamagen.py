@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention, Mix, SequenceMix, StepMix
 from ddfast.models.flow_network import FlowNetwork
+from ddfast.models.layers import Embedding, Linear
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import LlamaGenTokenizer, TokenizedTeacher
@@ -99,7 +100,7 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add(x, None)[1]
@@ -115,11 +116,12 @@ def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tens
     Condition tokens have zeros, not (1, 0): their queries and keys become zero vectors.
     """
     half = sizes.dim // sizes.n_head // 2
-    frequency = 1.0 / sizes.rope_base ** (torch.arange(0, half, 2, device=device)[: half // 2].float() / half)
+    exponent = torch.arange(0, half, 2, dtype=torch.float32, device=device)[: half // 2] / half
+    frequency = 1.0 / sizes.rope_base**exponent
     side = round(sizes.block_size**0.5)
-    angle = torch.outer(torch.arange(side, device=device), frequency)
+    angle = torch.outer(torch.arange(side, dtype=torch.float32, device=device), frequency)
     grid = torch.cat((angle[:, None].expand(-1, side, -1), angle[None].expand(side, -1, -1)), dim=-1).flatten(0, 1)
-    grid = torch.cat((torch.zeros(sizes.cls_token_num, half, device=device), grid))
+    grid = torch.cat((torch.zeros(sizes.cls_token_num, half, dtype=torch.float32, device=device), grid))
     table = torch.stack((grid.cos(), grid.sin()), dim=-1)
     table[: sizes.cls_token_num] = 0
     return table
@@ -131,8 +133,8 @@ class LlamaAttention(nn.Module):
     def __init__(self, sizes: LlamaGenSizes) -> None:
         super().__init__()
         heads, head_dim = sizes.n_head + 2 * sizes.n_kv_head, sizes.dim // sizes.n_head
-        self.wqkv = nn.Linear(sizes.dim, heads * head_dim, bias=False)
-        self.wo = nn.Linear(sizes.dim, sizes.dim, bias=False)
+        self.wqkv = Linear(sizes.dim, heads * head_dim, bias=False)
+        self.wo = Linear(sizes.dim, sizes.dim, bias=False)
 
     def forward(self, x: Tensor, mix: Mix, layer: int) -> Tensor:
         return self.wo(mix(layer, self.wqkv(x)))
@@ -143,8 +145,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w1, self.w3 = Linear(width, hidden, bias=False), Linear(width, hidden, bias=False)
+        self.w2 = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(activate(self.w1(x), self.w3(x), kind="silu"))
@@ -172,7 +174,7 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, sizes: LlamaGenSizes, unconditional: bool) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(sizes.num_classes + unconditional, sizes.dim)
+        self.embedding_table = Embedding(sizes.num_classes + unconditional, sizes.dim)
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)[:, None]
@@ -185,13 +187,13 @@ class CaptionEmbedding(nn.Module):
         super().__init__()
         self.cap_proj = nn.ModuleDict(
             {
-                "fc1": nn.Linear(sizes.caption_dim, sizes.dim, bias=False),
-                "fc2": nn.Linear(sizes.dim, sizes.dim, bias=False),
+                "fc1": Linear(sizes.caption_dim, sizes.dim, bias=False),
+                "fc2": Linear(sizes.dim, sizes.dim, bias=False),
             }
         )
         self.tokens = sizes.cls_token_num
         rows = sizes.token_num or sizes.cls_token_num
-        uncond = torch.randn(rows, sizes.caption_dim) / sizes.caption_dim**0.5
+        uncond = torch.randn(rows, sizes.caption_dim, dtype=torch.float32) / sizes.caption_dim**0.5
         self.register_buffer("uncond_embedding", uncond)
         self.uncond_embedding: Tensor
 
@@ -216,7 +218,7 @@ class _LlamaGenNetwork(nn.Module):
         self.cls_embedding = CaptionEmbedding(sizes) if text else LabelEmbedding(sizes, unconditional)
         self.layers = nn.ModuleList(LlamaBlock(sizes) for _ in range(sizes.n_layer))
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
-        self.output = nn.Linear(sizes.dim, num_codes, bias=False)
+        self.output = Linear(sizes.dim, num_codes, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -343,7 +345,7 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
             )
         self.defaults = defaults
         num_codes = tokenizer.codebook().shape[0]
-        self.tok_embeddings = nn.Embedding(num_codes, sizes.dim)
+        self.tok_embeddings = Embedding(num_codes, sizes.dim)
         self._add_layers(sizes, num_codes, unconditional=sizes.class_dropout_prob > 0)
         self.tokenizer = tokenizer
         self.derive_buffers()
@@ -439,8 +441,8 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
         own = LlamaGenSizes(**{**vars(teacher.sizes), **sizes})
         self.sizes = own
         super().__init__(teacher)
-        self.tok_embeddings = nn.Linear(teacher.code_dim, own.dim)
-        self.n_d_embed = nn.Embedding(2, own.dim)
+        self.tok_embeddings = Linear(teacher.code_dim, own.dim)
+        self.n_d_embed = Embedding(2, own.dim)
         self._add_layers(own, teacher.num_codes, unconditional=True)  # officially always there, and never used
         nn.init.zeros_(self.tok_embeddings.bias)
         self.final_layer_conti = ContinuousHead(own.dim, teacher.code_dim)
@@ -510,7 +512,7 @@ class LlamaGenFlowNetwork(_LlamaGenNetwork, FlowNetwork):
         super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time)
         self._add_layers(own, teacher.num_codes, unconditional=own.class_dropout_prob > 0)
         self.tok_embeddings = nn.Sequential(
-            nn.Linear(teacher.code_dim, own.dim), nn.GELU(approximate="tanh"), nn.Linear(own.dim, own.dim)
+            Linear(teacher.code_dim, own.dim), nn.GELU(approximate="tanh"), Linear(own.dim, own.dim)
         )
         self.add_head(own.dim)
 

@@ -186,7 +186,7 @@ class Teacher(nn.Module, ABC):
         return filter_logits(
             logits,
             uncond=self.logits(condition, codes, unconditional=True),
-            cfg_scale=torch.tensor(scales, device=logits.device)[level][None],
+            cfg_scale=torch.tensor(scales, dtype=torch.float32, device=logits.device)[level][None],
             temperature=defaults.temperature,
             top_k=top_k,
             top_p=top_p,
@@ -279,12 +279,12 @@ class Teacher(nn.Module, ABC):
             options=tuple(options.items()),
         )
         device = self.codebook.device
-        prefix = torch.empty(batch, 0, device=device) if prefix is None else prefix
+        prefix = torch.empty(batch, 0, dtype=torch.int64, device=device) if prefix is None else prefix
         # Autocast is for training: decoding is in the dtype of the weights.
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             chance = noise
             if sampler == "multinomial":
-                chance = torch.rand(batch, self.num_tokens, generator=generator, device=device)
+                chance = torch.rand(batch, self.num_tokens, generator=generator, dtype=torch.float32, device=device)
             inputs = Inputs(condition=condition, prefix=prefix.long(), chance=chance)
             codes = inputs.prefix if last == first else decode(self, plan, inputs, graph=graph)
             # A kernel on a GPU marks what it cannot use and goes on: looked at once, when all is decoded.

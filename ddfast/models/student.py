@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.models.attention import group_levels, level_mask
+from ddfast.models.layers import Embedding, Linear
 from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.transformer import Transformer, TransformerTeacher, transformer_sizes
 from ddfast.ops import nearest_code
@@ -254,14 +255,14 @@ class TransformerStudent(DD1Student):
     ) -> None:
         super().__init__(teacher)
         width, depth, heads = transformer_sizes(teacher, width, depth, heads)
-        self.class_embedding = nn.Embedding(self.num_classes + 1, width)
-        self.position_embedding = nn.Parameter(torch.empty(teacher.num_tokens + 1, width))
-        self.input = nn.Linear(teacher.code_dim, width)
-        self.data_embedding = nn.Embedding(2, width)  # row 1: data, row 0: noise
+        self.class_embedding = Embedding(self.num_classes + 1, width)
+        self.position_embedding = nn.Parameter(torch.empty(teacher.num_tokens + 1, width, dtype=torch.float32))
+        self.input = Linear(teacher.code_dim, width)
+        self.data_embedding = Embedding(2, width)  # row 1: data, row 0: noise
         self.body = Transformer(width, depth, heads)
-        self.head = nn.Linear(width, teacher.num_codes)
-        self.continuous_modulation = nn.Parameter(torch.empty(2, width))  # rows: shift, scale
-        self.continuous_head = nn.Linear(width, teacher.code_dim)
+        self.head = Linear(width, teacher.num_codes)
+        self.continuous_modulation = nn.Parameter(torch.empty(2, width, dtype=torch.float32))  # rows: shift, scale
+        self.continuous_head = Linear(width, teacher.code_dim)
         for parameter in (
             self.class_embedding.weight,
             self.position_embedding,
@@ -322,8 +323,8 @@ class ContinuousHead(nn.Module):
 
     def __init__(self, width: int, code_dim: int) -> None:
         super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.linear = nn.Linear(width, code_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width, dtype=torch.float32) / width**0.5)
+        self.linear = Linear(width, code_dim)
 
     def forward(self, hidden: Tensor, label: Tensor) -> Tensor:
         """hidden [B, m, W], label [B, W] -> [B, m, D]."""

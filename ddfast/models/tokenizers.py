@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ddfast.models.layers import Conv2d, Embedding
 from ddfast.models.protocol import Teacher
 from ddfast.models.vqgan import LLAMAGEN_NAMING, VAR_NAMING, ConvSizes, Decoder, Encoder, Naming
 from ddfast.ops.nearest_code import nearest_code
@@ -30,7 +31,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, num_codes: int, code_dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(num_codes, code_dim)
+        self.embedding = Embedding(num_codes, code_dim)
         nn.init.normal_(self.embedding.weight)
 
 
@@ -54,8 +55,8 @@ class ImageTokenizer(nn.Module, ABC):
         self.downsampling = 2 ** (len(sizes.multipliers) - 1)
         self.encoder, self.decoder = Encoder(sizes, naming), Decoder(sizes, naming)
         self.quantize = Quantizer(num_codes, code_dim)
-        self.quant_conv = nn.Conv2d(sizes.latent_channels, code_dim, kernel, padding=kernel // 2)
-        self.post_quant_conv = nn.Conv2d(code_dim, sizes.latent_channels, kernel, padding=kernel // 2)
+        self.quant_conv = Conv2d(sizes.latent_channels, code_dim, kernel, padding=kernel // 2)
+        self.post_quant_conv = Conv2d(code_dim, sizes.latent_channels, kernel, padding=kernel // 2)
 
     @abstractmethod
     def codebook(self) -> Tensor:
@@ -105,7 +106,7 @@ class TokenizedTeacher(Teacher):
         return (images.clamp(-1, 1) + 1) / 2 if clamp else images
 
 
-class Phi(nn.Conv2d):
+class Phi(Conv2d):
     """(1 - ratio) h + ratio conv(h): what VAR applies to every scale's contribution."""
 
     def __init__(self, channels: int, ratio: float) -> None:
@@ -160,7 +161,7 @@ class VARTokenizer(ImageTokenizer):
         sizes = sizes or ConvSizes(channels=160, latent_channels=code_dim)
         super().__init__(sizes, VAR_NAMING, num_codes=num_codes, code_dim=code_dim, kernel=quant_conv_ks)
         self.patch_nums, self.quant_resi, self.using_znorm = tuple(patch_nums), float(quant_resi), using_znorm
-        hits = torch.zeros(len(patch_nums) if hit_scales is None else hit_scales, num_codes)
+        hits = torch.zeros(len(patch_nums) if hit_scales is None else hit_scales, num_codes, dtype=torch.float32)
         self.quantize.register_buffer("ema_vocab_hit_SV", hits)
         self.phi_count = share_quant_resi or default_qresi_counts or len(patch_nums)
         if abs(self.quant_resi) > 1e-6:
@@ -275,7 +276,7 @@ class LlamaGenTokenizer(ImageTokenizer):
         super().__init__(sizes or ConvSizes(), LLAMAGEN_NAMING, num_codes=num_codes, code_dim=code_dim, kernel=1)
         self.codebook_l2_norm = codebook_l2_norm
         if usage_slots:
-            self.quantize.register_buffer("codebook_used", torch.zeros(usage_slots))
+            self.quantize.register_buffer("codebook_used", torch.zeros(usage_slots, dtype=torch.float32))
 
     @property
     def config(self) -> dict[str, Any]:

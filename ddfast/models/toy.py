@@ -32,12 +32,12 @@ class ToyTeacher(Teacher):
 
     def __init__(self, *, num_codes: int = 8, num_tokens: int = 4, strength: float = 1.5, seed: int = 0) -> None:
         super().__init__()
-        angle = torch.arange(num_codes) * (2 * torch.pi / num_codes)
+        angle = torch.arange(num_codes, dtype=torch.float32) * (2 * torch.pi / num_codes)
         self.register_buffer("codebook", torch.stack((angle.cos(), angle.sin()), dim=1))
         self.groups, self.num_classes, self.defaults = (1,) * num_tokens, 1, SamplingDefaults()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("bias", 0.5 * torch.randn(num_tokens, num_codes, generator=generator))
-        tables = torch.randn(num_tokens, num_tokens, num_codes, num_codes, generator=generator)
+        self.register_buffer("bias", 0.5 * torch.randn(num_tokens, num_codes, generator=generator, dtype=torch.float32))
+        tables = torch.randn(num_tokens, num_tokens, num_codes, num_codes, generator=generator, dtype=torch.float32)
         self.register_buffer("tables", strength * tables)  # [token, earlier token, its code, V]
         self.bias: Tensor
         self.tables: Tensor
@@ -65,7 +65,7 @@ class ToyTeacher(Teacher):
 
     def all_sequences(self) -> Tensor:
         """Every sequence, int64 [V^n, n], the first token changing slowest."""
-        digits = torch.arange(self.num_codes).expand(self.num_tokens, -1)
+        digits = torch.arange(self.num_codes, dtype=torch.int64).expand(self.num_tokens, -1)
         return torch.cartesian_prod(*digits).view(-1, self.num_tokens)
 
     def joint(self) -> Tensor:
@@ -76,6 +76,6 @@ class ToyTeacher(Teacher):
 
     def total_variation(self, codes: Tensor) -> float:
         """Total variation between the empirical distribution of int64 [B, n] codes and the exact joint."""
-        weights = self.num_codes ** torch.arange(self.num_tokens - 1, -1, -1)
+        weights = self.num_codes ** torch.arange(self.num_tokens - 1, -1, -1, dtype=torch.int64)
         counts = torch.bincount((codes * weights).sum(-1), minlength=self.num_codes**self.num_tokens)
         return 0.5 * float((counts.double() / len(codes) - self.joint()).abs().sum())

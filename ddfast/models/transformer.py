@@ -22,6 +22,7 @@ from ddfast.models.attention import (
     group_levels,
     group_starts,
 )
+from ddfast.models.layers import Embedding, LayerNorm, Linear
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm
@@ -32,12 +33,12 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.contract = nn.Linear(4 * width, width)
+        self.attention_norm = LayerNorm(width)
+        self.qkv = Linear(width, 3 * width)
+        self.project = Linear(width, width)
+        self.mlp_norm = LayerNorm(width)
+        self.expand = Linear(width, 4 * width)
+        self.contract = Linear(4 * width, width)
 
     def forward(self, x: Tensor, branch: Tensor | None, mix: Mix, layer: int) -> tuple[Tensor, Tensor]:
         """x [R, S, W] and what the block before adds to it; this block's last branch comes back unadded, like that."""
@@ -57,7 +58,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.width, self.depth, self.heads = width, depth, heads
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:  # residual branches start small, so that depth does not change the scale
                 scale = 0.02 / (2 * depth) ** 0.5 if name.endswith(("project.weight", "contract.weight")) else 0.02
@@ -93,11 +94,13 @@ class TransformerNetwork(nn.Module):
     num_classes: int
 
     def _add_layers(self, code_dim: int, num_codes: int, width: int, depth: int, heads: int) -> None:
-        self.class_embedding = nn.Embedding(self.num_classes + 1, width)
-        self.position_embedding = nn.Parameter(torch.empty(sum(self.groups), width).normal_(std=0.02))
-        self.input = nn.Linear(code_dim, width)
+        self.class_embedding = Embedding(self.num_classes + 1, width)
+        self.position_embedding = nn.Parameter(
+            torch.empty(sum(self.groups), width, dtype=torch.float32).normal_(std=0.02)
+        )
+        self.input = Linear(code_dim, width)
         self.body = Transformer(width, depth, heads)
-        self.head = nn.Linear(width, num_codes)
+        self.head = Linear(width, num_codes)
         nn.init.normal_(self.class_embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
 

@@ -28,6 +28,7 @@ from ddfast.models.attention import (
     group_starts,
 )
 from ddfast.models.flow_network import FlowNetwork
+from ddfast.models.layers import Embedding, Linear
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import TokenizedTeacher, VARTokenizer
@@ -46,10 +47,11 @@ class VARAttention(nn.Module):
         super().__init__()
         self.heads = heads
         if l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0), dtype=torch.float32))
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.v_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.proj = Linear(width, width)
 
     def constants(self) -> tuple[Tensor, Tensor | None]:
         """What weights alone decide: the bias [3 W] of query, key and value, and every head's scale [H] of queries."""
@@ -99,7 +101,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(activate(self.fc1(x), kind="gelu"))
@@ -114,9 +116,9 @@ class VARBlock(nn.Module):
         self.attn = VARAttention(width, heads, l2_norm)
         self.ffn = FeedForward(width, hidden)
         if shared_aln:
-            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width, dtype=torch.float32) / width**0.5)
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def constants(self, label: Tensor, shared: Tensor | None) -> BlockConstants:
         """For class embeddings [R, W]; `shared` [R, 1, 6, W] where all blocks share one modulation layer."""
@@ -147,7 +149,7 @@ class HeadNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         scale, shift = self.ada_lin(label).view(len(label), 1, 2, -1).unbind(2)
@@ -191,20 +193,20 @@ class _VARNetwork(nn.Module):
 
     def _add_layers(self, sizes: VARSizes, code_dim: int, num_codes: int, levels: tuple[int, ...]) -> None:
         self.sizes, width = sizes, sizes.embed_dim
-        self.word_embed = nn.Linear(code_dim, width)
-        self.class_emb = nn.Embedding(sizes.num_classes + 1, width)
-        self.pos_start = nn.Parameter(torch.empty(1, levels[0], width))
-        self.pos_1LC = nn.Parameter(torch.empty(1, sum(levels), width))
-        self.lvl_embed = nn.Embedding(len(levels), width)
+        self.word_embed = Linear(code_dim, width)
+        self.class_emb = Embedding(sizes.num_classes + 1, width)
+        self.pos_start = nn.Parameter(torch.empty(1, levels[0], width, dtype=torch.float32))
+        self.pos_1LC = nn.Parameter(torch.empty(1, sum(levels), width, dtype=torch.float32))
+        self.lvl_embed = Embedding(len(levels), width)
         if sizes.shared_aln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         hidden = round(width * sizes.mlp_ratio)
         self.blocks = nn.ModuleList(
             VARBlock(width, sizes.num_heads, hidden, sizes.attn_l2_norm, sizes.shared_aln, sizes.norm_eps)
             for _ in range(sizes.depth)
         )
         self.head_nm = HeadNorm(width, sizes.norm_eps)
-        self.head = nn.Linear(width, num_codes)
+        self.head = Linear(width, num_codes)
         _initialise(self)
 
     def _constants(self, label: Tensor) -> list[BlockConstants]:
@@ -388,10 +390,10 @@ class VARStudent(_VARNetwork, DD1Student):
         levels = (1, *self.groups)
         self._add_layers(VARSizes(**own), teacher.code_dim, teacher.num_codes, levels)
         width = self.sizes.embed_dim
-        self.n_d_embed = nn.Embedding(2, width)
+        self.n_d_embed = Embedding(2, width)
         nn.init.trunc_normal_(self.n_d_embed.weight, std=0.02)
         if layerwise_n_d_embed:
-            self.layerwise_n_d_embed = nn.ModuleList(nn.Linear(width, width) for _ in range(self.sizes.depth + 1))
+            self.layerwise_n_d_embed = nn.ModuleList(Linear(width, width) for _ in range(self.sizes.depth + 1))
         self.final_layer_conti = ContinuousHead(width, teacher.code_dim)
 
     @property

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.models.checkpoint import AnyTensor
+from ddfast.models.layers import Conv2d, GroupNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +83,11 @@ class ConvSizes:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return GroupNorm(32, channels, eps=1e-6)
 
 
 def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
+    return Conv2d(inputs, outputs, 3, padding=1)
 
 
 class ResidualBlock(nn.Module):
@@ -97,7 +98,7 @@ class ResidualBlock(nn.Module):
         self.norm1, self.conv1 = _norm(inputs), _conv3(inputs, outputs)
         self.norm2, self.conv2 = _norm(outputs), _conv3(outputs, outputs)
         if inputs != outputs:
-            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+            self.nin_shortcut = Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
@@ -113,10 +114,10 @@ class PixelAttention(nn.Module):
         self.fused = fused
         self.norm = _norm(channels)
         if fused:
-            self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+            self.qkv = Conv2d(channels, 3 * channels, 1)
         else:
-            self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+            self.q, self.k, self.v = (Conv2d(channels, channels, 1) for _ in range(3))
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         normal = self.norm(x)
@@ -132,7 +133,7 @@ class Resample(nn.Module):
     def __init__(self, channels: int, down: bool) -> None:
         super().__init__()
         self.down = down
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.down:

@@ -72,7 +72,7 @@ def decode_attention_reference(
         query, key = rotated(query, angles), rotated(key, angles)
     keys.index_copy_(2, position, key[:, :, None].to(keys.dtype))
     values.index_copy_(2, position, value[:, :, None].to(values.dtype))
-    column = torch.arange(length, device=qkv.device)
+    column = torch.arange(length, dtype=torch.int64, device=qkv.device)
     seen = (column <= position).expand(rows, length)
     if first is not None:
         seen = seen & (column >= torch.minimum(first, position)[:, None])

@@ -74,7 +74,7 @@ def cfg_rows(logits: Tensor, uncond: Tensor | None, cfg_scale: float | Tensor) -
     if isinstance(cfg_scale, Tensor):
         scale = cfg_scale.detach().to(logits.device, torch.float32)
     else:  # filled there: a copy from the host would wait, and cannot be captured in a graph
-        scale = torch.full((), float(cfg_scale), device=logits.device)
+        scale = torch.full((), float(cfg_scale), dtype=torch.float32, device=logits.device)
     try:
         return scale.expand(logits.shape[:-1])
     except RuntimeError:

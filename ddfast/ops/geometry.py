@@ -58,12 +58,14 @@ def _compute(codebook: Tensor) -> CodebookGeometry:
     for start in range(0, num_codes, _CHUNK):
         rows = codes[start : start + _CHUNK].float()
         distance = torch.cdist(rows, codes.float(), compute_mode="donot_use_mm_for_euclid_dist")
-        distance[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = torch.inf
+        distance[
+            torch.arange(len(rows), dtype=torch.int64), torch.arange(start, start + len(rows), dtype=torch.int64)
+        ] = torch.inf
         nearest[start : start + _CHUNK] = distance.amin(-1)
     diameter = 2 * radius
     typical = float(nearest.median()) if num_codes > 1 else 1.0
     # A codebook of mostly duplicated codes has no neighbour distance to speak of: fall back on its size.
     sigma_min = max(typical * _SIGMA_MIN_FRACTION, 1e-3 * radius) or 1.0
     nearest = nearest.float()
-    packed = torch.cat([nearest, torch.tensor([diameter], device=nearest.device)])
+    packed = torch.cat([nearest, torch.tensor([diameter], dtype=torch.float32, device=nearest.device)])
     return CodebookGeometry(nearest, diameter, sigma_min, packed, centred.float())

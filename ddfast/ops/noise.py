@@ -52,7 +52,7 @@ def noise(
             raise TypeError(f"index: got dtype {index.dtype}, expected int64")
         index = index.to(device or index.device)
     elif isinstance(index, int):
-        index = torch.tensor(index, device=device or "cpu")
+        index = torch.tensor(index, dtype=torch.int64, device=device or "cpu")
     else:
         raise TypeError(f"index: got {type(index).__name__}, expected an int or an int64 tensor")
     signed = seed - 2**64 if seed >= 2**63 else seed  # the bits as a schema's int can hold them
@@ -62,7 +62,7 @@ def noise(
 def noise_reference(seed: int, index: Tensor, shape: Sequence[int]) -> Tensor:
     """The definition, in PyTorch integer and float64 arithmetic; kernels/philox.h states the order of operations."""
     size = math.prod(shape)
-    quad = torch.arange((size + 3) // 4, device=index.device)
+    quad = torch.arange((size + 3) // 4, dtype=torch.int64, device=index.device)
     flat = index.reshape(-1, 1)
     words = _philox(
         [quad.expand(len(flat), -1), flat & _MASK, (flat >> 32) & _MASK, torch.zeros_like(flat)],

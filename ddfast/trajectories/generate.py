@@ -174,7 +174,9 @@ class _HostShard:
         self.index, settings = store.indices(shard), store.settings
         shape, pinned = (settings.shard_size, settings.num_tokens), device.type == "cuda"
         self.codes = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
-        self.noise = torch.empty(*shape, settings.code_dim, pin_memory=pinned) if settings.store_noise else None
+        self.noise: Tensor | None = None
+        if settings.store_noise:
+            self.noise = torch.empty(*shape, settings.code_dim, dtype=torch.float32, pin_memory=pinned)
         self.there: torch.cuda.Event | None = None
 
     def take(self, start: int, codes: Tensor, eps: Tensor) -> None:

@@ -138,7 +138,7 @@ class TrajectoryStore:
     def indices(self, shard: int) -> Tensor:
         """Sample indices int64 [S] of one shard."""
         size = self.settings.shard_size
-        return torch.arange(shard * size, (shard + 1) * size)
+        return torch.arange(shard * size, (shard + 1) * size, dtype=torch.int64)
 
     def write_shard(self, shard: int, codes: Tensor, condition: Tensor, stored_noise: Tensor | None = None) -> None:
         """Write one whole shard: codes int64 [S, N], condition int64 [S], and the noise if the settings ask for it."""

@@ -139,7 +139,7 @@ def test_files_that_do_not_fit_are_explained(tmp_path):
     with pytest.raises(DDFastError, match="no checkpoint at"):
         load_student(tmp_path / "nothing", teacher)
     path.write_bytes(b"\x80\x04cos\nsystem\n")  # a pickle is never unpickled
-    with pytest.raises(DDFastError, match="holds something else than tensors.*refused"):
+    with pytest.raises(DDFastError, match=r"holds something else than tensors.*refused"):
         load_teacher(path)
 
 

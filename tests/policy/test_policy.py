@@ -3,9 +3,12 @@
 import ast
 import re
 import subprocess
+from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from ddfast.config import read_toml
 from ddfast.ops import dispatch
@@ -31,6 +34,7 @@ LAYERS = [
 ENTRIES = ["train.py", "sample.py", "evaluate.py", "profile.py", "convert.py", "doctor.py", "trajectories/__main__.py"]
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 
 def layer(module: str) -> int:
@@ -127,6 +131,72 @@ def test_an_op_has_one_name_everywhere(op):
     assert (PACKAGE / "ops" / f"{op}.py").exists()
     assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
     assert "cpu" not in dispatch.KERNELS[op] or op in (ROOT / "csrc" / "bindings.cpp").read_text()
+
+
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand",
+    "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros", "bartlett_window", "hann_window",
+}  # fmt: skip
+LAYERS_WITH_WEIGHTS = {
+    name
+    for name in dir(nn)
+    if isinstance(getattr(nn, name), type) and "dtype" in signature(getattr(nn, name)).parameters
+}
+
+
+def default_dtypes(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every call whose result has PyTorch's default dtype, or would have with other arguments."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.nn"):
+            hidden = {alias.name for alias in node.names} & (FACTORIES | LAYERS_WITH_WEIGHTS)
+            yield from ((node.lineno, f"import of {name}: write torch.{name}") for name in hidden)
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        stated = any(keyword.arg == "dtype" for keyword in node.keywords)
+        made = (owner == "torch" and name in FACTORIES) or name == "new_tensor"
+        layer = owner in ("nn", "torch.nn") and name in LAYERS_WITH_WEIGHTS
+        numbers = owner == "torch" and name == "where" and not any(map(is_tensor, node.args[1:3]))
+        legacy = owner == "torch" and name.endswith("Tensor")
+        if ((made or layer) and not stated) or numbers or legacy:
+            yield node.lineno, ast.unparse(node)
+
+
+def is_tensor(node: ast.expr) -> bool:
+    """Whether an argument may be a tensor: it is no number."""
+    if isinstance(node, ast.UnaryOp):
+        return is_tensor(node.operand)
+    return not isinstance(node, ast.Constant) and ast.unparse(node) not in ("torch.inf", "math.inf", "torch.nan")
+
+
+@pytest.mark.parametrize("path", MODULES + KERNELS, ids=lambda path: path.relative_to(ROOT).with_suffix("").as_posix())
+def test_every_tensor_states_its_dtype(path):
+    """The global default dtype must not matter; of layers, `ddfast.models.layers` has those that are used."""
+    found = [f"{path.name}:{line}: {text}" for line, text in default_dtypes(ast.parse(path.read_text()))]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.zeros(3)", "torch.full((), 1.5, device=device)", "torch.randint(3, (2,))", "x.new_tensor([1])",
+        "nn.Linear(2, 3)", "torch.nn.Conv2d(1, 2, 3)", "torch.where(mask, 0.0, -torch.inf)", "torch.FloatTensor(3)",
+        "from torch import zeros", "from torch.nn import Linear", "torch.as_tensor(x)",
+    ],
+)  # fmt: skip
+def test_a_default_dtype_is_found(code):
+    assert list(default_dtypes(ast.parse(code)))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.zeros(3, dtype=torch.int64)", "x.new_zeros(3)", "torch.zeros_like(x)", "torch.where(mask, 0.0, x)",
+        "Linear(2, 3)", "nn.SiLU()", "isinstance(x, nn.Linear)", "nn.Linear(2, 3, dtype=torch.float32)",
+    ],
+)  # fmt: skip
+def test_a_stated_dtype_is_not(code):
+    assert not list(default_dtypes(ast.parse(code)))
 
 
 def test_no_path_of_a_developers_machine():

@@ -1,0 +1,68 @@
+"""What networks are made of: float32 whatever PyTorch's default dtype is, and the same in any memory layout.
+
+`torch.nn`'s own layers take the default dtype of the moment at which they are made, and compute in the layout in which
+their inputs and weights happen to lie.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Linear = functools.partial(nn.Linear, dtype=torch.float32)
+Embedding = functools.partial(nn.Embedding, dtype=torch.float32)
+LayerNorm = functools.partial(nn.LayerNorm, dtype=torch.float32)
+GroupNorm = functools.partial(nn.GroupNorm, dtype=torch.float32)
+
+Module = TypeVar("Module", bound=nn.Module)
+Rest = ParamSpec("Rest")
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution in contiguous memory, whatever its input and its weights lie in.
+
+    Everything behind it is then contiguous too. It matters most to norms: the CPU's GroupNorm of channels-last memory
+    sums squares before it subtracts the mean, and a decoder of VAR is six times further from the exact image.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, **settings: Any) -> None:
+        super().__init__(inputs, outputs, kernel, dtype=torch.float32, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = contiguous(x), contiguous(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """x with the strides of a new tensor: `Tensor.contiguous` keeps any that dimensions of size 1 have."""
+    return x.contiguous().view(-1).view(x.shape)
+
+
+def in_weights_dtype(
+    method: Callable[Concatenate[Module, Tensor, Rest], Tensor],
+) -> Callable[Concatenate[Module, Tensor, Rest], Tensor]:
+    """Run a module's method in the dtype of its weights whatever autocast is around it, its input cast to it.
+
+    Autocast is for training: where a gradient is wanted through the input, it is followed.
+    """
+
+    @functools.wraps(method)
+    def run(self: Module, x: Tensor, *rest: Rest.args, **named: Rest.kwargs) -> Tensor:
+        if x.is_floating_point():
+            x = x.to(next(self.parameters()).dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return method(self, x, *rest, **named)
+        with without_autocast(x.device):
+            return method(self, x, *rest, **named)
+
+    return run
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Within, everything is computed in the dtype of the weights: how inference is, whatever autocast is around it."""
+    return torch.autocast(device.type, enabled=False)
