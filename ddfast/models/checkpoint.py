@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import pathlib
 import pickle
 import zipfile
@@ -51,19 +52,49 @@ _HARMLESS: list[Any] = [
 """What training scripts store beside tensors: options, paths, NumPy's numbers. Making them runs no code of the file."""
 
 
+class _File:
+    """A checkpoint that stays open while tensors may be read from it: whoever replaces it leaves this one readable."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.raw = path.open("rb", buffering=0)
+        except OSError as error:
+            raise DDFastError(f"cannot read {path}: {error.strerror}") from error
+        self.state = self._state()
+
+    def __del__(self) -> None:
+        if hasattr(self, "raw"):
+            self.raw.close()
+
+    def _state(self) -> tuple[int, int]:
+        """Size and time of change: what tells that nobody wrote into it."""
+        found = os.fstat(self.raw.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def read_into(self, memory: memoryview, offset: int) -> None:
+        """Fill the memory with what begins at an offset."""
+        try:
+            self.raw.seek(offset)
+            while len(memory) and (count := self.raw.readinto(memory)):
+                memory = memory[count:]
+        except OSError as error:
+            raise DDFastError(f"cannot read {self.path}: {error.strerror}") from error
+        if len(memory) or self._state() != self.state:
+            raise DDFastError(f"{self.path} was changed while it was read; load it again when it is complete")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """A tensor that is still in its file.
 
     Attributes:
-        path: the file.
-        state: its size and time of change when it was opened.
+        file: the file.
         offset: of the first element, in bytes.
         shape, stride, dtype: of the tensor.
     """
 
-    path: Path
-    state: tuple[int, int]
+    file: _File
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
@@ -73,20 +104,11 @@ class StoredTensor:
         """The tensor, contiguous, in memory of its own.
 
         Raises:
-            DDFastError: the file cannot be read, or is another one by now.
+            DDFastError: the file cannot be read, or was written into since it was opened.
         """
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         flat = torch.empty(span if math.prod(self.shape) else 0, dtype=self.dtype, device="cpu")
-        missing = memoryview(flat.view(torch.uint8).numpy().data)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                while len(missing) and (count := file.readinto(missing)):
-                    missing = missing[count:]
-        except OSError as error:
-            raise DDFastError(f"cannot read {self.path}: {error.strerror}") from error
-        if len(missing) or _state(self.path) != self.state:
-            raise DDFastError(f"{self.path} changed while it was read; load it again when it is complete")
+        self.file.read_into(memoryview(flat.view(torch.uint8).numpy().data), self.offset)
         return flat.as_strided(self.shape, self.stride).contiguous()
 
 
@@ -145,13 +167,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    state = _state(path)
+    opened = _File(path)
     try:
         with safe_open(path, framework="pt") as file:  # it checks the header, and the file's length by it
             config = (file.metadata() or {}).get("config", "{}")
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(length))
+        opened.raw.seek(0)
+        length = int.from_bytes(opened.raw.read(8), "little")
+        header = json.loads(opened.raw.read(length))
     except (SafetensorError, ValueError, OSError) as error:
         reason = f"{_first_line(error)}; copy or download it again"
         raise DDFastError(f"{path} is not a readable safetensors file, cut short or damaged: {reason}") from error
@@ -163,8 +185,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise DDFastError(f"{path}: {name} has elements of type {entry['dtype']}, which PyTorch does not know")
         shape = torch.Size(entry["shape"])
         content[name] = StoredTensor(
-            path=path,
-            state=state,
+            file=opened,
             offset=8 + length + entry["data_offsets"][0],
             shape=shape,
             stride=_contiguous(shape),
@@ -178,21 +199,21 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_pytorch(path: Path, *, zipped: bool) -> Any:
-    state = _state(path)
+    opened = _File(path)
     if zipped:
         _check_archive(path)
     try:
-        with path.open("rb") as file, torch.serialization.safe_globals(_HARMLESS):
+        with os.fdopen(os.dup(opened.raw.fileno()), "rb") as file, torch.serialization.safe_globals(_HARMLESS):
             if not zipped:  # the format before PyTorch 1.6 cannot be read in part
                 return torch.load(file, map_location="cpu", weights_only=True)
             try:  # storages on the meta device are not read, and PyTorch notes where in the file they are
-                return _stored(torch.load(file, map_location="meta", weights_only=True), path, state)
+                return _stored(torch.load(file, map_location="meta", weights_only=True), opened)
             except _NoPlaceError:  # before 2.12 it does so for fake tensors only, whose import takes seconds
                 from torch._subclasses.fake_tensor import FakeTensorMode
 
                 file.seek(0)
                 with torch.inference_mode(False), FakeTensorMode():
-                    return _stored(torch.load(file, map_location="cpu", weights_only=True), path, state)
+                    return _stored(torch.load(file, map_location="cpu", weights_only=True), opened)
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # bytes that are no pickle of PyTorch at all
             raise DDFastError(f"{path} is damaged or no PyTorch checkpoint; copy or download it again") from error
@@ -223,18 +244,17 @@ def _check_archive(path: Path) -> None:
         raise DDFastError(f"{path} is a zip archive, not a PyTorch checkpoint: unpack it first")
 
 
-def _stored(content: Any, path: Path, state: tuple[int, int]) -> Any:
+def _stored(content: Any, file: _File) -> Any:
     """The content with every tensor in nested dicts as what is known of it in the file."""
     if isinstance(content, Mapping):
-        return {name: _stored(value, path, state) for name, value in content.items()}
+        return {name: _stored(value, file) for name, value in content.items()}
     if not isinstance(content, Tensor):
         return content
     start: Any = getattr(content.untyped_storage(), "_checkpoint_offset", None)
     if start is None:
         raise _NoPlaceError
     return StoredTensor(
-        path=path,
-        state=state,
+        file=file,
         offset=int(start) + int(content.storage_offset()) * content.element_size(),
         shape=content.shape,
         stride=content.stride(),
@@ -377,15 +397,6 @@ def cast_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _header(config: dict[str, Any]) -> dict[str, str]:
     return {"config": json.dumps(config, sort_keys=True)}
-
-
-def _state(path: Path) -> tuple[int, int]:
-    """Size and time of change: what tells that a file is the one that was opened."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise DDFastError(f"cannot read {path}: {error.strerror}") from error
-    return found.st_size, found.st_mtime_ns
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TrainConfi
 from ddfast.env import cache_dir
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
+from ddfast.models.inputs import as_images, check_size
 from ddfast.models.layers import Conv2d
 from ddfast.models.protocol import SamplingDefaults
 from ddfast.models.transformer import TransformerTeacher
@@ -189,11 +191,13 @@ class DigitsTeacher(TransformerTeacher):
         self.config = config
         self.tokenizer = tokenizer.requires_grad_(False)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Any) -> Tensor:
+        images = as_images(images, 1, low=0.0, device=self.codebook.device)
+        check_size(images, CANVAS, CANVAS)
         return self.tokenizer.encode(images)
 
-    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
-        images = self.tokenizer.decode(self.embed(codes))
+    def decode(self, codes: Any, *, clamp: bool = True) -> Tensor:
+        images = self.tokenizer.decode(self.tokens(codes))
         return ((images + 1) / 2).clamp(0, 1) if clamp else images
 
 
@@ -216,7 +220,9 @@ def train_teacher(
         rows = torch.randint(len(codes), (config.batch_size,), generator=generator, dtype=torch.int64)
         dropped = torch.rand(config.batch_size, generator=generator, dtype=torch.float32) < config.class_dropout
         condition = torch.where(dropped, NUM_CLASSES, labels[rows])
-        loss = F.cross_entropy(teacher.logits(condition, codes[rows]).flatten(0, 1), codes[rows].flatten())
+        # Not by `logits`, which takes no dropped labels.
+        logits = teacher.head(teacher.hidden(condition, teacher.codebook[codes[rows]]))
+        loss = F.cross_entropy(logits.flatten(0, 1), codes[rows].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -157,10 +157,9 @@ class FlowNetwork(Student):
 
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[None, Tensor]:
         """As `Student.predict`, from pure noise only: no logits, continuous embeddings."""
-        self.check_point(x)
         if isinstance(t, Tensor) or t != 0:
             raise ValueError(f"t: got {t}, expected 0: DD2's generator starts from noise alone")
-        return None, self.generate(condition, x)[0]
+        return None, self.generate(condition, self.check_point(condition, x))[0]
 
     def complete(self, condition: Condition, x: Tensor, noise: Tensor, point: int, split: int | None) -> Tensor:
         """All tokens from noise: their nearest codes before the split, continuous from there on."""
@@ -186,7 +185,7 @@ class FlowNetwork(Student):
 
         Every token's velocity is integrated from its noise [B, N, D] by Euler steps, and quantised.
         """
-        starts = self.teacher.group_starts()
+        noise, starts = self.check_point(condition, noise), self.teacher.group_starts()
         tokens = torch.zeros_like(noise)
         codes = torch.zeros(noise.shape[:2], dtype=torch.int64, device=noise.device)
         for first, last in pairwise(starts):

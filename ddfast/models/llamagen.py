@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention, Mix, SequenceMix, StepMix
 from ddfast.models.flow_network import FlowNetwork
+from ddfast.models.inputs import as_codes, known
 from ddfast.models.layers import Embedding, Linear
-from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+from ddfast.models.protocol import Condition, SamplingDefaults, Teacher, condition_size
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import LlamaGenTokenizer, TokenizedTeacher
 from ddfast.ops import nearest_code
@@ -92,6 +93,9 @@ LLAMAGEN_SIZES = {
     for name, (dim, blocks, heads, hidden) in _PUBLISHED.items()
 }
 """The published LlamaGen models by name."""
+
+
+_COLDEST, _SMALLEST_NUCLEUS = 1e-5, 1e-30
 
 
 class RMSNorm(nn.Module):
@@ -244,12 +248,18 @@ class _LlamaGenNetwork(nn.Module):
                 )
             labels = torch.full_like(condition, sizes.num_classes) if unconditional else condition
             return self.cls_embedding(labels), None
-        features, valid = condition
+        features, valid = self._padded(condition)
         if unconditional:
             features = cast(CaptionEmbedding, self.cls_embedding).unconditional(features)
         else:
-            features = features * valid[..., None]
-        return self.cls_embedding(features), valid.bool()
+            features = features.masked_fill(~valid[..., None], 0)
+        return self.cls_embedding(features), valid
+
+    def _padded(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Features [B, C, dim] and bool mask [B, C] of captions of up to C tokens; padding changes nothing for them."""
+        features, valid = condition
+        missing = self.sizes.cls_token_num - features.shape[1]
+        return F.pad(features, (0, 0, missing, 0)), F.pad(valid != 0, (missing, 0))
 
     def _run(self, x: Tensor, mix: Mix) -> Tensor:
         branch = None
@@ -269,16 +279,25 @@ class _LlamaGenNetwork(nn.Module):
         x = self._run(x, self._sequence(x.shape[1], MaskedAttention(padded_mask(valid, x.shape[1]))))
         return self.norm(x[:, first.shape[1] - 1 :])
 
-    def _check_condition(self, condition: Condition) -> None:
-        """Raise unless a text condition has the shapes that this network reads."""
+    def _check_captions(self, condition: Condition) -> None:
+        """Raise unless a text condition is one that this network reads."""
         sizes = self.sizes
-        expected = f"features [B, {sizes.cls_token_num}, {sizes.caption_dim}] and their mask [B, {sizes.cls_token_num}]"
-        if not isinstance(condition, tuple) or len(condition) != 2:
+        expected = f"features [B, up to {sizes.cls_token_num}, {sizes.caption_dim}] and their mask [B, as many]"
+        if not isinstance(condition, tuple) or len(condition) != 2 or not all(isinstance(c, Tensor) for c in condition):
             raise TypeError(f"condition: got {type(condition).__name__}, expected a pair of {expected}")
         features, valid = condition
-        wanted = (len(features), sizes.cls_token_num)
-        if tuple(features.shape) != (*wanted, sizes.caption_dim) or tuple(valid.shape) != wanted:
+        if not features.is_floating_point():
+            raise TypeError(f"condition: got features of {features.dtype}, expected floating-point ones")
+        fits = features.ndim == 3 and features.shape[2] == sizes.caption_dim
+        if not fits or not 1 <= features.shape[1] <= sizes.cls_token_num or valid.shape != features.shape[:2]:
             raise ValueError(f"condition: got {list(features.shape)} and {list(valid.shape)}, expected {expected}")
+        if not known(features):
+            return
+        valid = valid != 0
+        if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+            raise ValueError("condition: got a mask with padding behind a token, expected padding on the left")
+        if not bool(features.masked_fill(~valid[..., None], 0).isfinite().all()):
+            raise ValueError("condition: got NaN or infinite features, expected finite ones")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -317,7 +336,8 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
     """LlamaGen's GPT: one token per step, conditioned on a class or on a caption.
 
     `codebook` is the tokenizer's, normalised as it is used. Guidance needs `cfg_scale` above 1, as officially; a
-    `cfg_interval` ends it. A text condition is `(features [B, C, dim], mask [B, C])`, padded on the left.
+    `cfg_interval` ends it. As officially too, `temperature` 0 and `top_p` 0 come to the likeliest code. A text
+    condition is `(features [B, L, dim], mask [B, L])`, padded on the left; L up to the model's `cls_token_num`.
 
     Args:
         tokenizer: whose codes it models.
@@ -340,9 +360,8 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         self.groups = (1,) * sizes.block_size
         self.num_classes = 0 if text else sizes.num_classes
         if defaults is None:
-            defaults = (
-                SamplingDefaults(cfg_scale=7.5, top_k=1000) if text else SamplingDefaults(cfg_scale=2.0, top_k=8000)
-            )
+            scale = 2.0 if sizes.class_dropout_prob else 1.0  # trained without "no condition": nothing to guide by
+            defaults = SamplingDefaults(cfg_scale=7.5 if text else scale, top_k=1000 if text else 8000)
         self.defaults = defaults
         num_codes = tokenizer.codebook().shape[0]
         self.tok_embeddings = Embedding(num_codes, sizes.dim)
@@ -377,22 +396,20 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         if self.sizes.model_type == "c2i":
             super().check_condition(condition)
         else:
-            self._check_condition(condition)
+            self._check_captions(condition)
+
+    def filters(self, *, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+        # Officially, the temperature is at least 1e-5, and a nucleus always holds the likeliest code.
+        temperature = _COLDEST if 0 <= temperature < _COLDEST else temperature
+        return super().filters(temperature=temperature, top_k=top_k, top_p=_SMALLEST_NUCLEUS if top_p == 0 else top_p)
 
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
-        self.check_condition(condition)
+        self.check_training_condition(condition)
+        shape = (condition_size(condition), self.num_tokens)
         if codes.is_floating_point():
-            codes = nearest_code(codes, self.codebook)
+            codes = nearest_code(self.tokens(codes, shape[0]), self.codebook)
+        codes = as_codes(codes, self.num_codes, shape, waits=False)
         return self.output(self.hidden(condition, self.tok_embeddings(codes[:, :-1]), unconditional)).float()
-
-    def generate(self, condition: Condition, **settings: Any) -> Tensor:
-        """As `Teacher.generate`; captions are padded on the left."""
-        self.check_condition(condition)
-        if isinstance(condition, tuple):
-            valid = condition[1].bool()
-            if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
-                raise ValueError("condition: got a mask with padding behind a token, expected padding on the left")
-        return super().generate(condition, **settings)
 
     def begin(self, condition: Condition, *, guided: bool) -> LlamaGenState:
         tokens, valid = self._condition_tokens(condition)
@@ -526,7 +543,7 @@ class LlamaGenFlowNetwork(_LlamaGenNetwork, FlowNetwork):
         return dict(vars(self.sizes))
 
     def features(self, condition: Condition, tokens: Tensor) -> Tensor:
-        self.teacher.check_condition(condition)
+        self.teacher.check_training_condition(condition)
         return self.hidden(condition, self.tok_embeddings(tokens[:, :-1].to(self.dtype)))
 
     def code_logits(self, features: Tensor) -> Tensor:

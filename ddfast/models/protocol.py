@@ -5,6 +5,7 @@ Dimensions: B batch, R rows (B, or 2B with guidance), N tokens, G tokens of one 
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ddfast.models.attention import group_levels, group_starts
 from ddfast.models.decoding import Inputs, Plan, Sampler, decode
+from ddfast.models.inputs import as_codes, as_embeddings, check_codes, check_labels, check_noise, check_options, known
 from ddfast.ops import filter_logits
 from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS
 
@@ -24,6 +26,14 @@ Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
 def condition_size(condition: Condition) -> int:
     """B, the number of samples that a condition stands for."""
     return len(condition if isinstance(condition, Tensor) else condition[0])
+
+
+def on_device(condition: Condition, device: torch.device) -> Condition:
+    """A condition moved to a device."""
+    if isinstance(condition, Tensor):
+        return condition.to(device)
+    features, mask = condition
+    return features.to(device), mask.to(device)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -110,12 +120,16 @@ class Teacher(nn.Module, ABC):
             float32 [B, N, V].
         """
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] to codes int64 [B, N]."""
+    def encode(self, images: Any) -> Tensor:
+        """Images to codes int64 [B, N].
+
+        Args:
+            images: float [B, C, H, W] in [0, 1], uint8, NumPy's or PIL's (`ddfast.models.inputs.as_images`).
+        """
         raise TypeError(f"{type(self).__name__} has no image tokenizer")
 
-    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
-        """Codes int64 [B, N] or embeddings [B, N, D] to images [B, C, H, W] in [0, 1].
+    def decode(self, codes: Any, *, clamp: bool = True) -> Tensor:
+        """Codes [B, N] of any integer type, or embeddings [B, N, D], to images [B, C, H, W] in [0, 1].
 
         With `clamp=False`, the decoder's raw output in [-1, 1] scale.
         """
@@ -151,17 +165,36 @@ class Teacher(nn.Module, ABC):
 
     def embed(self, codes: Tensor) -> Tensor:
         """Embeddings [..., D] of integer codes [...]; embeddings pass through unchanged."""
-        return codes if codes.is_floating_point() else self.codebook[codes.long()]
+        return codes if codes.is_floating_point() else self.codebook[check_codes(codes, self.num_codes, waits=False)]
+
+    def tokens(self, codes: Any, batch: int | None = None, *, waits: bool = True) -> Tensor:
+        """Embeddings float32 [B, N, D] of whole sequences, from codes [B, N] or embeddings; what does not fit raises.
+
+        Args:
+            codes: as `decode` takes them.
+            batch: B; None: any.
+            waits: look at the values of codes also where that waits for a GPU.
+        """
+        return as_embeddings(codes, self.codebook, (batch, self.num_tokens), waits=waits)
 
     def check_condition(self, condition: Condition) -> None:
         """Raise `TypeError`/`ValueError` unless `condition` holds labels this teacher knows."""
-        if not isinstance(condition, Tensor):
-            raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
-        if condition.dtype != torch.int64 or condition.ndim != 1:
-            raise TypeError(f"condition: got {condition.dtype} {list(condition.shape)}, expected int64 labels [B]")
-        if condition.numel() and not 0 <= int(condition.min()) <= int(condition.max()) < self.num_classes:
-            labels = f"{int(condition.min())}..{int(condition.max())}"
-            raise ValueError(f"condition: got labels {labels}, expected 0..{self.num_classes - 1}")
+        check_labels(condition, self.num_classes)
+
+    def check_training_condition(self, condition: Condition) -> None:
+        """`check_condition` where it does not wait for a GPU: a training step asks at every pass."""
+        first = condition[0] if isinstance(condition, tuple) and condition else condition
+        if not isinstance(first, Tensor) or known(first, waits=False):
+            self.check_condition(condition)
+
+    def accepted(self, condition: Condition) -> Condition:
+        """The condition of a generation on the teacher's device, checked; a family may take more than labels."""
+        self.check_condition(condition)
+        return on_device(condition, self.codebook.device)
+
+    def filters(self, *, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+        """Settings of `filter_logits`; a family translates what its official code gives a meaning of its own."""
+        return {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def log_probs(
         self,
@@ -178,18 +211,17 @@ class Teacher(nn.Module, ABC):
         """
         defaults = defaults or self.defaults
         top_k, top_p = (defaults.top_k, defaults.top_p) if filtered else (0, 1.0)
+        settings = self.filters(temperature=defaults.temperature, top_k=top_k, top_p=top_p)
         logits = self.logits(condition, codes)
         scales = [self.group_cfg_scale(defaults.cfg_scale, group) for group in range(len(self.groups))]
         if all(scale == 1.0 for scale in scales):
-            return filter_logits(logits, temperature=defaults.temperature, top_k=top_k, top_p=top_p)
+            return filter_logits(logits, **settings)
         level = group_levels(self.groups, logits.device)
         return filter_logits(
             logits,
             uncond=self.logits(condition, codes, unconditional=True),
             cfg_scale=torch.tensor(scales, dtype=torch.float32, device=logits.device)[level][None],
-            temperature=defaults.temperature,
-            top_k=top_k,
-            top_p=top_p,
+            **settings,
         )
 
     def generate(
@@ -214,7 +246,7 @@ class Teacher(nn.Module, ABC):
         """Decode images token group by token group, with guidance rows in the same forward passes.
 
         Args:
-            condition: int64 [B], or text.
+            condition: int64 [B], or text; on any device.
             sampler: "multinomial" draws with `generator`; "greedy" takes the most likely code; "flow" integrates
                 every token's closed-form flow from `noise` (METHOD.md section 1): the deterministic map that DD1
                 distils, with the same distribution as "multinomial".
@@ -235,29 +267,31 @@ class Teacher(nn.Module, ABC):
             int64 [B, stop], the prefix included.
 
         Raises:
+            TypeError: an argument has a wrong type, or is none of this teacher's.
             ValueError: an argument is out of range or has a wrong shape; noise is missing or not wanted.
         """
-        self.check_condition(condition)
+        check_options(self.begin, options, inspect.signature(Teacher.generate).parameters)
+        condition = self.accepted(condition)
         batch = condition_size(condition)
         defaults = self.defaults
         cfg_scale = defaults.cfg_scale if cfg_scale is None else float(cfg_scale)
-        settings: dict[str, Any] = {
-            "temperature": defaults.temperature if temperature is None else temperature,
-            "top_k": defaults.top_k if top_k is None else top_k,
-            "top_p": defaults.top_p if top_p is None else top_p,
-        }
-        starts = self.group_starts()
-        length = 0 if prefix is None else prefix.shape[1]
+        settings = self.filters(
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+        )
+        starts, device = self.group_starts(), self.codebook.device
+        length = 0
+        if prefix is not None:
+            length = prefix.shape[1] if isinstance(prefix, Tensor) and prefix.ndim == 2 else 0
+            prefix = as_codes(prefix, self.num_codes, (batch, length), "prefix").to(device)
         stop = self.num_tokens if stop is None else stop
         if sampler not in ("multinomial", "greedy", "flow"):
             raise ValueError(f"sampler: got {sampler!r}, expected 'multinomial', 'greedy' or 'flow'")
         if (sampler == "flow") != (noise is not None):
             raise ValueError(f"noise: got {'a tensor' if noise is not None else None} with sampler {sampler!r}")
-        if noise is not None and noise.shape != (batch, self.num_tokens, self.code_dim):
-            expected = [batch, self.num_tokens, self.code_dim]
-            raise ValueError(f"noise: got shape {list(noise.shape)}, expected {expected}")
-        if prefix is not None and (prefix.ndim != 2 or prefix.shape[0] != batch):
-            raise ValueError(f"prefix: got shape {list(prefix.shape)}, expected [{batch}, m]")
+        if noise is not None:
+            noise = check_noise(noise, (batch, self.num_tokens, self.code_dim)).to(device)
         for name, value in (("prefix", length), ("stop", stop)):
             if value not in starts:
                 raise ValueError(f"{name}: got {value} tokens, expected the end of a group: one of {starts}")
@@ -278,7 +312,6 @@ class Teacher(nn.Module, ABC):
             flow=(("steps", steps), ("solver", solver)),
             options=tuple(options.items()),
         )
-        device = self.codebook.device
         prefix = torch.empty(batch, 0, dtype=torch.int64, device=device) if prefix is None else prefix
         # Autocast is for training: decoding is in the dtype of the weights.
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):

@@ -6,6 +6,7 @@ Dimensions: B batch, N tokens, V codes, D code dimension, W width.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.models.attention import group_levels, level_mask
+from ddfast.models.inputs import check_noise, check_options, known
 from ddfast.models.layers import Embedding, Linear
-from ddfast.models.protocol import Condition, Teacher
+from ddfast.models.protocol import Condition, Teacher, condition_size, on_device
 from ddfast.models.transformer import Transformer, TransformerTeacher, transformer_sizes
 from ddfast.ops import nearest_code
 
@@ -100,11 +102,11 @@ class Student(nn.Module, ABC):
         """The teacher that this student learnt from."""
         return self._teacher[0]
 
-    def check_point(self, x: Tensor) -> None:
-        """Raise `ValueError` unless x is [B, N, D]."""
-        if x.ndim != 3 or x.shape[1:] != (self.teacher.num_tokens, self.teacher.code_dim):
-            expected = f"[B, {self.teacher.num_tokens}, {self.teacher.code_dim}]"
-            raise ValueError(f"x: got shape {list(x.shape)}, expected {expected}")
+    def check_point(self, condition: Condition, x: Tensor) -> Tensor:
+        """x [B, N, D] in float32; raise unless it has this shape, finite values, and a condition that fits."""
+        teacher = self.teacher
+        teacher.check_training_condition(condition)
+        return check_noise(x, (condition_size(condition), teacher.num_tokens, teacher.code_dim), "x").float()
 
     def sample(
         self,
@@ -136,21 +138,35 @@ class Student(nn.Module, ABC):
 
         Returns:
             float32 [B, N, D].
+
+        Raises:
+            TypeError, ValueError: an argument is not as above, or has no effect.
         """
-        count = len(self.groups)
-        if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)) or steps[-1] > count:
-            raise ValueError(f"steps: got {steps}, expected rising trajectory points from 0 to at most {count}")
+        count, teacher = len(self.groups), self.teacher
+        points = tuple(steps) if isinstance(steps, (tuple, list)) else ()
+        rising = points[:1] == (0,) and list(points) == sorted(set(points)) and points[-1] <= count
+        if not rising or not all(isinstance(point, int) for point in points):
+            expected = f"rising trajectory points from 0 to at most {count}, such as (0,) or (0, 1)"
+            raise ValueError(f"steps: got {steps}, expected {expected}")
         split = self.split if split is None else split
         if split is not None and not 0 <= split <= count:
             raise ValueError(f"split: got {split}, expected a group in 0..{count}")
         if teacher_range is not None and not 0 <= teacher_range[0] < teacher_range[1] <= count:
             raise ValueError(f"teacher_range: got {teacher_range}, expected first < last in 0..{count}")
+        given = {**generation, **({} if cfg_scale is None else {"cfg_scale": cfg_scale})}
+        check_options(teacher.begin, generation, inspect.signature(Teacher.generate).parameters)
+        if given and teacher_range is None:
+            raise ValueError(f"{next(iter(given))}: has no effect without teacher_range: the teacher takes no part")
+        teacher.check_condition(condition)
+        condition = on_device(condition, self.codebook.device)
+        noise = check_noise(noise, (condition_size(condition), teacher.num_tokens, teacher.code_dim))
+        noise = noise.to(self.codebook.device, torch.float32)
         with torch.inference_mode():
-            points, x = steps[1:], noise
+            points, x = points[1:], noise
             if teacher_range is None or teacher_range[0] > 0:  # else the teacher starts from nothing
                 x = self.complete(condition, noise, noise, 0, split)
             if teacher_range is not None:
-                x = self.involve_teacher(condition, noise, x, teacher_range, cfg_scale=cfg_scale, **generation)
+                x = self.involve_teacher(condition, noise, x, teacher_range, **given)
                 last = teacher_range[1]
                 points = (last, *(point for point in points if point > last))
             for point in points:
@@ -209,8 +225,7 @@ class DD1Student(Student):
 
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """As `Student.predict`; position i sees the condition, the groups before i's and itself."""
-        self.check_point(x)
-        hidden, context = self.features(condition, x, t)
+        hidden, context = self.features(condition, self.check_point(condition, x), t)
         return self.code_logits(hidden, context), self.continuous(hidden, context)
 
     def data_levels(self, t: int | Tensor, batch: int, condition_tokens: int) -> Tensor:
@@ -219,9 +234,15 @@ class DD1Student(Student):
 
     def data_mask(self, t: int | Tensor, batch: int) -> Tensor:
         """Boolean [B, N]: True where X_t holds data."""
-        low, high = (t, t) if isinstance(t, int) else (int(bound) for bound in torch.aminmax(t))
-        if not 0 <= low <= high <= len(self.groups):
-            raise ValueError(f"t: got points {low} to {high}, expected trajectory points in 0..{len(self.groups)}")
+        expected = f"trajectory points in 0..{len(self.groups)}, an int or int64 [B]"
+        integers = isinstance(t, Tensor) and t.dtype == torch.int64 and tuple(t.shape) == (batch,)
+        if not integers and (not isinstance(t, int) or isinstance(t, bool)):
+            got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else repr(t)
+            raise TypeError(f"t: got {got}, expected {expected}")
+        if isinstance(t, int) or known(t, waits=False):
+            low, high = (t, t) if isinstance(t, int) else (int(bound) for bound in torch.aminmax(t))
+            if not 0 <= low <= high <= len(self.groups):
+                raise ValueError(f"t: got points {low} to {high}, expected {expected}")
         points = t if isinstance(t, int) else t[:, None]
         return (self.level < points).expand(batch, -1)
 

@@ -5,6 +5,7 @@ Dimensions: B batch, N tokens, V codes, D code dimension, H height, W width, P s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import accumulate
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ddfast.models.inputs import as_embeddings, as_images
 from ddfast.models.layers import Conv2d, Embedding
 from ddfast.models.protocol import Teacher
 from ddfast.models.vqgan import LLAMAGEN_NAMING, VAR_NAMING, ConvSizes, Decoder, Encoder, Naming
@@ -63,12 +65,26 @@ class ImageTokenizer(nn.Module, ABC):
         """The codes that latents are compared with and that the decoder reads, float32 [V, D]."""
 
     @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to codes int64 [B, N]."""
+    def codes_of(self, latents: Tensor) -> Tensor:
+        """Unquantised latents [B, D, h, w] to codes int64 [B, N]."""
 
     @abstractmethod
     def decode(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B, N, D] to raw images [B, 3, H, W], about [-1, 1]."""
+        """Embeddings [B, N, D], or codes [B, N] of any integer type, to raw images [B, 3, H, W], about [-1, 1]."""
+
+    def encode(self, images: Any, *, low: float = -1.0) -> Tensor:
+        """Images to codes int64 [B, N].
+
+        Args:
+            images: float [B, 3, H, W] in [low, 1], uint8, or PIL's (`ddfast.models.inputs.as_images`).
+            low: 0 or -1.
+
+        Raises:
+            TypeError, ValueError: they are something else, out of range, or of a size that does not fit.
+        """
+        device = self.quant_conv.weight.device
+        images = as_images(images, self.sizes.image_channels, low=low, device=device)
+        return self.codes_of(self.latents(images if low else 2 * images - 1))
 
     @property
     @abstractmethod
@@ -98,11 +114,15 @@ class TokenizedTeacher(Teacher):
 
     tokenizer: ImageTokenizer
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(2 * images - 1)
+    def encode(self, images: Any) -> Tensor:
+        codes = self.tokenizer.encode(images, low=0.0)
+        if codes.shape[1] != self.num_tokens:
+            got = f"images of {codes.shape[1]} tokens"
+            raise ValueError(f"images: got {got}, expected {self.num_tokens}: resize them to what the teacher makes")
+        return codes
 
-    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
-        images = self.tokenizer.decode(self.embed(codes))
+    def decode(self, codes: Any, *, clamp: bool = True) -> Tensor:
+        images = self.tokenizer.decode(self.tokens(codes))
         return (images.clamp(-1, 1) + 1) / 2 if clamp else images
 
 
@@ -245,10 +265,12 @@ class VARTokenizer(ImageTokenizer):
             f_hats.append(f_hat)
         return torch.cat(codes, dim=1), f_hats
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantise(self.latents(images))[0]
+    def codes_of(self, latents: Tensor) -> Tensor:
+        return self.quantise(latents)[0]
 
-    def decode(self, embeddings: Tensor) -> Tensor:
+    def decode(self, embeddings: Any) -> Tensor:
+        count = sum(side**2 for side in self.patch_nums)
+        embeddings = as_embeddings(embeddings, self.codebook(), (None, count))
         return self.decode_latents(self.embed_to_fhat(embeddings)[-1])
 
 
@@ -286,9 +308,12 @@ class LlamaGenTokenizer(ImageTokenizer):
         weight = self.quantize.embedding.weight.detach().float()
         return F.normalize(weight, dim=-1) if self.codebook_l2_norm else weight
 
-    def encode(self, images: Tensor) -> Tensor:
-        latents = rearrange(self.latents(images), "b d h w -> b (h w) d")
-        return self.quantise(latents)[0]
+    def codes_of(self, latents: Tensor) -> Tensor:
+        height, width = latents.shape[-2:]
+        if height != width:  # `decode` could not tell it from another shape of as many codes
+            factor = self.downsampling
+            raise ValueError(f"images: got {height * factor} x {width * factor} pixels, expected square ones")
+        return self.quantise(rearrange(latents, "b d h w -> b (h w) d"))[0]
 
     def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, N, D] to codes int64 [B, N] and their embeddings [B, N, D]."""
@@ -298,6 +323,10 @@ class LlamaGenTokenizer(ImageTokenizer):
         codes = nearest_code(latents.contiguous(), codebook)
         return codes, codebook[codes]
 
-    def decode(self, embeddings: Tensor) -> Tensor:
-        side = round(embeddings.shape[1] ** 0.5)
+    def decode(self, embeddings: Any) -> Tensor:
+        count = embeddings.shape[1] if getattr(embeddings, "ndim", 0) > 1 else 0
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ValueError(f"codes: got {count} a row, expected those of a square image: a square number")
+        embeddings = as_embeddings(embeddings, self.codebook(), (None, count))
         return self.decode_latents(rearrange(embeddings, "b (h w) d -> b d h w", h=side))

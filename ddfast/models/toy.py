@@ -53,6 +53,7 @@ class ToyTeacher(Teacher):
         return self._token_logits(state.codes, state.codes.shape[1])[:, None]
 
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
+        self.check_training_condition(condition)
         if codes.is_floating_point():
             codes = torch.cdist(codes, self.codebook).argmin(-1)
         return torch.stack([self._token_logits(codes, token) for token in range(self.num_tokens)], dim=1)

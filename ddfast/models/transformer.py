@@ -196,7 +196,7 @@ class TransformerTeacher(TransformerNetwork, Teacher):
     def advance(self, state: DecodeState, codes: Tensor) -> Tensor:
         first, last = state.groups_fed, self.group_starts().index(self._tokens_known(state) + codes.shape[1])
         state.groups_fed = last + 1
-        embeddings, cache = self.embed(codes), state.cache
+        embeddings, cache = self.codebook[codes], state.cache
         if len(state.labels) != len(codes):  # guidance: both halves read the same codes
             embeddings = torch.cat((embeddings, embeddings))
         if first and len(self.groups) == self.num_tokens:  # a step like any other: the cache knows where
@@ -223,4 +223,6 @@ class TransformerTeacher(TransformerNetwork, Teacher):
         return self.group_starts()[max(state.groups_fed - 1, 0)]
 
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
-        return self.head(self.hidden(self.labels(condition, unconditional=unconditional), self.embed(codes)))
+        self.check_training_condition(condition)
+        labels = self.labels(condition, unconditional=unconditional)
+        return self.head(self.hidden(labels, self.tokens(codes, len(labels), waits=False)))

@@ -28,8 +28,9 @@ from ddfast.models.attention import (
     group_starts,
 )
 from ddfast.models.flow_network import FlowNetwork
+from ddfast.models.inputs import check_labels
 from ddfast.models.layers import Embedding, Linear
-from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+from ddfast.models.protocol import Condition, SamplingDefaults, Teacher, on_device
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import TokenizedTeacher, VARTokenizer
 from ddfast.ops.activate import activate
@@ -180,6 +181,10 @@ class VARSizes:
     shared_aln: bool = False
     attn_l2_norm: bool = True
 
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of embed_dim {self.embed_dim}")
+
 
 class _VARNetwork(nn.Module):
     """The layers that teacher and student have in common, under their official names."""
@@ -290,7 +295,12 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
     """Visual autoregressive model: the input of scale k is the latents of all earlier scales, resized to scale k.
 
     Guidance follows the official sampling: at scale k of S, `(1 + t) cond - t uncond` with `t = cfg_scale k / (S - 1)`,
-    so `cfg_scale` 0 is unguided and the first scale always is. `top_p` 0 is off here, as officially.
+    so `cfg_scale` 0 is unguided and the first scale always is. As officially, `top_p` 0 is off, and `generate` takes
+    the labels -1 and `num_classes` for "no condition".
+
+    `generate(..., masked_prefix=False)` lets a prefix's scales see each other, which is how the official DD1 scripts
+    feed a student's prefix to the teacher: the prefix and the first new scale in one pass without a mask. It changes
+    the logits, and is not what the teacher was trained with.
 
     Args:
         tokenizer: whose codes it models, with its scales.
@@ -319,18 +329,20 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
         return 1.0 + cfg_scale * group / max(len(self.groups) - 1, 1)
 
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
-        self.check_condition(condition)
+        self.check_training_condition(condition)
         label = self.labels(condition, unconditional)
-        inputs = self.tokenizer.teacher_forcing_input(self.embed(codes))
+        inputs = self.tokenizer.teacher_forcing_input(self.tokens(codes, len(label), waits=False))
         return self.head(self.hidden(label, inputs)).float()
 
-    def generate(self, condition: Condition, *, top_p: float | None = None, **settings: Any) -> Tensor:
-        """As `Teacher.generate`; `top_p` 0 is off, and `masked_prefix=False` lets the prefix's scales see each other.
+    def accepted(self, condition: Condition) -> Condition:
+        """As officially, labels may be -1 or `num_classes` too: no condition."""
+        if isinstance(condition, Tensor) and condition.dtype == torch.int64:
+            condition = condition.where(condition != -1, self.num_classes)
+        check_labels(condition, self.num_classes, null=True)
+        return on_device(condition, self.codebook.device)
 
-        The latter is how the official DD1 scripts feed a student's prefix to the teacher: the prefix and the first
-        new scale in one pass without a mask. It changes the logits, and is not what the teacher was trained with.
-        """
-        return super().generate(condition, top_p=1.0 if top_p == 0 else top_p, **settings)
+    def filters(self, *, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+        return super().filters(temperature=temperature, top_k=top_k, top_p=1.0 if top_p == 0 else top_p)
 
     def begin(self, condition: Condition, *, guided: bool, masked_prefix: bool = True) -> VARState:
         label = self.labels(condition)
@@ -350,7 +362,7 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
 
     def advance(self, state: VARState, codes: Tensor) -> Tensor:
         starts = self.group_starts()
-        embeddings, offset, inputs = self.embed(codes), 0, []
+        embeddings, offset, inputs = self.codebook[codes], 0, []
         first = starts.index(state.cache.length)
         last = max(first - 1, 0)  # the codes of the newest scale in the cache are what this call brings
         while offset < codes.shape[1]:
@@ -470,7 +482,7 @@ class VARFlowNetwork(_VARNetwork, FlowNetwork):
         return dict(vars(self.sizes))
 
     def features(self, condition: Condition, tokens: Tensor) -> Tensor:
-        self.teacher.check_condition(condition)
+        self.teacher.check_training_condition(condition)
         inputs = cast(VARTeacher, self.teacher).tokenizer.teacher_forcing_input(tokens)
         return self.hidden(self.labels(condition), inputs)
 
