@@ -12,9 +12,10 @@ from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 from ddfast.models.attention import block_mask, group_levels, level_mask
 from ddfast.models.checkpoint import storable
-from ddfast.models.llamagen import LlamaGenStudent, LlamaGenTeacher
+from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenStudent, LlamaGenTeacher
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
+from ddfast.models.tokenizers import IMAGENET_SCALES
 from ddfast.models.var import VARStudent, VARTeacher
 
 
@@ -62,6 +63,25 @@ def export_student(student: Student, weights: Path, *, live: dict[str, Tensor] |
         _save(weights, {"ema": averaged, "model": current})
     else:
         raise DDFastError(f"{type(student).__name__} has no official layout; only VAR's and LlamaGen's have")
+
+
+def untold(teacher: Teacher) -> list[str]:
+    """What official checkpoints have no place for, and what the official code must be told to run this teacher."""
+    usual: dict[str, Any]
+    if isinstance(teacher, VARTeacher):
+        usual = {"norm_eps": 1e-6, "num_heads": teacher.sizes.depth, "quant_resi": 0.5, "using_znorm": False}
+        usual |= {"patch_nums": list(IMAGENET_SCALES), "shared_aln": False, "attn_l2_norm": True}
+    elif isinstance(teacher, LlamaGenTeacher):
+        published = LLAMAGEN_SIZES["L"]
+        names = ("block_size", "rope_base", "norm_eps", "class_dropout_prob", "num_classes")
+        usual = {name: getattr(published, name) for name in names} | {"codebook_l2_norm": True}
+    else:
+        return []
+    own = {**vars(teacher.sizes), **teacher.tokenizer.config}
+    other = [f"{name}={own[name]}" for name, value in usual.items() if own[name] != value]
+    if not other:
+        return []
+    return [f"official files do not say it, so tell the official code (and ddfast): {', '.join(other)}"]
 
 
 def _network(teacher: Teacher) -> dict[str, Tensor]:

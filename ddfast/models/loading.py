@@ -696,8 +696,10 @@ def _angles(table: AnyTensor | None, dim: int) -> dict[str, Any]:
     half, frequencies = table.shape[1], table.shape[1] // 2
     if table.dtype in (torch.float32, torch.float64) and frequencies > 1 and len(angles) > condition + 1:
         cosine, sine = angles[condition + 1, frequencies + 1].tolist()  # of the first row's second column
-        base = math.atan2(sine, cosine) ** (-half / 2)
-        found["rope_base"] = float(round(base)) if abs(base - round(base)) < 1e-4 * base else base
+        angle = math.atan2(sine, cosine)
+        base = angle ** (-half / 2) if angle > 0 else 0.0
+        if base:
+            found["rope_base"] = float(round(base)) if abs(base - round(base)) < 1e-4 * base else base
     return found
 
 

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig
+from ddfast.models.digits import DigitsTeacher, untrained_digits_teacher
 from ddfast.models.llamagen import LlamaGenSizes, LlamaGenTeacher
 from ddfast.models.tokenizers import LlamaGenTokenizer, VARTokenizer
 from ddfast.models.var import VARSizes, VARStudent, VARTeacher
 from ddfast.models.vqgan import ConvSizes
+from ddfast.recipes import get_recipe
 
 
 def randomised(module: torch.nn.Module, std: float = 0.15) -> torch.nn.Module:
@@ -41,3 +44,12 @@ def llamagen_teacher_like(**options: object) -> LlamaGenTeacher:
     settings = {"dim": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "ffn_dim": 96, "block_size": 9, "num_classes": 5}
     network = LlamaGenSizes(**{**settings, "caption_dim": 12, **options})
     return randomised(LlamaGenTeacher(tokenizer, network))
+
+
+def digits_like() -> DigitsTeacher:
+    """A digits teacher of one small layer, with random weights."""
+    torch.manual_seed(0)
+    config = get_recipe("digits")
+    assert isinstance(config.teacher, DigitsTeacherConfig) and isinstance(config.tokenizer, DigitsTokenizerConfig)
+    config.teacher.width, config.teacher.depth = 32, 1
+    return untrained_digits_teacher(config.tokenizer, config.teacher)
