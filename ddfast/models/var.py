@@ -123,7 +123,7 @@ class VARBlock(nn.Module):
 
     def constants(self, label: Tensor, shared: Tensor | None) -> BlockConstants:
         """For class embeddings [R, W]; `shared` [R, 1, 6, W] where all blocks share one modulation layer."""
-        raw = self.ada_gss + shared if shared is not None else self.ada_lin(label).view(len(label), 1, 6, -1)
+        raw = self.ada_gss + shared if shared is not None else self.ada_lin(label).unflatten(-1, (1, 6, -1))
         modulation = torch.cat((raw[:, :, :2], 1 + raw[:, :, 2:4], raw[:, :, 4:]), dim=2)
         return BlockConstants(modulation, *self.attn.constants())
 
@@ -218,7 +218,7 @@ class _VARNetwork(nn.Module):
         """Every block's, for class embeddings [R, W]."""
         shared = None
         if self.sizes.shared_aln:
-            shared = self.shared_ada_lin(label).view(len(label), 1, 6, -1)
+            shared = self.shared_ada_lin(label).unflatten(-1, (1, 6, -1))
         return [cast(VARBlock, block).constants(label, shared) for block in self.blocks]
 
     def _run(
