@@ -153,7 +153,7 @@ class HeadNorm(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(label).view(len(label), 1, 2, -1).unbind(2)
+        scale, shift = self.ada_lin(label).unflatten(-1, (1, 2, -1)).unbind(2)
         return add_norm(x, None, weight=1 + scale, bias=shift, eps=self.eps)[1]
 
 

@@ -1,5 +1,6 @@
 """`ddfast convert` as a user runs it, on the golden checkpoints."""
 
+import json
 import subprocess
 import sys
 
@@ -7,9 +8,12 @@ import matplotlib.image
 import pytest
 import torch
 from golden import Case
+from official import llamagen_teacher_like, var_teacher_like
 from safetensors.torch import load_file
 
 import ddfast
+from ddfast.convert import main
+from ddfast.models.exporting import export_teacher
 from ddfast.models.loading import load_student, load_teacher
 from ddfast.ops import nearest_code
 
@@ -97,3 +101,96 @@ def test_nothing_is_overwritten_and_errors_are_one_line(tmp_path):
     (line,) = convert("--teacher", tmp_path / "none.pth", "--to", tmp_path / "b", code=1).stderr.strip().splitlines()
     assert "no checkpoint at" in line
     assert not (tmp_path / "b").exists()
+
+
+OPTIONS = {
+    "var": (
+        lambda: var_teacher_like(depth=3, attn_l2_norm=False),
+        {"num_heads": 2, "norm_eps": 1e-4, "quant_resi": 0.25, "using_znorm": True},
+    ),
+    "llamagen": (
+        lambda: llamagen_teacher_like(rope_base=500),
+        {
+            "n_head": 4,
+            "block_size": 9,
+            "rope_base": 500.0,
+            "norm_eps": 1e-4,
+            "codebook_l2_norm": False,
+            "num_classes": 5,
+        },
+    ),
+    "no label dropout": (
+        lambda: llamagen_teacher_like(class_dropout_prob=0.0),
+        {"n_head": 4, "image_size": 6, "class_dropout_prob": 0.0},
+    ),
+    "captions": (
+        lambda: llamagen_teacher_like(model_type="t2i", cls_token_num=6),
+        {"n_head": 4, "block_size": 9, "cls_token_num": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("form", ["ddfast", "official"])
+def test_every_option_reaches_the_folder_and_stays_there(tmp_path, capsys, name, form):
+    """What is written is, loaded again with what cannot be written, the model that was read."""
+    make, settings = OPTIONS[name]
+    export_teacher(make(), tmp_path / "t.pth", tmp_path / "v.pth")
+    wanted = load_teacher(tmp_path / "t.pth", tmp_path / "v.pth", **settings)
+    flags = []
+    for option, value in settings.items():
+        flags += [f"--{option.replace('_', '-')}", str(value)]
+    given = ["--teacher", str(tmp_path / "t.pth"), "--tokenizer", str(tmp_path / "v.pth"), *flags]
+    capsys.readouterr()
+    assert main([*given, "--to", str(tmp_path / "out"), "--form", form]) == 0
+    said = capsys.readouterr().out
+    if form == "ddfast":
+        made = load_teacher(tmp_path / "out")
+        about = json.loads((tmp_path / "out" / "config.json").read_text())["config"]
+        assert all(about[option] == value for option, value in settings.items() if option != "image_size")
+    else:
+        made = load_teacher(tmp_path / "out" / "teacher.pth", tmp_path / "out" / "tokenizer.pth", **settings)
+        for option in {"rope_base", "quant_resi", "codebook_l2_norm", "using_znorm"} & settings.keys():
+            assert f"{option}={settings[option]}" in said
+    assert made.sizes == wanted.sizes
+    assert made.tokenizer.config == wanted.tokenizer.config
+    assert made.defaults == wanted.defaults
+    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in made.state_dict().items())
+    assert made.state_dict().keys() == wanted.state_dict().keys()
+
+
+def test_live_weights_of_a_student(tmp_path):
+    for case, teacher_files, student, extra in (
+        (VAR_DD, (VAR.file("var.pth"), VAR.file("vae.pth")), "student.pth", []),
+        (GPT_DD, (GPT.file("gpt.pt"), GPT.file("vq.pt")), "student.pt", ["--n-head", "4", "--image-size", "64"]),
+    ):
+        out = tmp_path / student
+        files = ["--teacher", str(teacher_files[0]), "--tokenizer", str(teacher_files[1])]
+        call = [*files, "--student", str(case.file(student)), "--no-ema", "--to", str(out), *extra]
+        assert main(call) == 0
+        teacher = load_teacher(out)
+        name = "fwd_t0_logits_var_wo_ddp" if case is VAR_DD else "fwd_t0_logits_model"
+        case.check(**{name: load_student(out, teacher).predict(case["label"], case["noise"], 0)[0]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-heads", "3"], "num_heads: got 3, but the tensors of"),
+        (["--n-head", "4"], "n_head: not a setting of"),
+        (["--point", "2"], "--point: has no effect without --student"),
+        (["--no-ema"], "--no-ema: has no effect without --student"),
+        (["--student", "{student}", "--point", "0"], "--point: got 0, expected a group in 1..3"),
+        (["--student", "{student}", "--split", "9"], "--split: got 9, expected a group in 0..4"),
+        (["--student", "{student}", "--point", "1", "--form", "official"], "--point: the official layout has no place"),
+        (["--student", "{teacher}"], "is not a student's file: it is a VAR teacher"),
+        (["--teacher-ema"], "holds live weights alone; ema=True asks for the averaged ones"),
+    ],
+)
+def test_flags_that_cannot_be(tmp_path, capsys, flags, words):
+    names = {"student": VAR_DD.file("student.pth"), "teacher": VAR.file("var.pth")}
+    files = ["--teacher", str(VAR.file("var.pth")), "--tokenizer", str(VAR.file("vae.pth"))]
+    assert main([*files, "--to", str(tmp_path / "x"), *(flag.format(**names) for flag in flags)]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+    assert not (tmp_path / "x").exists()
