@@ -115,7 +115,7 @@ def checkpoint_file(given: str | Path) -> Path:
     Raises:
         DDFastError: the folder holds no weights, or several files that may be them.
     """
-    path = Path(given)
+    path = Path(given).expanduser()
     if not path.is_dir():
         return path
     for name in _FOLDER_FILES:

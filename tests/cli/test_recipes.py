@@ -144,6 +144,15 @@ def test_from_files(name, tmp_path):
         build_teacher(config)
 
 
+def test_a_recipe_of_another_image_size_than_its_files_is_refused(tmp_path):
+    """A recipe of 256 pixels must not train on a model of 384 as if it were one of 256."""
+    export_teacher(untrained_teacher(tiny("llamagen-b", tmp_path)), tmp_path / "c2i_B_384.pt", tmp_path / "vq.pt")
+    config = tiny("llamagen-b", tmp_path / "run", random_weights=False, weights=str(tmp_path / "c2i_B_384.pt"))
+    config.tokenizer.weights = str(tmp_path / "vq.pt")
+    with pytest.raises(DDFastError, match=r"name of .*c2i_B_384\.pt says 384 pixels"):
+        build_teacher(config)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_without_files_the_error_says_which(name):
     with pytest.raises(DDFastError, match=rf"recipe {name} needs its teacher's files: --teacher\.weights FILE"):
