@@ -228,6 +228,7 @@ class TransformerFlowNetwork(TransformerNetwork, FlowNetwork):
         return {"width": self.body.width, "depth": self.body.depth, "heads": self.body.heads}
 
     def features(self, condition: Condition, tokens: Tensor) -> Tensor:
+        self.teacher.check_training_condition(condition)
         return self.hidden(self.labels(condition), tokens)
 
     def code_logits(self, features: Tensor) -> Tensor:

@@ -587,6 +587,8 @@ def _llamagen_teacher(parts: _Parts) -> LlamaGenTeacher:
 def _with_derived(said: Said) -> Said:
     """A training script's options with what follows from them: sizes of a model by its name, tokens by the pixels."""
     values = {name: value for name, value in said.values.items() if name != "num_classes" or value}
+    if values.get("model_type") not in ("c2i", "t2i"):
+        values.pop("model_type", None)  # Hugging Face's configurations call their architecture so
     named = LLAMAGEN_SIZES.get(str(values.get("gpt_model", "")).removeprefix("GPT-"))
     if named is not None:
         values = {"dim": named.dim, "n_layer": named.n_layer, "n_head": named.n_head} | values
@@ -647,11 +649,11 @@ def _labels(rows: int, num_classes: int | None, dropout: float | None, source: o
 
 def _block_size(settled: int | None, source: Path, tokenizer: LlamaGenTokenizer) -> int:
     """Image tokens of a LlamaGen: as settled, else by the file's name, else those of 256 pixels."""
-    named = image_size_in_name(source)
+    named, official = image_size_in_name(source)
     if settled is None and len(named) > 1:
         sizes = " and ".join(map(str, named))
         raise DDFastError(f"image_size: the name of {source} says {sizes} pixels; give image_size=... (--image-size)")
-    if len(named) == 1:
+    if named and (settled is None or official):
         by_name = _tokens_of(named[0], tokenizer)
         if settled not in (None, by_name):
             raise DDFastError(
@@ -665,11 +667,11 @@ def _block_size(settled: int | None, source: Path, tokenizer: LlamaGenTokenizer)
     return settled
 
 
-def image_size_in_name(path: Path) -> list[int]:
+def image_size_in_name(path: Path) -> tuple[list[int], bool]:
     """The pixels that a LlamaGen file's name, or the folder's where the file's says nothing, speaks of.
 
-    What follows the model's name is the image size (`c2i_L_384.pt`, `run_256_c2i-L-384.pt`); else any number that is
-    one; several where the name is not clear.
+    What follows the model's name is the image size (`c2i_L_384.pt`, `run_256_c2i-L-384.pt`): then the second value is
+    True. Else any number that may be one, several where the name is not clear: a hint for where nothing else tells.
     """
     for name in (path.stem, path.parent.name) if path.stem.lower() in _GENERIC_STEMS else (path.stem,):
         official = re.search(
@@ -679,8 +681,8 @@ def image_size_in_name(path: Path) -> list[int]:
         )
         found = [official[1]] if official else re.findall(rf"(?<!\d)({_IMAGE_SIZES})(?!\d)", name)
         if found:
-            return sorted({int(pixels) for pixels in found})
-    return []
+            return sorted({int(pixels) for pixels in found}), official is not None
+    return [], False
 
 
 def _angles(table: AnyTensor | None, dim: int) -> dict[str, Any]:

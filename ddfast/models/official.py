@@ -23,6 +23,9 @@ STUDENT_FILE, TEACHER_FILE = "student.safetensors", "model.safetensors"
 
 CONFIG_FILE = "config.json"
 
+UNFINISHED = "checkpoint.safetensors"
+"""State of a training of ours that is under way: no model to load."""
+
 AVERAGE = "ema."
 """Prefix of the averaged weights in a student's file, beside the live ones."""
 
@@ -101,7 +104,7 @@ class Weights:
     @property
     def averaged(self) -> bool:
         """Whether its place says that these are averages over training."""
-        return any(re.search(r"(^|_)(ema|swa|averaged?|shadow)(_|$)", part) for part in self.path)
+        return any(re.search(r"(^|_)(ema|swa|averaged?|shadow)(_|$)", part.lower()) for part in self.path)
 
     @property
     def place(self) -> str:
@@ -123,7 +126,8 @@ def checkpoint_file(given: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
     suffixes = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar")
-    others = sorted(file.name for file in path.iterdir() if file.suffix.lower() in suffixes)
+    names = (file.name for file in path.iterdir() if file.suffix.lower() in suffixes)
+    others = sorted(name for name in names if name != UNFINISHED)
     if len(others) == 1:
         return path / others[0]
     held = f"it holds {', '.join(others[:5])}: name one" if others else f"expected {TEACHER_FILE}"

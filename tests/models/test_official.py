@@ -296,6 +296,13 @@ def test_contradictions_are_errors(tmp_path, stored, settings, name, words):
         load(tmp_path, name, stored, **settings)
 
 
+def test_a_number_in_a_name_is_a_hint_where_it_is_no_models_name(tmp_path):
+    assert load(tmp_path, "run-384.pt", {"image_size": 256}).num_tokens == 256
+    assert load(tmp_path, "run-384.pt").num_tokens == 576
+    save_teacher(tmp_path / "digits-384" / "model.safetensors", load(tmp_path, block_size=16))
+    assert load_teacher(tmp_path / "digits-384").num_tokens == 16
+
+
 def test_what_nothing_backs_is_said(tmp_path, capsys):
     assert load(tmp_path).num_tokens == 256
     said = capsys.readouterr().out
@@ -362,6 +369,20 @@ def test_hugging_face_folders(tmp_path, capsys, nested, form):
         (tmp_path / "model-00002-of-00002.safetensors").unlink()
         with pytest.raises(DDFastError, match=r"names model-00002-of-00002.safetensors, which is not there"):
             load_teacher(tmp_path, GPT.file("vq.pt"))
+
+
+def test_an_architectures_name_is_no_setting(tmp_path):
+    config = {"model_type": "llamagen", "architectures": ["X"], "n_head": 4, "block_size": 16, "num_classes": 10}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(storable(gpt_tensors()), tmp_path / "model.safetensors")
+    check_gpt(load_teacher(tmp_path, GPT.file("vq.pt")))
+
+
+def test_an_unfinished_run_is_no_student(tmp_path):
+    teacher = digits_like()
+    save_student(tmp_path / "checkpoint.safetensors", start_student(teacher), {})
+    with pytest.raises(DDFastError, match=r"no checkpoint at .*: a folder, and expected"):
+        load_student(tmp_path, teacher)
 
 
 def test_folders(tmp_path):
