@@ -338,3 +338,24 @@ def test_loading_draws_nothing(tmp_path, monkeypatch):
     export_teacher(teacher, tmp_path / "t.pth", tmp_path / "v.pth")
     monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, **_: pytest.fail() if not tensor.is_meta else tensor)
     load_teacher(tmp_path / "t.pth", tmp_path / "v.pth", n_head=4, block_size=9)
+
+
+def test_a_pytorch_that_tells_places_of_fake_tensors_only(monkeypatch):
+    """Before it did so on the meta device too."""
+    load, asked = torch.load, []
+
+    def older(file, *, map_location, **settings):
+        asked.append(map_location)
+        content = load(file, map_location=map_location, **settings)
+        for tensor in content["model"].values() if map_location == "meta" else ():
+            storage = tensor.untyped_storage()
+            if hasattr(storage, "_checkpoint_offset"):
+                del storage._checkpoint_offset
+        return content
+
+    expected = {name: value.read() for name, value in read_checkpoint(GPT.file("gpt.pt"))[0]["model"].items()}
+    monkeypatch.setattr(torch, "load", older)
+    found = {name: value.read() for name, value in read_checkpoint(GPT.file("gpt.pt"))[0]["model"].items()}
+    assert asked == ["meta", "cpu"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
