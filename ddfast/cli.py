@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import io
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from tqdm import tqdm
 
-from ddfast.config import TrainConfig, read_toml, update
+from ddfast import env
+from ddfast.config import SettingError, TrainConfig, read_toml, update
 from ddfast.errors import DDFastError
+from ddfast.pipeline import DD1_PREFIX
 from ddfast.recipes import get_recipe
 
 COMMANDS = {
@@ -33,10 +37,66 @@ COMMANDS = {
 }
 
 RESUMABLE = ("train", "trajectories")
+IN_MANY_PROCESSES = ("trajectories", "doctor")
 
 Options = TypeVar("Options", bound=TrainConfig)
 Plain = TypeVar("Plain")
 _PLAIN_SECONDS = 5.0
+
+_BY_CONVERT = "nothing: `ddfast convert` reads it off the official files"
+_OFFICIAL: dict[str, dict[str, str]] = {
+    "sample": {
+        **dict.fromkeys(("cfg", "cfg-scale"), "--guidance.cfg-scale"),
+        "cfg-interval": "--guidance.cfg-interval",
+        "temperature": "--guidance.temperature",
+        "top-k": "--guidance.top-k",
+        "top-p": "--guidance.top-p",
+        **dict.fromkeys(("g-seed", "global-seed"), "--seed"),
+        **dict.fromkeys(("num-fid-samples", "num-samples", "num-sample", "n-samples", "num-images"), "--count"),
+        **dict.fromkeys(("per-proc-batch-size", "bs"), "--batch-size"),
+        **dict.fromkeys(("class-labels", "class-label", "labels", "label"), "--classes"),
+        **dict.fromkeys(("prompt", "prompts"), "--caption"),
+        "prompt-csv": "--captions",
+        **dict.fromkeys(("t5-path", "t5-model-type"), "--text-encoder"),
+        **dict.fromkeys(("sample-dir", "save-dir", "out-dir", "outdir", "out", "output"), "--to"),
+        **dict.fromkeys(("gpt-ckpt", "var-ckpt", "ckpt", "ckpt-path"), "--student, a folder made by `ddfast convert`"),
+        **dict.fromkeys(("vq-ckpt", "vae-ckpt"), "--tokenizer of `ddfast convert`"),
+        **dict.fromkeys(("loss-split-t", "split-t", "split"), "--split of `ddfast convert`"),
+        "t-list": "--steps and --point",
+        **dict.fromkeys(("teacher-start-t", "t-teacher-start"), "--point and --teacher-steps"),
+        **dict.fromkeys(
+            (
+                "image-size", "downsample-size", "codebook-size", "codebook-embed-dim", "num-classes", "cls-token-num",
+                "gpt-model", "gpt-type", "vq-model", "from-fsdp", "depth", "precision", "mixed-precision",
+            ),
+            _BY_CONVERT,
+        ),
+        "image-size-eval": "nothing: images have the model's size",
+        "more-smooth": "nothing: officially it draws by Gumbel softmax, for pictures only",
+        **dict.fromkeys(("compile", "no-compile"), "nothing: CUDA graphs are used by themselves"),
+    },
+    "evaluate": {
+        **dict.fromkeys(("num-fid-samples", "num-samples", "count"), "--evaluation.samples"),
+        **dict.fromkeys(("per-proc-batch-size", "bs", "batch-size"), "--evaluation.batch-size"),
+    },
+}  # fmt: skip
+_OFFICIAL["train"] = _OFFICIAL["trajectories"] = _OFFICIAL["profile"] = {
+    **dict.fromkeys(("cfg", "cfg-scale"), "--teacher.cfg-scale"),
+    "temperature": "--teacher.temperature",
+    "top-k": "--teacher.top-k",
+    "top-p": "--teacher.top-p",
+    **dict.fromkeys(("gpt-ckpt", "var-ckpt", "ckpt"), "--teacher.weights"),
+    **dict.fromkeys(("vq-ckpt", "vae-ckpt"), "--tokenizer.weights"),
+    **dict.fromkeys(("g-seed", "global-seed"), "--seed"),
+    **dict.fromkeys(("bs", "batch-size", "global-batch-size"), "--dd1.batch-size or --trajectories.batch-size"),
+    **dict.fromkeys(("lr", "learning-rate", "tblr"), "--dd1.learning-rate"),
+    **dict.fromkeys(("epochs", "ep", "iterations"), "--dd1.iterations"),
+    **dict.fromkeys(("results-dir", "out-dir", "local-out-dir-path"), "--out"),
+    "num-classes": "--teacher.num-classes",
+    "depth": "--teacher.depth",
+    "image-size": "--teacher.block-size (LlamaGen) or --teacher.patch-nums (VAR)",
+}
+"""What the official scripts call a flag, and what it is called here."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,10 +125,12 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
     if debug:
         rest.remove("--debug")
     try:
+        if command not in IN_MANY_PROCESSES:
+            env.check_one_process(f"`{command}`")
         body(rest)
-    except KeyboardInterrupt:
-        then = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"
-        print(f"\nddfast {command}: interrupted; {then}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        resumed = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"
+        print(f"\nddfast {command}: interrupted; {str(interrupt) or resumed}", file=sys.stderr)
         return 130
     except (DDFastError, ValueError, TypeError, OSError) as error:
         if debug:
@@ -99,7 +161,7 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
     default = kind(**values)
     update(default, file)
     description = f"{COMMANDS[command]}. --config FILE reads TOML; --debug shows tracebacks.\n\nExamples:\n{examples}"
-    options = tyro.cli(kind, default=default, args=rest, prog=f"ddfast {command}", description=description)
+    options = _parsed(command, kind, rest, description, default=default)
     if options.method != recipe.method and options.out == recipe.out:  # both methods have their default folder
         options.out = options.out.with_name(f"{options.out.name}-{options.method}")
     return options
@@ -108,7 +170,78 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
 def parse_plain(command: str, kind: type[Plain], arguments: list[str], examples: str) -> Plain:
     """Options of a command that works on a finished run and so takes no recipe."""
     description = f"{COMMANDS[command]}. --debug shows tracebacks.\n\nExamples:\n{examples}"
-    return tyro.cli(kind, args=arguments, prog=f"ddfast {command}", description=description)
+    return _parsed(command, kind, arguments, description)
+
+
+def _parsed(command: str, kind: type[Plain], arguments: list[str], description: str, **settings: Any) -> Plain:
+    """tyro's options; a flag by its official name, or a setting out of range, is an error in one line."""
+    own = {field.name.replace("_", "-") for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for flag in typed(arguments):
+        if flag in _OFFICIAL.get(command, {}) and flag not in own:
+            raise DDFastError(f"--{flag}: here it is called {_OFFICIAL[command][flag]}")
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(kind, args=arguments, prog=f"ddfast {command}", description=description, **settings)
+    except SystemExit as end:
+        error: BaseException | None = end
+        while error is not None and not isinstance(error, SettingError):
+            error = error.__cause__ or error.__context__
+        if error is None:
+            sys.stderr.write(shown.getvalue())
+            raise
+        raise error from None
+
+
+def typed(arguments: Sequence[str]) -> Iterator[str]:
+    """Names of the flags among a command's arguments, without dashes in front."""
+    for argument in arguments:
+        if argument.startswith("--"):
+            yield argument[2:].partition("=")[0].replace("_", "-")
+
+
+def check_effect(arguments: Sequence[str], ignored: Mapping[str, str]) -> None:
+    """Raise for a flag that was typed and has no effect.
+
+    Args:
+        arguments: the command line.
+        ignored: flags, or tables of flags ("dd1"), and why each has none.
+    """
+    for flag in typed(arguments):
+        for name, reason in ignored.items():
+            if flag == name or flag.startswith(f"{name}."):
+                raise DDFastError(f"--{flag}: no effect, {reason}")
+
+
+def of_other_methods(options: TrainConfig) -> dict[str, str]:
+    """Flags of training that have no effect with a recipe and a method, for `check_effect`."""
+    ignored = {"dd1": "--method dd2 has settings of its own"}
+    if options.method == "dd1":
+        ignored = {"dd2": "--method dd1 has settings of its own"}
+        if not options.init.startswith(DD1_PREFIX):  # that one says what it is for
+            ignored["init"] = "only --method dd2 starts from anything but the teacher"
+    if not options.recipe.startswith("llamagen"):
+        ignored["dd2.adapt"] = "only LlamaGen's networks are adapted"
+    return ignored
+
+
+def of_other_weights(options: TrainConfig) -> dict[str, str]:
+    """Flags of a teacher that have no effect where its weights come from, for `check_effect`."""
+    ignored, teacher = {}, options.teacher
+    if getattr(teacher, "random_weights", False):
+        ignored = dict.fromkeys(("teacher.weights", "tokenizer.weights"), "--teacher.random-weights draws them")
+    elif hasattr(teacher, "weights"):
+        sizes = (field.name.replace("_", "-") for field in dataclasses.fields(options.tokenizer))
+        ignored = {f"tokenizer.{name}": "the tokenizer's file decides" for name in sizes if name != "weights"}
+    return ignored
+
+
+def overlay(target: Any, options: Any, table: str, arguments: Sequence[str]) -> None:
+    """Set the fields of `target` that were typed as flags of a table; the others keep what a run's file says."""
+    flags = set(typed(arguments))
+    for field in dataclasses.fields(options):
+        if f"{table}.{field.name.replace('_', '-')}" in flags:
+            setattr(target, field.name, getattr(options, field.name))
 
 
 def labels(text: str) -> tuple[int, ...] | None:
@@ -141,7 +274,7 @@ def progress_bar(title: str) -> Callable[[int, int, str], None]:
         last = now
         rate = done / max(now - started, 1e-9)
         left = f"{(total - done) / rate:.0f} s left" if done else "started"
-        print(f"{title}: {done}/{total}, {rate:.1f}/s, {left}, {text}", flush=True)
+        print(", ".join(filter(None, (f"{title}: {done}/{total}", f"{rate:.1f}/s", left, text))), flush=True)
 
     return on_terminal if sys.stderr.isatty() else plain
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.errors import DDFastError
+from ddfast.files import read_text
+from ddfast.seeds import check_seed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,9 +26,13 @@ else:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class SettingError(ValueError):
+    """A setting that is out of range; the message names it."""
+
+
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+        raise SettingError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -232,6 +238,8 @@ class LlamaGenTeacherConfig(PretrainedTeacherConfig):
         super().__post_init__()
         _require_positive(self, "dim", "n_layer", "n_head", "block_size", "num_classes", "cls_token_num", "caption_dim")
         _require(self.model_type in ("c2i", "t2i"), "model_type", self.model_type, "c2i or t2i")
+        fitting = not self.captions or self.model_type == "t2i"
+        _require(fitting, "captions", self.captions, "none: model_type c2i is conditioned on class labels")
 
 
 @dataclass(kw_only=True)
@@ -517,7 +525,7 @@ class TrainConfig:
         method: dd1 or dd2.
         init: where DD2's generator starts: teacher, stage1, scratch, or dd1:PATH (a DD1 run's folder).
         out: folder of the run; the default gets -dd2 for that method.
-        seed: of everything that is random.
+        seed: of everything that is random, 0 to 2^64 - 1.
         device: cpu or cuda.
         resume: insist that there is a run to continue in `out`.
         tokenizer: image tokenizer.
@@ -542,13 +550,22 @@ class TrainConfig:
     dd2: DD2Config = field(default_factory=DD2Config)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        require_seed(self.seed)
+
+
+def require_seed(seed: int) -> None:
+    """Raise `SettingError` unless a seed is one."""
+    try:
+        check_seed(seed)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; a `DDFastError` where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise DDFastError(f"cannot read {path}: {error.strerror}") from error
+        return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise DDFastError(f"{path} is not TOML: {error}") from error
 

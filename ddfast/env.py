@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ddfast.errors import DDFastError
+
 VARIABLES = {
     "DDFAST_CACHE": "folder of trained tokenizers, teachers and classifiers (default: ~/.cache/ddfast)",
     "DDFAST_BACKEND": "op backend to use: 'reference' for all, or per op 'nearest_code=reference,noise=cpu'",
@@ -52,9 +54,30 @@ def triton_interpreted() -> bool:
 
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of processes (torchrun's convention)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("RANK", 0), _number("WORLD_SIZE", 1)
 
 
 def local_rank_and_world_size() -> tuple[int, int]:
     """This process's rank among those on this machine, and their number (torchrun's convention)."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+
+
+def check_one_process(what: str) -> None:
+    """Raise where torchrun has started several processes for `what`, which is written for one.
+
+    Raises:
+        DDFastError: always then, before anything is written.
+    """
+    _, world_size = rank_and_world_size()
+    if world_size > 1:
+        raise DDFastError(
+            f"{what} runs in one process, and torchrun started {world_size} (WORLD_SIZE): start it without torchrun; "
+            "only `trajectories` runs in several"
+        )
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise DDFastError(f"the environment variable {name} is {value!r}, expected a number as torchrun sets it")
+    return int(value)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ddfast import cli
 from ddfast.config import EvaluationConfig
-from ddfast.files import write_atomically
+from ddfast.files import check_new, write_atomically
 from ddfast.pipeline import evaluate, open_student
+from ddfast.recipes import give_captions
 from ddfast.report import quality_table
 
 EXAMPLES = """  python -m ddfast.evaluate --student runs/digits
@@ -24,13 +25,15 @@ class EvaluateOptions:
 
     Attributes:
         student: folder of a training run.
-        evaluation: how many samples, and which batch sizes are timed.
+        evaluation: how many samples, and which batch sizes are timed; default: the run's.
+        captions: for a text model: file with features, or with a caption in every line.
         json: file for the figures, in the form of metrics.json.
         device: where to run.
     """
 
     student: Path
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    captions: Path | None = None
     json: Path | None = None
     device: str = "cpu"
 
@@ -40,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body(rest: list[str]) -> None:
         options = cli.parse_plain("evaluate", EvaluateOptions, rest, EXAMPLES)
+        if options.json:
+            check_new(options.json, "--json")
         config, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
-        config.evaluation = options.evaluation
+        if options.captions:
+            give_captions(teacher, options.captions, device=options.device)
+        cli.overlay(config.evaluation, options.evaluation, "evaluation", rest)
         metrics = evaluate(config, teacher, student, cli.progress_bar("evaluation"))
         print("\n".join(quality_table(config, metrics)))
         if options.json:

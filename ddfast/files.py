@@ -1,50 +1,142 @@
-"""Writing files so that whatever happens, a name always stands for a whole file."""
+"""Writing files so that whatever happens, a name always stands for a whole file; reading text whoever wrote it."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from ddfast.errors import DDFastError
 
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+"""Byte-order marks that editors, and PowerShell's `>`, put before a text."""
 
-def write_atomically(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -> None:
+
+def write_atomically(path: Path, data: bytes | str | Callable[[BinaryIO], object], *, durable: bool = True) -> None:
     """Write all of `path` or nothing, whenever the process or the machine stops; creates its folder.
 
     Args:
         path: the file.
         data: its content, or what writes it to an open file.
+        durable: wait until the disk has it; without, the machine's stop (not the process's) may lose the file.
 
     Raises:
         DDFastError: the file cannot be written.
     """
+    with whole_file(path, durable=durable) as temporary, temporary.open("wb") as file:
+        if callable(data):
+            data(file)
+        else:
+            file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """The name to write under; after the body, `path` is that file, and after its failure what it was before.
+
+    Args and errors as of `write_atomically`, for what writes to no open file.
+    """
+    with _beside(path) as temporary:
+        yield temporary
+        if durable:
+            _sync(temporary)
+        os.replace(temporary, path)
+        if durable:
+            _sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, last: str) -> Iterator[Path]:
+    """A new folder to fill; after the body, its files are those of `folder`, and after its failure nothing has changed.
+
+    Where `folder` exists, its other files stay, and the file `last`, without which readers refuse it, is there only
+    while all are of one writing.
+
+    Raises:
+        DDFastError: something cannot be written.
+    """
+    folder = folder.absolute()
+    with _beside(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        if folder.exists():
+            (folder / last).unlink(missing_ok=True)
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
+                os.replace(file, folder / file.name)
+            temporary.rmdir()
+        else:
+            os.replace(temporary, folder)
+        _sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, whose folder is made; what is there is removed if the body fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
-                if callable(data):
-                    data(file)
-                else:
-                    file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            yield temporary
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
     except OSError as error:
-        raise DDFastError(f"cannot write {path}: {error.strerror}") from error
+        raise DDFastError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows neither needs nor allows it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def check_new(path: Path, option: str) -> None:
+    """Raise unless the file or folder `path` is not there and can be made: before the work for it, not after.
+
+    Raises:
+        DDFastError: it is there (the message names the option that gave it), or `check_writable` raises.
+    """
+    check_writable(path)
+    if path.exists():
+        raise DDFastError(f"{option} {path} exists; choose another name, or delete it")
+
+
+def check_writable(path: Path) -> None:
+    """Raise unless something can be written at `path`.
+
+    Raises:
+        DDFastError: what should be a folder above it is a file, or may not be written to.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise DDFastError(f"cannot write {path}: {above} is not a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise DDFastError(f"cannot write {path}: {above} may not be written to")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, or of a UTF-16 file that begins with its mark.
+
+    Raises:
+        DDFastError: it cannot be read, or is no such text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DDFastError(f"cannot read {path}: {error.strerror}") from error
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DDFastError(f"{path} is not {encoding[:6].upper()} text ({error.reason}); save it as UTF-8") from error
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable; Windows neither needs nor allows it for folders."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,18 @@ from torch import Tensor
 
 import ddfast
 from ddfast.errors import DDFastError
-from ddfast.files import write_atomically
-from ddfast.models.loading import load_student, load_teacher, save_student, save_teacher
+from ddfast.files import read_text, whole_folder, write_atomically
+from ddfast.models.loading import save_student, save_teacher
 from ddfast.models.official import STUDENT_FILE, TEACHER_FILE
-from ddfast.models.protocol import Teacher
+from ddfast.models.protocol import Condition, Teacher, condition_size, on_device, take
 from ddfast.models.student import Student
 from ddfast.ops import noise
+from ddfast.pipeline import CONFIG as RUN_CONFIG
 from ddfast.pipeline import LOCATION, METRICS_JSON, STAGES, open_student, plain
+from ddfast.recipes import captions_for
 from ddfast.report import quality_table
+from ddfast.sampling import condition_index
+from ddfast.trajectories.memory import fitting, largest_sampling_batch
 
 try:
     from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
@@ -34,6 +41,17 @@ except ImportError as error:
     raise DDFastError("ddfast.hub needs huggingface_hub: pip install 'ddfast[hub]'") from error
 
 CONFIG_FILE = "config.json"
+
+_NAMES_HERE = {
+    "cfg": "cfg_scale",
+    "g_seed": "seed",
+    "label_B": "classes",
+    "labels": "classes",
+    "class_labels": "classes",
+    "prompts": "captions",
+    "prompt": "captions",
+}
+"""What the official scripts call an argument of `Generator.images`, and what it is called here."""
 
 _CARD = """# {title}
 
@@ -93,27 +111,105 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         settings = _shareable({name: value for name, value in plain(config).items() if name not in LOCATION})
         card = {"recipe": f"`{config.recipe}`; every setting:\n\n```toml\n{tomli_w.dumps(settings)}```"}
         if (folder / STAGES).exists():
-            seconds = json.loads((folder / STAGES).read_text())
+            seconds = json.loads(read_text(folder / STAGES))
             card["cost"] = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()) + f" on {device}."
         if (folder / METRICS_JSON).exists():
-            card["evaluation"] = "\n".join(quality_table(config, json.loads((folder / METRICS_JSON).read_text())))
+            card["evaluation"] = "\n".join(quality_table(config, json.loads(read_text(folder / METRICS_JSON))))
         return cls(teacher, student, point=config.dd1.point, card=card)
 
     @torch.no_grad()
-    def images(self, classes: Sequence[int], *, steps: int = 1, seed: int = 0, first_index: int = 0) -> Tensor:
-        """Images float32 [B, C, H, W] in [0, 1], one per class (text teachers: one per caption number).
+    def images(
+        self,
+        classes: Sequence[int] | None = None,
+        *,
+        captions: Path | str | Sequence[str] | tuple[Tensor, Tensor] | None = None,
+        steps: int = 1,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 0,
+        **guidance: Any,
+    ) -> Tensor:
+        """Images float32 [B, C, H, W] in [0, 1], one per class or caption.
 
         Args:
-            classes: labels.
+            classes: labels; of a text generator that has captions (`from_run`), their numbers.
+            captions: for a text generator: texts, a file of them or of features (a `Path`), or (features, mask).
             steps: DD1: 1 or 2 passes; DD2: one pass, then steps - 1 groups of the teacher's.
             seed, first_index: image i has the noise (seed, first_index + i), whatever the batch.
+            batch_size: images made at a time; 0: as many as free memory holds.
+            guidance: settings of the teacher's part where it has one, as of `Student.sample`: cfg_scale, top_k, ...
+
+        Raises:
+            TypeError, ValueError: an argument is unknown, is not as above, or has no effect.
+            DDFastError: captions cannot be read or encoded, or a batch does not fit in memory.
         """
-        teacher = self.teacher
-        device = teacher.codebook.device
-        index = torch.arange(first_index, first_index + len(classes), dtype=torch.int64)
-        start = noise(seed, index, (teacher.num_tokens, teacher.code_dim), device)
-        condition = teacher.condition_of(torch.tensor(list(classes), dtype=torch.int64, device=device))
-        return teacher.decode(self.student.sample(condition, start, **self.student.settings(steps, self.point)))
+        for name in guidance:
+            if name in _NAMES_HERE:
+                raise TypeError(f"{name}: here it is called {_NAMES_HERE[name]}")
+        if (classes is None) == (captions is None):
+            raise ValueError(f"classes: got {'neither' if classes is None else 'both'} of classes and captions")
+        condition = self._condition(classes, captions)
+        count, device = condition_size(condition), self.teacher.codebook.device
+        settings = {**self.student.settings(steps, self.point), **guidance}
+        if first_index < 0 or batch_size < 0:
+            raise ValueError(f"first_index, batch_size: got {first_index}, {batch_size}, expected at least 0")
+        decodes = "teacher_range" in settings
+        if not batch_size:
+            batch_size = 1
+            if count > 1:
+                batch_size = largest_sampling_batch(self.teacher, self.student, decodes=decodes, images=True)
+        index = torch.arange(first_index, first_index + count, dtype=torch.int64)
+        shape, made = (self.teacher.num_tokens, self.teacher.code_dim), []
+        for rows in torch.arange(count, dtype=torch.int64).split(batch_size) if count else (index,):
+            part = take(condition, rows.to(device))
+            with fitting(len(rows), device, "batch_size"):
+                embeddings = self.student.sample(part, noise(seed, index[rows], shape, device), **settings)
+                made.append(self.teacher.decode(embeddings))
+        return torch.cat(made)
+
+    def _condition(self, classes: Sequence[int] | None, captions: Any) -> Condition:
+        """One condition per image, on the teacher's device, checked."""
+        device = self.teacher.codebook.device
+        if captions is None:
+            assert classes is not None
+            given = classes.tolist() if isinstance(classes, Tensor) else classes
+            index = condition_index(self.teacher, given) if len(given) else torch.empty(0, dtype=torch.int64)
+            return self.teacher.condition_of(index.to(device))
+        pair = isinstance(captions, tuple) and all(isinstance(part, Tensor) for part in captions)
+        made = captions if pair else captions_for(self.teacher, captions, device=device)
+        self.teacher.check_condition(made)
+        return on_device(made, device)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> str | None:
+        """Write the folder, all of it or nothing, and push it if asked to; as `ModelHubMixin.save_pretrained`.
+
+        Raises:
+            DDFastError: it cannot be written, or not be pushed.
+        """
+        folder = Path(save_directory).absolute()
+        with whole_folder(folder, last=CONFIG_FILE) as temporary:
+            if (folder / "README.md").exists():  # a card that somebody may have written to is kept
+                shutil.copyfile(folder / "README.md", temporary / "README.md")
+            super().save_pretrained(temporary, model_card_kwargs=model_card_kwargs)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **settings)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        """Upload the folder; the arguments are `ModelHubMixin.push_to_hub`'s.
+
+        Raises:
+            DDFastError: it cannot be uploaded.
+        """
+        return _from_the_hub(partial(super().push_to_hub, repo_id, **settings), repo_id)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         folder = Path(save_directory)
@@ -124,38 +220,57 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, default=list) + "\n")
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
         device: str = "cpu",
-        **_: Any,
+        **unknown: Any,
     ) -> Generator:
-        folder = Path(model_id)
+        """The generator of a folder (`save_pretrained`'s, or `ddfast convert`'s with a student), or of a repository.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or USER/NAME.
+            revision, cache_dir, force_download, local_files_only, token: of the download, as in `huggingface_hub`.
+            device: where to run.
+            unknown: raises.
+
+        Raises:
+            TypeError: an argument is unknown.
+            DDFastError: there is no such folder or repository, it cannot be reached, or it holds something else.
+        """
+        if unknown:
+            known = "revision, cache_dir, force_download, local_files_only, token, device"
+            raise TypeError(f"{next(iter(unknown))}: no argument of from_pretrained; known: {known}")
+        name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path).expanduser()
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=["*.json", "*.safetensors"],
-                )
-            )
+            repository = isinstance(pretrained_model_name_or_path, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+            if not repository:
+                raise DDFastError(f"no folder {name} here; give a folder with a generator, or a repository, USER/NAME")
+            settings = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
+            settings |= {"local_files_only": local_files_only, "token": token}
+            patterns = ["*.json", "*.safetensors"]
+            folder = Path(_from_the_hub(partial(snapshot_download, name, allow_patterns=patterns, **settings), name))
+        return cls._from_folder(folder, device)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, device: str) -> Generator:
+        missing = [file for file in (CONFIG_FILE, TEACHER_FILE, STUDENT_FILE) if not (folder / file).is_file()]
+        if missing:
+            run = (folder / RUN_CONFIG).is_file()
+            advice = "it is a training run: use Generator.from_run" if run else "save_pretrained writes them"
+            raise DDFastError(f"{folder} holds no generator of ddfast (no {', '.join(missing)}); {advice}")
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text())
-            point, card = int(config["point"]), config["card"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DDFastError(f"{folder} holds no generator of ddfast ({error})") from error
-        teacher = load_teacher(folder).to(device)
-        return cls(teacher, load_student(folder, teacher), point=point, card=card)
+            card = json.loads(read_text(folder / CONFIG_FILE)).get("card", {})
+        except (ValueError, AttributeError) as error:
+            raise DDFastError(f"{folder} holds no generator of ddfast ({CONFIG_FILE}: {error})") from error
+        config, teacher, student = open_student(folder, device, lambda done, total, text: None)
+        return cls(teacher, student, point=config.dd1.point, card=card)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card: teacher, recipe, cost and evaluation protocol."""
@@ -176,6 +291,18 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             **{name: self.card.get(name, "Unknown.") for name in ("recipe", "cost", "evaluation")},
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _from_the_hub(call: Callable[[], Any], source: object) -> Any:
+    """What a call of huggingface_hub gives; what ends it is one line, whichever library below it raised."""
+    try:
+        return call()
+    except DDFastError:
+        raise
+    except Exception as error:  # huggingface_hub's, its HTTP library's and the system's: they differ by version
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        advice = "check the name, the connection, and `hf auth login` for a private one; a folder needs no network"
+        raise DDFastError(f"{source}: {type(error).__name__}: {reason}; {advice}") from error
 
 
 def _shareable(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,14 +15,14 @@ import nvtx
 import tomli_w
 import torch
 
-from ddfast import env
+from ddfast import env, seeds
 from ddfast.config import TrainConfig, read_toml, update
 from ddfast.distill.dd1 import check_point
 from ddfast.distill.stages import adapt, distill, match, new_network, tune
 from ddfast.distill.trainer import CHECKPOINT, METRICS
 from ddfast.errors import DDFastError
 from ddfast.evaluation import Evaluator, measure_speed
-from ddfast.files import write_atomically
+from ddfast.files import read_text, write_atomically
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.digits import Progress
 from ddfast.models.flow_network import FlowNetwork
@@ -33,7 +33,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.recipes import build_teacher, get_recipe
 from ddfast.report import machine, quality_table, write_pictures, write_report
-from ddfast.sampling import sample, sources_for
+from ddfast.sampling import sources_for, stream
 from ddfast.trajectories.generate import generate_trajectories, store_settings
 from ddfast.trajectories.store import TrajectoryStore
 
@@ -64,6 +64,7 @@ def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
     Raises:
         DDFastError: the folder cannot be used, the method is unknown, or a stage fails; what was done is kept.
     """
+    env.check_one_process("train")
     if config.method not in ("dd1", "dd2"):
         raise DDFastError(f"unknown method {config.method!r}; known: dd1, dd2")
     check_init(config)
@@ -208,19 +209,17 @@ def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: 
     """Quality of every source and the speeds, as metrics.json holds them."""
     evaluator = Evaluator(config, teacher)
     rows: dict[str, dict[str, Any]] = {}
-    point, count = config.dd1.point, config.evaluation.samples
     sources = sources_for(teacher, student)
-    seed, batch_size = config.seed + 2_000_003, config.evaluation.batch_size
+    settings: dict[str, Any] = {"count": config.evaluation.samples, "batch_size": config.evaluation.batch_size}
+    settings |= {"seed": seeds.derived(config.seed, 2_000_003), "point": config.dd1.point}
     for done, source in enumerate(sources):
         progress(done, len(sources) + 1, source)
         with nvtx.annotate(f"evaluate {source}"):
-            samples = sample(source, teacher, student, count=count, seed=seed, point=point, batch_size=batch_size)
-            rows[source] = dict(evaluator.measure(samples))
+            rows[source] = dict(evaluator.measure(stream(source, teacher, student, **settings)))
     if (config.out / TUNED_FILE).exists():
         tuned = new_network(config, teacher)
         load_state(tuned, load_tensors(config.out / TUNED_FILE)[0], config.out / TUNED_FILE)
-        samples = sample("ar_diffusion", teacher, tuned, count=count, seed=seed, point=point, batch_size=batch_size)
-        rows["ar_diffusion"] = dict(evaluator.measure(samples))
+        rows["ar_diffusion"] = dict(evaluator.measure(stream("ar_diffusion", teacher, tuned, **settings)))
     progress(len(sources), len(sources) + 1, "speed")
     add_speed(rows, config, teacher, student)
     progress(len(sources) + 1, len(sources) + 1, "done")
@@ -250,7 +249,8 @@ def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
         DDFastError: `folder` holds none of them.
     """
     if not (folder / STUDENT_FILE).exists():
-        raise DDFastError(f"--student {folder}: no {STUDENT_FILE} there; `ddfast train` and `ddfast convert` make it")
+        where = f"no {STUDENT_FILE} there" if folder.is_dir() else f"no {STUDENT_FILE} there: it is no folder"
+        raise DDFastError(f"--student {folder}: {where}; `ddfast train` and `ddfast convert` make it")
     config, teacher = open_teacher(folder, device, progress)
     return config, teacher, load_student(folder, teacher)
 
@@ -350,7 +350,7 @@ class Stages:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_text(path))
     except ValueError as error:
         raise DDFastError(f"{path} is damaged ({error}); delete it and run again") from error
 

@@ -13,11 +13,14 @@ from ddfast.distill.stages import untrained_student
 from ddfast.errors import DDFastError
 from ddfast.pipeline import check_device, open_student
 from ddfast.profiling import profile
-from ddfast.recipes import untrained_teacher
+from ddfast.recipes import give_captions, untrained_teacher
 from ddfast.report import command_line
 
 EXAMPLES = """  python -m ddfast.profile --recipe digits --random-weights
   python -m ddfast.profile --student runs/digits --evaluation.batch-sizes 1 16 64 256"""
+
+
+_OF_A_RUN = ("recipe", "config", "method", "seed", "tokenizer", "teacher", "trajectories", "dd1", "dd2")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -26,11 +29,13 @@ class ProfileOptions(TrainConfig):
 
     Attributes:
         student: folder of a training run.
+        captions: for a text student of `ddfast convert`: file with features, or with a caption in every line.
         random_weights: time untrained networks of the recipe's sizes instead.
         rounds: repetitions of every measurement; fewer of what takes more than 20 seconds in all.
     """
 
     student: Path | None = None
+    captions: Path | None = None
     random_weights: bool = False
     rounds: int = 7
 
@@ -41,11 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body(rest: list[str]) -> None:
         options = cli.parse("profile", ProfileOptions, rest, EXAMPLES)
         check_device(options.device)
+        if options.rounds < 1:
+            raise DDFastError(f"--rounds: got {options.rounds}, expected at least 1")
+        ignored = dict.fromkeys(("resume", "init"), "there is nothing to resume or to start")
+        if not options.student:
+            ignored["captions"] = "untrained networks have their own"
+        else:
+            ignored |= dict.fromkeys((*_OF_A_RUN, "random-weights"), "--student says it")
+        cli.check_effect(rest, ignored)
         if options.random_weights:
             teacher = untrained_teacher(options).to(options.device)
             student = untrained_student(options, teacher)
         elif options.student:
             config, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
+            if options.captions:
+                give_captions(teacher, options.captions, device=options.device)
             options.dd1 = config.dd1  # the second step starts from the point that this student learnt
         else:
             raise DDFastError("give --student DIR, or --random-weights to time untrained networks")

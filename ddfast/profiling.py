@@ -15,10 +15,12 @@ from torch.profiler import ProfilerActivity
 from ddfast.config import TrainConfig
 from ddfast.errors import DDFastError
 from ddfast.evaluation.speed import measure_speed
+from ddfast.files import whole_file
 from ddfast.models.digits import Progress
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import noise
+from ddfast.sampling import first_conditions
 
 _LABELS = {
     "ar_plain": "AR, plain PyTorch",
@@ -81,7 +83,7 @@ def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path
     AR decoding stops after 16 groups: LlamaGen's 256 would make a trace of hundreds of megabytes of the same.
     """
     device = teacher.codebook.device
-    condition = teacher.condition_of(torch.arange(batch, dtype=torch.int64, device=device) % teacher.num_conditions)
+    _, condition = first_conditions(teacher, batch)
     eps = noise(0, torch.arange(batch, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
     stop = teacher.group_starts()[min(len(teacher.groups), 16)]
     stages = {  # no comma in a name: ncu's range filter reads it as a separator
@@ -101,9 +103,9 @@ def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path
             teacher.decode(made)
     path = out / "trace.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-    except (OSError, RuntimeError) as error:
+        with whole_file(path) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+    except RuntimeError as error:
         raise DDFastError(f"cannot write {path}: {error}") from error
     return path
 

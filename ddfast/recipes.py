@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ddfast import seeds
 from ddfast.config import (
     AdaptConfig,
     DD1Config,
@@ -26,7 +28,7 @@ from ddfast.config import (
     VQTokenizerConfig,
 )
 from ddfast.errors import DDFastError
-from ddfast.models.captions import load_captions, random_captions
+from ddfast.models.captions import encode_captions, random_captions, read_captions
 from ddfast.models.digits import Progress, load_or_train, untrained_digits_teacher
 from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenSizes, LlamaGenTeacher
 from ddfast.models.loading import load_teacher
@@ -274,7 +276,7 @@ def untrained_teacher(config: TrainConfig) -> Teacher:
         assert isinstance(tokenizer, DigitsTokenizerConfig)
         return untrained_digits_teacher(tokenizer, teacher)
     assert isinstance(tokenizer, VQTokenizerConfig)
-    torch.manual_seed(config.seed)
+    seeds.seed_all(config.seed)
     num_codes, code_dim = tokenizer.num_codes, tokenizer.code_dim
     var = isinstance(teacher, VARTeacherConfig)
     sizes = ConvSizes(
@@ -335,9 +337,48 @@ def _with_captions(made: Teacher, teacher: PretrainedTeacherConfig) -> Teacher:
     if isinstance(teacher, LlamaGenTeacherConfig) and teacher.model_type == "t2i":
         assert isinstance(made, LlamaGenTeacher)
         if teacher.captions:
-            made.captions = load_captions(Path(teacher.captions))
+            give_captions(made, Path(teacher.captions))
         elif teacher.random_weights or not teacher.weights:
             made.captions = random_captions(8, teacher.cls_token_num, teacher.caption_dim)
         else:
             raise DDFastError("a text teacher needs --teacher.captions FILE: features made by `encode_captions`")
+    return made
+
+
+def give_captions(teacher: Teacher, captions: Path | Sequence[str], **encoding: Any) -> None:
+    """Set the captions that the samples of a text teacher cycle through; arguments and errors as of `captions_for`."""
+    made = captions_for(teacher, captions, **encoding)
+    assert isinstance(teacher, LlamaGenTeacher)
+    teacher.captions = made
+
+
+def captions_for(
+    teacher: Teacher, captions: Path | Sequence[str], *, encoder: str = "", device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Features [M, C, dim] and mask [M, C] of captions for a text teacher.
+
+    Args:
+        teacher: a text-conditional one.
+        captions: a file of features or of lines of text, or texts.
+        encoder: name or folder of the T5 that encodes texts; empty: the one that LlamaGen was trained with.
+        device: where it runs.
+
+    Raises:
+        DDFastError: the teacher takes class labels, a file cannot be read, the encoder is not there, or the features
+            are not this teacher's.
+    """
+    if not isinstance(teacher, LlamaGenTeacher) or teacher.num_classes:
+        expected = f"class labels, 0..{teacher.num_classes - 1}"
+        raise DDFastError(f"captions: no effect, this {type(teacher).__name__} is conditioned on {expected}")
+    encoding: dict[str, Any] = {"length": teacher.sizes.cls_token_num, "device": device}
+    if encoder:
+        encoding["model"] = encoder
+    if isinstance(captions, Path):
+        made = read_captions(captions, **encoding)
+    else:
+        made = encode_captions([captions] if isinstance(captions, str) else list(captions), **encoding)
+    try:
+        teacher.check_condition(made)
+    except (TypeError, ValueError) as error:
+        raise DDFastError(f"captions: {str(error).removeprefix('condition: ')}") from error
     return made

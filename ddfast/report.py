@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor
 
 import ddfast
+from ddfast import seeds
 from ddfast.config import TrainConfig
-from ddfast.errors import DDFastError
-from ddfast.models.checkpoint import save_tensors
+from ddfast.files import write_atomically
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import native
-from ddfast.sampling import Samples, sample, sources_for
+from ddfast.pictures import decoded, grid
+from ddfast.sampling import sources_for, stream
 
 _ROWS = {
     "teacher": ("teacher, AR decoding", "{n}"),
@@ -147,7 +145,7 @@ def write_report(config: TrainConfig, metrics: dict[str, Any], seconds: dict[str
         "- seconds per stage: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
         "",
     ]
-    path.write_text("\n".join(text))
+    write_atomically(path, "\n".join(text))
 
 
 def _steps(groups: int) -> dict[str, int]:
@@ -165,19 +163,19 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
     pictures = {source: title for source, title in _PICTURES.items() if source in sources_for(teacher, student)}
     figure, axes = pyplot.subplots(1, len(pictures), figsize=(4.2 * len(pictures), 0.68 * classes + 0.5))
     for axis, (source, title) in zip(axes, pictures.items(), strict=True):
-        made = sample(
+        batches = stream(
             source,
             teacher,
             student,
             count=classes * columns,
-            seed=config.seed + 3_000_003,
+            seed=seeds.derived(config.seed, 3_000_003),
             point=config.dd1.point,
-            classes=tuple(range(classes)),
-            batch_size=config.evaluation.batch_size,
+            classes=range(classes),
+            batch_size=min(config.evaluation.batch_size, 64),
         )
-        grid = _grid(_images(teacher, made.embeddings), classes)
-        height = (len(grid) + 1) // classes
-        axis.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        image = grid(torch.cat([decoded(batch, teacher) for batch in batches]), classes)
+        height = (len(image) + 1) // classes
+        axis.imshow(image.numpy(), interpolation="nearest")
         axis.set_title(title.format(method=config.method.upper()))
         axis.set_xticks([])
         axis.set_yticks([label * height + height / 2 for label in range(classes)], range(classes))
@@ -185,49 +183,5 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
         for side in axis.spines.values():
             side.set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     pyplot.close(figure)
-
-
-@torch.no_grad()
-def _images(teacher: Teacher, embeddings: Tensor) -> Tensor:
-    """Images of embeddings [B, N, D], decoded a few at a time: a decoder needs far more memory than its images."""
-    return torch.cat([teacher.decode(part).float().cpu() for part in embeddings.split(64)])
-
-
-def _grid(images: Tensor, rows: int) -> Tensor:
-    """Images [B, C, H, W] in [0, 1] filled column by column into `rows` rows, white lines between: [H', W'(, C)]."""
-    missing = -len(images) % rows
-    images = F.pad(torch.cat((images, images.new_ones(missing, *images.shape[1:]))), (0, 1, 0, 1), value=1.0)
-    grid = rearrange(images, "(column row) c h w -> (row h) (column w) c", row=rows)
-    return grid[:-1, :-1].squeeze(-1)
-
-
-def save_samples(samples: Samples, teacher: Teacher, form: str, target: Path) -> list[str]:
-    """Write samples as one picture ("grid"), a picture each ("files") or "codes"; returns what was written, in lines.
-
-    Raises:
-        DDFastError: `target` cannot be written.
-    """
-    from matplotlib import image as matplotlib_image
-
-    def png(path: Path, pixels: Tensor) -> None:
-        matplotlib_image.imsave(path, pixels.numpy(), cmap="gray", vmin=0, vmax=1)
-
-    try:
-        if form == "codes":
-            path = target.with_name(target.name + ".safetensors")
-            save_tensors(path, {"codes": samples.codes, "condition": samples.condition}, {})
-            return [f"{len(samples.codes)} code sequences: {path}"]
-        images = _images(teacher, samples.embeddings)
-        if form == "grid":
-            path = target.with_name(target.name + ".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            png(path, _grid(images, max(1, round(len(images) ** 0.5))))
-            return [f"{len(images)} images: {path}"]
-        target.mkdir(parents=True, exist_ok=True)
-        for number, (image, label) in enumerate(zip(images, samples.condition.tolist(), strict=True)):
-            png(target / f"{number:05d}-class{label}.png", rearrange(image, "c h w -> h w c").squeeze(-1))
-        return [f"{len(images)} images in {target}"]
-    except OSError as error:
-        raise DDFastError(f"cannot write {target}: {error.strerror}") from error

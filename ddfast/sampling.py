@@ -1,21 +1,30 @@
 """Samples from every source that a report compares: teacher, its ODE pairs, the student, and the baselines.
 
+Sample i of a seed has the chance (seed, i), whatever batch it is made in. Samples come in batches, one after the other,
+so that whoever writes them or measures them need not hold them all.
+
 Dimensions: B batch, N tokens, V codes, D code dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddfast import seeds
+from ddfast.models.decoding import release_graphs
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.student import Student
-from ddfast.ops import nearest_code, noise
+from ddfast.ops import draw_codes, nearest_code, noise
+from ddfast.trajectories.memory import fitting
 
 
 @dataclass(kw_only=True)
@@ -25,6 +34,21 @@ class Samples:
     codes: Tensor
     embeddings: Tensor
     condition: Tensor
+
+    def split(self, size: int) -> list[Samples]:
+        """The same in parts of up to `size` samples."""
+        parts = [getattr(self, field.name).split(size) for field in dataclasses.fields(self)]
+        return [
+            Samples(codes=codes, embeddings=embeddings, condition=condition)
+            for codes, embeddings, condition in zip(*parts, strict=True)
+        ]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Samples]) -> Samples:
+        """All of the parts in one."""
+        whole = list(parts)
+        fields = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: torch.cat([getattr(part, name) for part in whole]) for name in fields})
 
 
 @dataclass(kw_only=True)
@@ -45,30 +69,50 @@ class Guidance:
     top_k: int | None = None
     top_p: float | None = None
 
+    def given(self) -> dict[str, Any]:
+        """The settings that are not None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
 
 @dataclass(kw_only=True)
 class _Request:
-    """One batch to make: the sample index decides its noise, so a source's samples do not depend on the batch size."""
+    """One batch to make: samples `number` int64 [B] of a seed, with conditions `index` int64 [B]."""
 
     teacher: Teacher
     student: Student | None
+    seed: int
+    number: Tensor
     index: Tensor
-    noise: Tensor
-    generator: torch.Generator
     point: int
 
     @property
     def condition(self) -> Condition:
         return self.teacher.condition_of(self.index)
 
+    @property
+    def noise(self) -> Tensor:
+        """[B, N, D]."""
+        shape = (self.teacher.num_tokens, self.teacher.code_dim)
+        return noise(self.seed, self.number, shape, self.teacher.codebook.device)
+
+    @property
+    def uniform(self) -> Tensor:
+        """Uniform numbers [B, N] of the teacher's draws: what follows the noise in a sample's sequence."""
+        count, behind = self.teacher.num_tokens, self.teacher.num_tokens * self.teacher.code_dim
+        normal = noise(self.seed, self.number, (behind + count,), self.teacher.codebook.device)[:, behind:]
+        return torch.special.ndtr(normal.double()).float().clamp_max(_BELOW_ONE)
+
     def by_student(self, **settings: object) -> Tensor:
-        if self.student is None:
-            raise ValueError("student: got None, expected a student for this source")
+        assert self.student is not None
         return self.student.sample(self.condition, self.noise, **settings)  # type: ignore[arg-type]
 
 
+_BELOW_ONE = 1 - 2**-24
+"""The largest float32 below 1."""
+
+
 def _teacher(request: _Request) -> Tensor:
-    return request.teacher.embed(request.teacher.generate(request.condition, generator=request.generator))
+    return request.teacher.embed(request.teacher.generate(request.condition, uniform=request.uniform))
 
 
 def _ode_pairs(request: _Request) -> Tensor:
@@ -106,7 +150,7 @@ def _skip_last(request: _Request) -> Tensor:
     teacher = request.teacher
     starts = teacher.group_starts()
     stop = starts[-1 - max(len(teacher.groups) // 4, 1)]
-    codes = teacher.generate(request.condition, generator=request.generator, stop=stop)
+    codes = teacher.generate(request.condition, uniform=request.uniform, stop=stop)
     rest = nearest_code(request.noise[:, stop:], teacher.codebook)
     return teacher.embed(torch.cat((codes, rest), dim=1))
 
@@ -122,16 +166,23 @@ def marginal_tables(teacher: Teacher, generator: torch.Generator, *, samples_per
     return tables
 
 
-def draw_marginals(tables: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Codes int64 [B, N], every token drawn on its own from `marginal_tables` [classes, N, V] for labels [B]."""
+def draw_marginals(
+    tables: Tensor, condition: Tensor, generator: torch.Generator | None = None, *, uniform: Tensor | None = None
+) -> Tensor:
+    """Codes int64 [B, N], every token drawn on its own from `marginal_tables` [classes, N, V] for labels [B].
+
+    By `uniform` numbers [B, N], where they are given, else by the generator's.
+    """
     probs = tables[condition]
-    return torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(probs.shape[:2])
+    if uniform is None:
+        uniform = torch.rand(probs.shape[:2], generator=generator, dtype=torch.float32, device=probs.device)
+    return draw_codes(probs.log(), uniform)
 
 
-def _independent_marginals(request: _Request) -> Tensor:
+def _independent_marginals(teacher: Teacher, seed: int) -> Callable[[_Request], Tensor]:
     """onestep*: the best that a sampler of all tokens at once can do without looking at what the others became."""
-    tables = marginal_tables(request.teacher, request.generator)
-    return request.teacher.embed(draw_marginals(tables, request.index, request.generator))
+    tables = marginal_tables(teacher, seeds.generator(seed, teacher.codebook.device))
+    return lambda request: teacher.embed(draw_marginals(tables, request.index, uniform=request.uniform))
 
 
 _MAKERS: dict[str, Callable[[_Request], Tensor]] = {
@@ -142,10 +193,11 @@ _MAKERS: dict[str, Callable[[_Request], Tensor]] = {
     "teacher_involved": _teacher_involved,
     "ar_diffusion": _ar_diffusion,
     "skip_last": _skip_last,
-    "independent_marginals": _independent_marginals,
 }
 
-SOURCES = tuple(_MAKERS)
+SOURCES = (*_MAKERS, "independent_marginals")
+
+_BY_STUDENT = ("student_1step", "student_2step", "teacher_involved")
 
 _LARGEST_TABLE = 2**18
 """Entries of `marginal_tables` up to which they are estimated: every class takes thousands of the teacher's samples."""
@@ -164,7 +216,12 @@ def sources_for(teacher: Teacher, student: Student | None = None) -> list[str]:
     return [source for source in SOURCES if source not in without]
 
 
-def sample(
+def sample(source: str, teacher: Teacher, student: Student | None = None, **settings: Any) -> Samples:
+    """All samples of one source, as `stream` makes them (of `count`, `seed`, `point`, ...)."""
+    return Samples.joined(stream(source, teacher, student, **settings))
+
+
+def stream(
     source: str,
     teacher: Teacher,
     student: Student | None = None,
@@ -172,10 +229,10 @@ def sample(
     count: int,
     seed: int,
     point: int,
-    classes: tuple[int, ...] | None = None,
+    classes: Sequence[int] | None = None,
     batch_size: int = 1000,
-) -> Samples:
-    """`count` samples of one source; sample i has the class i modulo the number of classes and the noise (seed, i).
+) -> Iterator[Samples]:
+    """`count` samples of one source in batches; sample i has the class i modulo their number and the chance (seed, i).
 
     Args:
         source: one of `SOURCES`.
@@ -184,20 +241,30 @@ def sample(
         count: how many.
         seed: of the noise, and of the teacher's draws.
         point: t1, the trajectory point of the second step.
-        classes: labels to cycle through; None: all.
+        classes: labels to cycle through (text: numbers of captions); None: all.
         batch_size: samples made at a time.
 
     Raises:
-        ValueError: the source or a class is unknown, `count` is not positive, or the source needs a student.
+        ValueError, TypeError: the source or a class is unknown, a number is out of range, or the source needs a
+            student, or a text teacher captions.
+        DDFastError: a batch does not fit in memory.
     """
-    if source not in _MAKERS:
+    if source not in SOURCES:
         raise ValueError(f"source: got {source!r}, expected one of {', '.join(SOURCES)}")
-    # The marginals are estimated once per batch: one batch for all of their samples.
-    batch_size = count if source == "independent_marginals" else batch_size
-    return _collect(_MAKERS[source], teacher, student, count, seed, point, classes, batch_size)
+    if student is None and source in _BY_STUDENT:
+        raise ValueError("student: got None, expected a student for this source")
+    labels = condition_index(teacher, classes)
+    _check_numbers(count, seed, batch_size)
+    make = _independent_marginals(teacher, seed) if source == "independent_marginals" else _MAKERS[source]
+    return _batches(make, teacher, student, count, seed, point, labels, batch_size)
 
 
-def sample_student(
+def sample_student(teacher: Teacher, student: Student | None, **settings: Any) -> Samples:
+    """All samples of a student, or of its teacher, as `stream_student` makes them."""
+    return Samples.joined(stream_student(teacher, student, **settings))
+
+
+def stream_student(
     teacher: Teacher,
     student: Student | None,
     *,
@@ -207,68 +274,144 @@ def sample_student(
     steps: int = 1,
     teacher_steps: int = 0,
     guidance: Guidance | None = None,
-    classes: tuple[int, ...] | None = None,
+    classes: Sequence[int] | None = None,
     batch_size: int = 1000,
-) -> Samples:
-    """`count` samples of a student in a number of steps, or of its teacher.
+) -> Iterator[Samples]:
+    """`count` samples, in batches, of a student in a number of steps, or of its teacher.
 
     Args:
         steps: of the student (`Student.settings`); 0: the teacher alone.
         guidance: of the teacher's part.
         teacher_steps: groups from `point` on that the teacher regenerates before the student's last pass; 0: none.
-        teacher, student, count, seed, point, classes, batch_size: as in `sample`.
+        teacher, student, count, seed, point, classes, batch_size: as in `stream`.
 
     Raises:
-        ValueError: as in `sample`; or the teacher would run past the last group.
+        ValueError, TypeError, DDFastError: as in `stream`; or the teacher would run past the last group, or a setting
+            has no effect.
     """
-    given = {name: value for name, value in vars(guidance or Guidance()).items() if value is not None}
-    settings: dict[str, Any] = student.settings(steps, point) if student is not None and steps else {}
-    if "teacher_range" in settings:
-        settings |= given
+    guidance = guidance or Guidance()
+    labels = condition_index(teacher, classes)
+    _check_numbers(count, seed, batch_size)
+    if steps == 0:
+        if teacher_steps:
+            raise ValueError("teacher_steps: no effect with steps=0: the teacher makes every group")
+
+        def make(request: _Request) -> Tensor:
+            return teacher.embed(teacher.generate(request.condition, uniform=request.uniform, **guidance.given()))
+
+    else:
+        if student is None:
+            raise ValueError("student: got None, expected a student (or steps=0: the teacher alone)")
+        settings = _settings(teacher, student, steps, point, teacher_steps, guidance)
+
+        def make(request: _Request) -> Tensor:
+            return request.by_student(**settings)
+
+    return _batches(make, teacher, student, count, seed, point, labels, batch_size)
+
+
+def _settings(
+    teacher: Teacher, student: Student, steps: int, point: int, teacher_steps: int, guidance: Guidance
+) -> dict[str, Any]:
+    """Arguments of `Student.sample`; raises where one of ours would have no effect."""
+    settings, given, groups = student.settings(steps, point), guidance.given(), len(teacher.groups)
     if teacher_steps:
-        settings = {"teacher_range": (point, point + teacher_steps), **given}
+        if isinstance(student, FlowNetwork):
+            raise ValueError("teacher_steps: no effect on DD2's students: of k steps, the last k - 1 are the teacher's")
+        if not 0 < teacher_steps <= groups - point:
+            expected = f"1 to {groups - point}, the groups from point {point} on"
+            raise ValueError(f"teacher_steps: got {teacher_steps}, expected {expected}")
+        settings = {"teacher_range": (point, point + teacher_steps)}
+    if "teacher_range" in settings:
+        return {**settings, **given}
+    if given:
+        raise ValueError(f"guidance.{next(iter(given))}: no effect with steps={steps}: the teacher takes no part")
+    return settings
 
-    def make(request: _Request) -> Tensor:
-        if steps == 0:
-            return teacher.embed(teacher.generate(request.condition, generator=request.generator, **given))
-        return request.by_student(**settings)
 
-    return _collect(make, teacher, student, count, seed, point, classes, batch_size)
+def teacher_takes_part(student: Student | None, steps: int, teacher_steps: int = 0) -> bool:
+    """Whether the teacher decodes in a sampling of these steps."""
+    return steps == 0 or bool(teacher_steps) or (steps > 1 and isinstance(student, FlowNetwork))
 
 
-@torch.no_grad()
-def _collect(
+def second_point(
+    teacher: Teacher, student: Student | None, given: int | None, learnt: int, *, steps: int, teacher_steps: int
+) -> int:
+    """t1 of a sampling: the one that the user gives, where it has an effect, else the one that the student learnt."""
+    if given is None:
+        return learnt
+    last = len(teacher.groups) - 1
+    if student is None or isinstance(student, FlowNetwork):
+        raise ValueError("point: no effect, only DD1's students have a second step's point")
+    if steps < 2 and not teacher_steps:
+        raise ValueError(f"point: no effect with steps={steps}: there is no second step")
+    if not 1 <= given <= last:
+        raise ValueError(f"point: got {given}, expected a trajectory point in 1..{last}")
+    return given
+
+
+def condition_index(teacher: Teacher, classes: Sequence[int] | None = None) -> Tensor:
+    """Conditions to cycle through, int64 [M]: the given ones (None: all that there are), of which each is there.
+
+    Raises:
+        TypeError: a class is no integer.
+        ValueError: a class is out of range, there is none, or a text teacher has no captions.
+    """
+    count = teacher.num_conditions
+    if not count:
+        raise ValueError("captions: this model is conditioned on text: give captions (--captions FILE, --caption TEXT)")
+    if classes is None:
+        return torch.arange(count, dtype=torch.int64)
+    for label in classes:
+        if not isinstance(label, Integral) or isinstance(label, bool):
+            raise TypeError(f"classes: got {label!r}, expected integers")
+    numbers = [int(label) for label in classes]
+    what = "labels" if teacher.num_classes else "numbers of captions"
+    if not numbers:
+        raise ValueError(f"classes: got none, expected {what} in 0..{count - 1}")
+    if min(numbers) < 0 or max(numbers) >= count:
+        raise ValueError(f"classes: got {numbers}, expected {what} in 0..{count - 1}")
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def first_conditions(teacher: Teacher, count: int) -> tuple[Tensor, Condition]:
+    """The first `count` conditions, from the first again where there are fewer: index int64 [B], and what it means."""
+    labels = condition_index(teacher)
+    index = labels[torch.arange(count, dtype=torch.int64) % len(labels)].to(teacher.codebook.device)
+    return index, teacher.condition_of(index)
+
+
+def _check_numbers(count: int, seed: int, batch_size: int) -> None:
+    if count < 1:
+        raise ValueError(f"count: got {count}, expected at least 1")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    seeds.check_seed(seed)
+
+
+def _batches(
     make: Callable[[_Request], Tensor],
     teacher: Teacher,
     student: Student | None,
     count: int,
     seed: int,
     point: int,
-    classes: tuple[int, ...] | None,
+    labels: Tensor,
     batch_size: int,
-) -> Samples:
-    if count < 1:
-        raise ValueError(f"count: got {count}, expected at least 1")
-    labels = torch.tensor(classes if classes is not None else range(teacher.num_conditions), dtype=torch.int64)
-    if not len(labels):
-        raise ValueError("captions: got none, expected a text teacher with captions")
-    if int(labels.min()) < 0 or int(labels.max()) >= teacher.num_conditions:
-        raise ValueError(f"classes: got {labels.tolist()}, expected labels in 0..{teacher.num_conditions - 1}")
+) -> Iterator[Samples]:
     device = teacher.codebook.device
-    generator = torch.Generator(device).manual_seed(seed)
-    embeddings, conditions = [], []
-    for start in range(0, count, batch_size):
-        index = torch.arange(start, min(start + batch_size, count), dtype=torch.int64)
-        condition = labels[index % len(labels)].to(device)
-        request = _Request(
-            teacher=teacher,
-            student=student,
-            index=condition,
-            noise=noise(seed, index, (teacher.num_tokens, teacher.code_dim), device),
-            generator=generator,
-            point=point,
-        )
-        embeddings.append(make(request))
-        conditions.append(condition)
-    made = torch.cat(embeddings)
-    return Samples(codes=nearest_code(made, teacher.codebook), embeddings=made, condition=torch.cat(conditions))
+    size = math.ceil(count / math.ceil(count / batch_size))  # of all but the last
+    try:
+        for start in range(0, count, size):
+            number = torch.arange(start, min(start + size, count), dtype=torch.int64)
+            index = labels[number % len(labels)].to(device)
+            request = _Request(
+                teacher=teacher, student=student, seed=seed, number=number, index=index, point=point
+            )  # fmt: skip
+            with torch.no_grad(), fitting(len(number), device, "--batch-size"):
+                made = make(request)
+                samples = Samples(codes=nearest_code(made, teacher.codebook), embeddings=made, condition=index)
+            yield samples
+            del made, samples, request
+    finally:
+        release_graphs(teacher)  # of a batch as large as the memory: what comes next needs it

@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
 
     def body(rest: list[str]) -> None:
-        train(cli.parse("train", TrainConfig, rest, EXAMPLES), progress_bar=cli.progress_bar)
+        options = cli.parse("train", TrainConfig, rest, EXAMPLES)
+        cli.check_effect(rest, {**cli.of_other_methods(options), **cli.of_other_weights(options)})
+        train(options, progress_bar=cli.progress_bar)
 
     return cli.run("train", body, arguments)
 

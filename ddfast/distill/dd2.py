@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast import seeds
 from ddfast.config import AdaptConfig, MatchConfig, TuneConfig
 from ddfast.distill.losses import (
     anchor_distance,
@@ -304,7 +305,7 @@ def _draws(draws: int, x: Tensor, generator: torch.Generator, low: float, high: 
     """Flow times [m, B, N], uniform between the bounds, and noise [m, B, N, D] for tokens x [B, N, D]."""
     shape = (draws, *x.shape)
     seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
-    own = torch.Generator(x.device).manual_seed(seed)  # drawn where it is used: millions of numbers a step
+    own = seeds.generator(seed % 2**32, x.device)  # drawn where it is used: millions of numbers a step
     t = low + (high - low) * torch.rand(shape[:-1], generator=own, dtype=torch.float32, device=x.device)
     return t, torch.randn(shape, generator=own, dtype=torch.float32, device=x.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddfast import seeds
 from ddfast.distill.method import ExponentialMovingAverage
 from ddfast.frechet import frechet_distance
 from ddfast.models.flow_network import FlowNetwork
@@ -46,7 +47,7 @@ class Watcher:
         """
         teacher, student = self.teacher, self.student
         if self.reference is None:
-            generator = torch.Generator(teacher.codebook.device).manual_seed(_SEED)
+            generator = seeds.generator(_SEED, teacher.codebook.device)
             self.reference = teacher.generate(self.condition, generator=generator)
         live = student.generate(self.condition, self.noise)[0]
         with average.applied_to(student):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddfast import seeds
 from ddfast.config import DD2Config, TrainConfig, config_hash
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
@@ -37,7 +38,7 @@ def distill(
 
     Interruption, resume, log and errors: `ddfast.distill.trainer.optimise`.
     """
-    torch.manual_seed(config.seed)
+    seeds.seed_all(config.seed)
     if student is None:
         student = start_student(teacher)
     if config.dd1.split >= 0:
@@ -61,7 +62,7 @@ def distill(
 
 def new_network(config: TrainConfig, teacher: Teacher, *, from_teacher: bool = True) -> FlowNetwork:
     """A DD2 network of the configuration's size: the teacher's backbone, or one drawn anew, and a new head."""
-    torch.manual_seed(config.seed)
+    seeds.seed_all(config.seed)
     dd2 = config.dd2
     kind, sizes = flow_network_class(teacher), {"head_width": dd2.head_width, "head_depth": dd2.head_depth}
     network = kind.from_teacher(teacher, **sizes) if from_teacher else kind(teacher, **sizes)
@@ -83,9 +84,8 @@ def adapt(
         nats per token on fresh samples of the teacher, {"before" | "after": {"teacher", "adapted"}}; "before" is an MLP
         that was fitted to nothing. The log has what is between: after the fit, and every as many steps from there.
     """
-    held_out = from_noise(teacher, decoding=teacher.defaults)(
-        64, torch.Generator().manual_seed(config.seed + 5_000_003)
-    )
+    generator = seeds.generator(seeds.derived(config.seed, 5_000_003))
+    held_out = from_noise(teacher, decoding=teacher.defaults)(64, generator)
     assert held_out.codes is not None
     before = code_likelihoods(network, held_out.condition, held_out.codes)
     network.train().requires_grad_(True)

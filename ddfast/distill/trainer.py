@@ -14,9 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ddfast import seeds
 from ddfast.config import OptimisationConfig
 from ddfast.distill.method import Batch, ExponentialMovingAverage, Method
 from ddfast.errors import DDFastError
+from ddfast.files import write_atomically
 from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.digits import Progress
 from ddfast.models.protocol import SamplingDefaults, Teacher
@@ -82,7 +84,7 @@ def optimise(
     latest: dict[str, Tensor | float] = {}
     try:
         while run.step < method.total:
-            generator = torch.Generator().manual_seed(_step_seed(seed, run.step))
+            generator = seeds.generator(_step_seed(seed, run.step))
             if method.starts_from_average(run.step):
                 run.average.copy_to(run.averaged)
             phase = method.phase(run.step)
@@ -152,7 +154,7 @@ def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) ->
         eps = noise(seed, torch.arange(size, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
         drawn = None
         if decoding is not None and codes:
-            own = torch.Generator(device).manual_seed(seed)
+            own = seeds.generator(seed % 2**32, device)
             # No graph: it would keep the teacher's cache through the student's backward pass.
             drawn = teacher.generate(condition, generator=own, graph=False, **dataclasses.asdict(decoding))
         return Batch(noise=eps, condition=condition, codes=drawn)
@@ -268,7 +270,7 @@ def _number(value: Tensor | float) -> float:
 
 
 def _step_seed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step) % 2**63
+    return (seeds.folded(seed) * 1_000_003 + step) % 2**32
 
 
 def _truncate_metrics(path: Path, stage: str, step: int) -> None:
@@ -277,4 +279,4 @@ def _truncate_metrics(path: Path, stage: str, step: int) -> None:
     if path.exists():
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if line.get("stage") != stage or line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast import seeds
 from ddfast.env import cache_dir
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.digits import NUM_CLASSES, Progress, digit_images, render
@@ -47,11 +48,11 @@ class DigitsClassifier(nn.Module):
 
 def train_classifier(progress: Progress | None = None) -> DigitsClassifier:
     """Cross-entropy on rendered training digits."""
-    torch.manual_seed(0)
+    seeds.seed_all(0)
     model = DigitsClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmup_cosine, total=_ITERATIONS, warmup=100))
-    generator = torch.Generator().manual_seed(1)
+    generator = seeds.generator(1)
     originals, labels = digit_images("train")
     for step in range(_ITERATIONS):
         rows = torch.randint(len(originals), (256,), generator=generator, dtype=torch.int64)

@@ -5,17 +5,19 @@ Dimensions: B batch, N tokens, V codes, F features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
+from ddfast import seeds
 from ddfast.config import TrainConfig
 from ddfast.evaluation.classifier import DigitsClassifier, load_or_train_classifier
 from ddfast.frechet import frechet_distance
 from ddfast.models.digits import DigitsTeacher, Progress, digit_batch
 from ddfast.models.protocol import Teacher
-from ddfast.sampling import Samples, sample
+from ddfast.sampling import Samples, stream
 
 _LARGEST_PAIRED = 512
 """Codes up to which tables of pairs [V, V] are filled by a few thousand samples."""
@@ -60,34 +62,36 @@ class Evaluator:
         self.classifier: DigitsClassifier | None = None
         if isinstance(teacher, DigitsTeacher):
             self.classifier = load_or_train_classifier(progress)
-            images, _ = digit_batch("train", max(count, 5000), config.seed + 10)
+            images, _ = digit_batch("train", max(count, 5000), seeds.derived(config.seed, 10))
             self.reference_features = self.classifier.features(images)
         self.reference_codes: Tensor | None = None
         if teacher.num_codes <= _LARGEST_PAIRED:
             # A seed of its own: the reference's draws are never those of the samples measured.
-            seed = config.seed + 1_000_003
-            fresh = sample("teacher", teacher, count=count, seed=seed, point=1, batch_size=self.batch_size)
-            self.reference_codes = fresh.codes
+            seed = seeds.derived(config.seed, 1_000_003)
+            fresh = stream("teacher", teacher, count=count, seed=seed, point=1, batch_size=self.batch_size)
+            self.reference_codes = torch.cat([batch.codes.cpu() for batch in fresh])
 
     @torch.no_grad()
-    def measure(self, samples: Samples) -> dict[str, float]:
-        """The figures of one set of samples."""
+    def measure(self, samples: Samples | Iterable[Samples]) -> dict[str, float]:
+        """The figures of one set of samples; of batches, each is measured and forgotten before the next one is made."""
         teacher = self.teacher
+        log_probs: list[Tensor] = []
+        features: list[Tensor] = []
+        recognised: list[Tensor] = []
+        codes: list[Tensor] = []
+        for batch in samples.split(self.batch_size) if isinstance(samples, Samples) else samples:
+            likelihoods = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
+            log_probs.append(likelihoods.gather(-1, batch.codes[..., None]).cpu())
+            if self.classifier is not None:
+                features.append(self.classifier.features(teacher.decode(batch.embeddings).cpu()))
+                recognised.append(self.classifier.logits(features[-1]).argmax(-1) == batch.condition.cpu())
+            if self.reference_codes is not None:
+                codes.append(batch.codes.cpu())
         result = {}
         if self.classifier is not None:
-            features = self.classifier.features(teacher.decode(samples.embeddings).cpu())
-            recognised = self.classifier.logits(features).argmax(-1) == samples.condition.cpu()
-            result["frechet"] = frechet_distance(features, self.reference_features)
-            result["class_accuracy"] = float(recognised.double().mean())
-        batches = zip(samples.condition.split(self.batch_size), samples.codes.split(self.batch_size), strict=True)
-        log_probs = torch.cat(
-            [
-                teacher.log_probs(teacher.condition_of(index), codes, filtered=False).gather(-1, codes[..., None])
-                for index, codes in batches
-            ]
-        )
-        result["teacher_nll"] = -float(log_probs.double().mean())
+            result["frechet"] = frechet_distance(torch.cat(features), self.reference_features)
+            result["class_accuracy"] = float(torch.cat(recognised).double().mean())
+        result["teacher_nll"] = -float(torch.cat(log_probs).double().mean())
         if self.reference_codes is not None:
-            reference = self.reference_codes.cpu()
-            result["pair_tv"] = pair_table_distance(samples.codes.cpu(), reference, teacher.num_codes)
+            result["pair_tv"] = pair_table_distance(torch.cat(codes), self.reference_codes, teacher.num_codes)
         return result

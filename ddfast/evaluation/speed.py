@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ddfast import seeds
 from ddfast.evaluation.plain_decoding import plain_decoder
 from ddfast.models.decoding import release_graphs
 from ddfast.models.digits import Progress
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import noise
-from ddfast.sampling import draw_marginals, marginal_tables, sources_for
+from ddfast.sampling import draw_marginals, first_conditions, marginal_tables, sources_for
 
 _WARM_UP_ROUNDS = 2
 _ENOUGH_SECONDS = 20.0
@@ -50,12 +51,11 @@ def measure_speed(
     device = teacher.codebook.device
     tables = None
     if "independent_marginals" in sources_for(teacher):
-        tables = marginal_tables(teacher, torch.Generator(device).manual_seed(0), samples_per_class=500)
+        tables = marginal_tables(teacher, seeds.generator(0, device), samples_per_class=500)
     result: dict[str, dict[int, float]] = {}
     turns = _WARM_UP_ROUNDS + rounds
     for number, batch in enumerate(batch_sizes):
-        index = torch.arange(batch, dtype=torch.int64, device=device) % teacher.num_conditions
-        condition = teacher.condition_of(index)
+        index, condition = first_conditions(teacher, batch)
         eps = noise(0, torch.arange(batch, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
         codes = torch.randint(teacher.num_codes, (batch, teacher.num_tokens), dtype=torch.int64, device=device)
         sources: dict[str, Callable[[], Tensor]] = {

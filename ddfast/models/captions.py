@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddfast import seeds
 from ddfast.errors import DDFastError
+from ddfast.files import read_text
 from ddfast.models.checkpoint import load_tensors, save_tensors
 
 
@@ -143,6 +145,29 @@ def load_captions(path: Path) -> tuple[Tensor, Tensor]:
     return features, mask
 
 
+def read_captions(path: Path, **encoding: Any) -> tuple[Tensor, Tensor]:
+    """Captions of a file with features, or of a text file with one in a line, which are encoded.
+
+    Args:
+        path: what `save_captions` wrote, or text.
+        encoding: as of `encode_captions`.
+
+    Raises:
+        DDFastError: the file is neither, or `encode_captions` fails.
+    """
+    try:
+        with path.open("rb") as file:
+            stored = file.read(9)[8:] == b"{"  # how safetensors begin, behind their header's length
+    except OSError as error:
+        raise DDFastError(f"cannot read {path}: {error.strerror}") from error
+    if stored:
+        return load_captions(path)
+    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not texts:
+        raise DDFastError(f"{path} holds no captions: expected features, or text with a caption in every line")
+    return encode_captions(texts, **encoding)
+
+
 def random_captions(count: int, length: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Stand-ins for captions, to profile with random weights: normal features of about unit norm, varied lengths.
 
@@ -160,7 +185,7 @@ def random_captions(count: int, length: int, dim: int, seed: int = 0) -> tuple[T
     """
     if length < 1 or dim < 1:
         raise ValueError(f"length, dim: got {length}, {dim}, expected at least 1")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     valid = torch.randint(max(1, length // 4), length + 1, (count, 1), generator=generator, dtype=torch.int64)
     mask = (torch.arange(length, dtype=torch.int64) >= length - valid).long()
     features = torch.randn(count, length, dim, generator=generator, dtype=torch.float32) * dim**-0.5

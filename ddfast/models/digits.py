@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ddfast import seeds
 from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TrainConfig, config_hash
 from ddfast.env import cache_dir
 from ddfast.errors import DDFastError
@@ -52,7 +53,7 @@ def digit_images(split: str) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
+    order = torch.randperm(len(data.images), generator=seeds.generator(0), dtype=torch.int64)
     rows = order[:HELD_OUT] if split == "test" else order[HELD_OUT:]
     images = torch.from_numpy(data.images).float()[rows, None] / 16
     return images, torch.from_numpy(data.target).long()[rows]
@@ -77,7 +78,7 @@ def render(images: Tensor, generator: torch.Generator) -> Tensor:
 def digit_batch(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` rendered digits of a split, drawn with replacement: images [count, 1, 16, 16] and labels [count]."""
     images, labels = digit_images(split)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     rows = torch.randint(len(images), (count,), generator=generator, dtype=torch.int64)
     return render(images[rows], generator), labels[rows]
 
@@ -129,13 +130,13 @@ class Tokenizer(nn.Module):
 
 def train_tokenizer(config: DigitsTokenizerConfig, *, seed: int = 0, progress: Progress | None = None) -> Tokenizer:
     """Train the tokenizer on rendered training digits: L1 + L2 reconstruction, EMA codebook, dead codes redrawn."""
-    torch.manual_seed(seed)
+    seeds.seed_all(seed)
     model = Tokenizer(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, partial(warmup_cosine, total=config.iterations, warmup=config.iterations // 20)
     )
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = seeds.generator(seeds.derived(seed, 1))
     originals, _ = digit_images("train")
     counts, sums = torch.ones(config.num_codes, dtype=torch.float32), model.codebook.clone()
     for step in range(config.iterations):
@@ -205,17 +206,17 @@ def train_teacher(
     tokenizer: Tokenizer, config: DigitsTeacherConfig, *, seed: int = 0, progress: Progress | None = None
 ) -> DigitsTeacher:
     """Train the AR teacher by next-token cross-entropy with class dropout (for guidance)."""
-    torch.manual_seed(seed)
+    seeds.seed_all(seed)
     teacher = DigitsTeacher(tokenizer, config)
     parameters = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, partial(warmup_cosine, total=config.iterations, warmup=config.iterations // 20)
     )
-    images, labels = digit_batch("train", config.training_images, seed + 1)
+    images, labels = digit_batch("train", config.training_images, seeds.derived(seed, 1))
     with torch.no_grad():
         codes = torch.cat([teacher.encode(chunk) for chunk in images.split(4096)])
-    generator = torch.Generator().manual_seed(seed + 2)
+    generator = seeds.generator(seeds.derived(seed, 2))
     for step in range(config.iterations):
         rows = torch.randint(len(codes), (config.batch_size,), generator=generator, dtype=torch.int64)
         dropped = torch.rand(config.batch_size, generator=generator, dtype=torch.float32) < config.class_dropout

@@ -170,6 +170,26 @@ def check_noise(noise: object, shape: tuple[int, int, int], name: str = "noise")
     return noise
 
 
+def as_uniform(uniform: object, shape: tuple[int, int]) -> Tensor:
+    """Uniform numbers [B, N] of any precision as float32, each in [0, 1).
+
+    Raises:
+        TypeError: they are no floating-point tensor.
+        ValueError: they have another shape, or one is not in [0, 1).
+    """
+    if not isinstance(uniform, Tensor) or not uniform.is_floating_point():
+        got = uniform.dtype if isinstance(uniform, Tensor) else type(uniform).__name__
+        raise TypeError(f"uniform: got {got}, expected a floating-point tensor {list(shape)}")
+    if tuple(uniform.shape) != shape:
+        raise ValueError(f"uniform: got shape {list(uniform.shape)}, expected {list(shape)}")
+    uniform = uniform.float()
+    if known(uniform, waits=False):
+        low, high = (float(bound) for bound in torch.aminmax(uniform))
+        if not (low >= 0.0 and high < 1.0):
+            raise ValueError(f"uniform: got values from {low:g} to {high:g}, expected 0 <= uniform < 1")
+    return uniform
+
+
 def as_images(images: Any, channels: int, *, low: float, device: torch.device | str = "cpu") -> Tensor:
     """Images float32 [B, C, H, W] in [low, 1].
 

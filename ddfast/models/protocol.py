@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from ddfast.models.attention import group_levels, group_starts
 from ddfast.models.decoding import Inputs, Plan, Sampler, decode
-from ddfast.models.inputs import as_codes, as_embeddings, check_codes, check_labels, check_noise, check_options, known
+from ddfast.models.inputs import (
+    as_codes,
+    as_embeddings,
+    as_uniform,
+    check_codes,
+    check_labels,
+    check_noise,
+    check_options,
+    known,
+)
 from ddfast.ops import filter_logits
 from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS
 
@@ -34,6 +43,14 @@ def on_device(condition: Condition, device: torch.device) -> Condition:
         return condition.to(device)
     features, mask = condition
     return features.to(device), mask.to(device)
+
+
+def take(condition: Condition, rows: Tensor) -> Condition:
+    """The condition of some samples, int64 [m], of those that `condition` stands for."""
+    if isinstance(condition, Tensor):
+        return condition[rows]
+    features, mask = condition
+    return features[rows], mask[rows]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -231,6 +248,7 @@ class Teacher(nn.Module, ABC):
         sampler: Sampler = "multinomial",
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
         cfg_scale: float | None = None,
         cfg_interval: int = -1,
         top_k: int | None = None,
@@ -252,6 +270,8 @@ class Teacher(nn.Module, ABC):
                 distils, with the same distribution as "multinomial".
             noise: float32 [B, N, D], for the sampler "flow".
             generator: randomness of "multinomial": one uniform number per token, whether or not it is decoded.
+            uniform: these numbers, [B, N] in [0, 1), in the generator's place: a sample's draws are then its own,
+                whatever the batch.
             cfg_scale, top_k, top_p, temperature: None takes the value of `defaults`. What a scale means in a group is
                 the teacher's to say (`group_cfg_scale`); where no group is guided, half of the work is saved.
             cfg_interval: guide only the first group decoded and this many + 1 after it; negative guides all.
@@ -292,6 +312,11 @@ class Teacher(nn.Module, ABC):
             raise ValueError(f"noise: got {'a tensor' if noise is not None else None} with sampler {sampler!r}")
         if noise is not None:
             noise = check_noise(noise, (batch, self.num_tokens, self.code_dim)).to(device)
+        if uniform is not None:
+            if sampler != "multinomial" or generator is not None:
+                what = "a generator too" if sampler == "multinomial" else f"sampler {sampler!r}"
+                raise ValueError(f"uniform: got a tensor with {what}; it is for 'multinomial', in a generator's place")
+            uniform = as_uniform(uniform, (batch, self.num_tokens)).to(device)
         for name, value in (("prefix", length), ("stop", stop)):
             if value not in starts:
                 raise ValueError(f"{name}: got {value} tokens, expected the end of a group: one of {starts}")
@@ -315,8 +340,8 @@ class Teacher(nn.Module, ABC):
         prefix = torch.empty(batch, 0, dtype=torch.int64, device=device) if prefix is None else prefix
         # Autocast is for training: decoding is in the dtype of the weights.
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            chance = noise
-            if sampler == "multinomial":
+            chance = noise if uniform is None else uniform
+            if sampler == "multinomial" and uniform is None:
                 chance = torch.rand(batch, self.num_tokens, generator=generator, dtype=torch.float32, device=device)
             inputs = Inputs(condition=condition, prefix=prefix.long(), chance=chance)
             codes = inputs.prefix if last == first else decode(self, plan, inputs, graph=graph)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ddfast import seeds
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 
 
@@ -35,7 +36,7 @@ class ToyTeacher(Teacher):
         angle = torch.arange(num_codes, dtype=torch.float32) * (2 * torch.pi / num_codes)
         self.register_buffer("codebook", torch.stack((angle.cos(), angle.sin()), dim=1))
         self.groups, self.num_classes, self.defaults = (1,) * num_tokens, 1, SamplingDefaults()
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeds.generator(seed)
         self.register_buffer("bias", 0.5 * torch.randn(num_tokens, num_codes, generator=generator, dtype=torch.float32))
         tables = torch.randn(num_tokens, num_tokens, num_codes, num_codes, generator=generator, dtype=torch.float32)
         self.register_buffer("tables", strength * tables)  # [token, earlier token, its code, V]

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body(rest: list[str]) -> None:
         options = cli.parse("trajectories", TrajectoriesOptions, rest, EXAMPLES)
+        cli.check_effect(rest, {"resume": "the store goes on by itself", **cli.of_other_weights(options)})
         if options.count is not None:
             options.trajectories.count = options.count
             options.trajectories.__post_init__()

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ddfast import env
 from ddfast.config import TrajectoryConfig
-from ddfast.errors import DDFastError
 from ddfast.models.decoding import release_graphs
 from ddfast.models.protocol import Teacher
 from ddfast.ops import noise
-from ddfast.trajectories.memory import largest_batch
+from ddfast.trajectories.memory import fitting, largest_batch
 from ddfast.trajectories.store import StoreSettings, TrajectoryStore
 
 Progress = Callable[[int, int, str], None]
@@ -149,7 +148,7 @@ def generate_trajectories(
 def _decode(teacher: Teacher, store: TrajectoryStore, index: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int64 [B, N] and noise float32 [B, N, D] of the samples `index`, on the teacher's device."""
     settings, device = store.settings, teacher.codebook.device
-    try:
+    with fitting(len(index), device, "--trajectories.batch-size"):
         eps = noise(settings.seed, index, (settings.num_tokens, settings.code_dim), device)
         codes = teacher.generate(
             teacher.condition_of((index % settings.num_classes).to(device)),
@@ -158,11 +157,6 @@ def _decode(teacher: Teacher, store: TrajectoryStore, index: Tensor) -> tuple[Te
             steps=settings.steps,
             solver=settings.solver,
         )
-    except torch.OutOfMemoryError as error:
-        raise DDFastError(
-            f"{len(index)} samples at a time do not fit in the memory of {device}; "
-            "give --trajectories.batch-size a smaller number"
-        ) from error
     return codes, eps
 
 

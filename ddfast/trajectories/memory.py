@@ -1,7 +1,8 @@
-"""How many samples a teacher can decode at a time in the memory that is free."""
+"""How many samples a teacher can decode, or a student draw, at a time in the memory that is free."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -13,13 +14,19 @@ from torch import Tensor, nn
 from ddfast import env
 from ddfast.errors import DDFastError
 from ddfast.models.protocol import Teacher
+from ddfast.models.student import Student
 
 _SHARE = 0.8
 """Of the free memory, what a batch may take: the rest is for fragmentation and for what else the machine does."""
 
 _ROWS = 8
 """Float32 rows, as wide as the widest layer, per token of the largest group: what a step's layers, guidance, filters
-and flow hold for a moment. Guided VAR-d16 and the digits teacher were measured on a CPU to need 6 to 7."""
+and flow hold for a moment. Guided VAR-d16 and the digits teacher were measured on a CPU to need 6 to 7. A student's
+pass is counted as these rows for all tokens (VAR-d16, LlamaGen-B: measured 1 to 4), a decoded image as so many of its
+decoder's largest activation (theirs: 6 to 8)."""
+
+_MOST = 1000
+"""Samples at a time beyond which nothing gets faster."""
 
 
 def largest_batch(teacher: Teacher) -> int:
@@ -28,15 +35,51 @@ def largest_batch(teacher: Teacher) -> int:
     Raises:
         DDFastError: not even one fits.
     """
-    device = teacher.codebook.device
-    sample, free = sample_bytes(teacher), free_bytes(device)  # in this order: a first pass loads libraries
+    return _fitting(sample_bytes(teacher), teacher.codebook.device, "--trajectories.batch-size")
+
+
+def largest_sampling_batch(teacher: Teacher, student: Student | None, *, decodes: bool, images: bool) -> int:
+    """Samples that can be drawn at a time in the memory free now, at least 1 and at most 1000.
+
+    Args:
+        teacher: of the student.
+        student: None: the teacher alone makes the samples.
+        decodes: the teacher takes part.
+        images: they become images.
+
+    Raises:
+        DDFastError: not even one fits.
+    """
+    sample = sample_bytes(teacher) if decodes else 0
+    if student is not None:
+        sample += 4 * _ROWS * teacher.num_tokens * max(teacher.num_codes, _widest(student))
+    if images:
+        sample += image_bytes(teacher)
+    return min(_fitting(sample, teacher.codebook.device, "--batch-size"), _MOST)
+
+
+def _fitting(sample: int, device: torch.device, option: str) -> int:
+    """How many samples of so many bytes fit; the option is what else there is to try."""
+    free = free_bytes(device)  # after the sample's passes: the first of them load libraries
     fit = int(_SHARE * free / sample)
     if fit < 1:
         raise DDFastError(
             f"not enough memory on {device}: {free / 2**20:.0f} MiB are free, and decoding one sample takes about "
-            f"{sample / 2**20:.0f} MiB; free some, or try with --trajectories.batch-size 1"
+            f"{sample / 2**20:.0f} MiB; free some, or try with {option} 1"
         )
     return fit
+
+
+@contextlib.contextmanager
+def fitting(count: int, device: torch.device, option: str) -> Iterator[None]:
+    """Within, memory that does not suffice for `count` samples at a time is one error, which names the option."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises it itself
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        what = f"{count} samples at a time do not fit in the memory of {device}"
+        raise DDFastError(f"{what}; give {option} a smaller number") from error
 
 
 def sample_bytes(teacher: Teacher) -> int:
@@ -55,10 +98,33 @@ def sample_bytes(teacher: Teacher) -> int:
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*teacher.parameters(), *teacher.buffers())}
     storages = [tensor.untyped_storage() for tensor in _tensors((condition, state), set())]
     lasting = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
-    linear = [module.out_features for module in teacher.modules() if isinstance(module, nn.Linear)]
-    passing = 4 * _ROWS * max(teacher.groups) * max([teacher.num_codes, *linear])
+    passing = 4 * _ROWS * max(teacher.groups) * max(teacher.num_codes, _widest(teacher))
     noise = 4 * teacher.num_tokens * teacher.code_dim
     return sum(lasting.values()) + passing + noise
+
+
+def image_bytes(teacher: Teacher) -> int:
+    """Bytes that one more image takes while it is decoded: `_ROWS` of the largest activation, which is measured."""
+    largest = 0
+
+    def look(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal largest
+        largest = max([largest, *(tensor.numel() for tensor in _tensors(output, set()))])
+
+    hooks = [module.register_forward_hook(look) for module in teacher.modules()]
+    try:
+        with torch.inference_mode():
+            device = teacher.codebook.device
+            image = teacher.decode(torch.zeros(1, teacher.num_tokens, dtype=torch.int64, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 4 * _ROWS * max(largest, image.numel())
+
+
+def _widest(network: nn.Module) -> int:
+    """Width of the widest linear layer."""
+    return max((module.out_features for module in network.modules() if isinstance(module, nn.Linear)), default=0)
 
 
 def free_bytes(device: torch.device) -> int:

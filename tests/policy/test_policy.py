@@ -19,7 +19,7 @@ PACKAGE = ROOT / "ddfast"
 
 # A module may import from its own and lower layers.
 LAYERS = [
-    {"errors", "env", "files", "config", "messages", "schedule", "frechet"},
+    {"errors", "env", "files", "config", "messages", "schedule", "seeds", "frechet"},
     {"ops"},
     {"models"},
     {"trajectories"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"sampling"},
     {"evaluation"},
     {"profiling"},
-    {"recipes", "report", "pipeline", "converting"},
+    {"recipes", "pictures", "report", "pipeline", "drawing", "converting"},
     {"hub"},
     {"cli", "train", "sample", "evaluate", "profile", "convert", "doctor", "trajectories.__main__", "__main__"},
 ]
@@ -75,6 +75,18 @@ def test_one_file_reads_the_environment():
         if re.search(r"os\.(environ|getenv)|from os import|import os as", path.read_text())
     }
     assert readers == {"env.py"}
+
+
+def test_one_file_seeds_generators():
+    """PyTorch's own way reads a seed's low 32 bits only."""
+    seeding = {"manual_seed", "manual_seed_all", "seed", "default_rng", "RandomState"}
+    seeders = {
+        path.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in seeding
+    }
+    assert seeders == {"seeds.py"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -1,0 +1,156 @@
+"""Samples as files: a grid, a picture each, or codes; every file is whole, and none of another run is touched.
+
+Pictures are 8-bit RGB, rounded to the nearest value, grey ones with three equal channels: what the field's evaluation
+tools read.
+
+Dimensions: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from ddfast.errors import DDFastError
+from ddfast.files import check_new, check_writable, write_atomically
+from ddfast.models.checkpoint import save_tensors
+from ddfast.models.digits import Progress
+from ddfast.models.protocol import Teacher
+from ddfast.sampling import Samples
+from ddfast.trajectories.memory import fitting
+
+SUFFIXES = {"grid": ".png", "files": "", "codes": ".safetensors"}
+"""The forms that samples are written in, and how the name of their file or folder ends."""
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_OTHERS = {".safetensors", ".npz", ".npy", ".pt", ".pth", ".zip"}
+
+_AT_A_TIME = 64
+"""Images decoded at a time where nobody has asked for batches: a decoder needs far more memory than its images."""
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Images [B, 1 or 3, H, W] in [0, 1] as uint8 [B, 3, H, W] on the CPU, rounded to nearest."""
+    rounded = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return rounded.expand(-1, 3, -1, -1).cpu()
+
+
+def decoded(samples: Samples, teacher: Teacher) -> Tensor:
+    """The pixels of samples."""
+    count = len(samples.embeddings)
+    with torch.no_grad(), fitting(count, teacher.codebook.device, "--batch-size"):
+        return pixels(teacher.decode(samples.embeddings))
+
+
+def grid(images: Tensor, rows: int) -> Tensor:
+    """Pixels [B, 3, H, W] filled column by column into `rows` rows, white lines between: [H', W', 3]."""
+    missing = -len(images) % rows
+    images = torch.cat((images, images.new_full((missing, *images.shape[1:]), 255)))
+    images = F.pad(images, (0, 1, 0, 1), value=255)
+    return rearrange(images, "(column row) c h w -> (row h) (column w) c", row=rows)[:-1, :-1]
+
+
+def write_png(path: Path, image: Tensor, *, durable: bool = True) -> None:
+    """Write pixels [H, W, 3]."""
+    picture = Image.fromarray(image.contiguous().numpy())
+    write_atomically(path, lambda file: picture.save(file, "PNG"), durable=durable)
+
+
+def new_target(form: str, target: Path) -> Path:
+    """The file or folder that samples of a form go to: `target`, with the form's suffix if it has none.
+
+    Raises:
+        DDFastError: `target` has the suffix of something else, holds another run's samples, or cannot be written.
+    """
+    suffix, found = SUFFIXES[form], target.suffix.lower()
+    if found != suffix and found in _PICTURES | _OTHERS:
+        wanted = f"a name that ends in {suffix}" if suffix else "the name of a folder"
+        raise DDFastError(f"--to {target}: the form {form} takes {wanted}, or one without a suffix")
+    path = target if found == suffix else target.with_name(target.name + suffix)
+    if form == "files" and path.is_dir():
+        check_writable(path / "any")
+        there = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _PICTURES)
+        if there:
+            held = f"holds {len(there)} images already, such as {there[0]}"
+            raise DDFastError(f"--to {path}: {held}; choose another folder, or delete them")
+    else:
+        check_new(path, "--to")
+    return path
+
+
+def save_samples(
+    samples: Samples | Iterable[Samples],
+    teacher: Teacher,
+    form: str,
+    target: Path,
+    *,
+    count: int | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Write samples as one picture ("grid"), a picture each ("files") or "codes"; returns what was written, in lines.
+
+    Of batches, each is written (or what the one file takes of it kept) and forgotten before the next one is made.
+
+    Args:
+        samples: all, or batches of them.
+        teacher: decodes them.
+        form: of the three.
+        target: where to; see `new_target`.
+        count: how many there will be, for the progress.
+        progress: called as progress(done, count, text) after every batch.
+
+    Raises:
+        DDFastError: as `new_target`; or what ended the writing early, with what is there by then.
+    """
+    path = new_target(form, target)
+    parts = samples.split(_AT_A_TIME) if isinstance(samples, Samples) else samples
+    kept: list[Tensor] = []
+    conditions: list[Tensor] = []
+    done, name = 0, "class" if teacher.num_classes else "caption"
+
+    def there() -> str:
+        if form == "files" and done:
+            return f"{done} images are in {path}, each of them whole"
+        return f"{path} was not written"
+
+    with _ended(there):
+        for batch in parts:
+            if form == "codes":
+                kept.append(batch.codes.cpu())
+                conditions.append(batch.condition.cpu())
+                done += len(batch.codes)
+            elif form == "grid":
+                kept.append(decoded(batch, teacher))
+                done += len(batch.codes)
+            else:
+                for image, label in zip(decoded(batch, teacher), batch.condition.tolist(), strict=True):
+                    file = path / f"{done:05d}-{name}{label}.png"
+                    write_png(file, rearrange(image, "c h w -> h w c"), durable=False)
+                    done += 1
+            if progress is not None:
+                progress(done, done if count is None else count, "")
+        if form == "codes":
+            save_tensors(path, {"codes": torch.cat(kept), "condition": torch.cat(conditions)}, {})
+            return [f"{done} code sequences: {path}"]
+        if form == "grid":
+            write_png(path, grid(torch.cat(kept), max(1, round(done**0.5))))
+            return [f"{done} images: {path}"]
+        return [f"{done} images in {path}"]
+
+
+@contextlib.contextmanager
+def _ended(there: Callable[[], str]) -> Iterator[None]:
+    """What ends the body early says what is there by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(there()) from None
+    except (DDFastError, ValueError, TypeError, OSError) as error:
+        raise DDFastError(f"{error}; {there()}") from error
