@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.models.layers import Linear
+from ddfast.models.layers import Linear, weights_dtype
 from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.student import Student, modulated
 from ddfast.models.transformer import TransformerNetwork, transformer_sizes
@@ -186,16 +186,17 @@ class FlowNetwork(Student):
         Every token's velocity is integrated from its noise [B, N, D] by Euler steps, and quantised.
         """
         noise, starts = self.check_point(condition, noise), self.teacher.group_starts()
-        tokens = torch.zeros_like(noise)
-        codes = torch.zeros(noise.shape[:2], dtype=torch.int64, device=noise.device)
-        for first, last in pairwise(starts):
-            features = self.features(condition, tokens)[:, first:last]
-            x = noise[:, first:last]
-            for step in range(steps, 0, -1):
-                x = x - self.velocity(x, x.new_full(x.shape[:-1], step / steps), features) / steps
-            codes[:, first:last] = nearest_code(x.contiguous(), self.codebook)
-            tokens[:, first:last] = self.codebook[codes[:, first:last]]
-        return codes
+        with weights_dtype(noise):
+            tokens = torch.zeros_like(noise)
+            codes = torch.zeros(noise.shape[:2], dtype=torch.int64, device=noise.device)
+            for first, last in pairwise(starts):
+                features = self.features(condition, tokens)[:, first:last]
+                x = noise[:, first:last]
+                for step in range(steps, 0, -1):
+                    x = x - self.velocity(x, x.new_full(x.shape[:-1], step / steps), features) / steps
+                codes[:, first:last] = nearest_code(x.contiguous(), self.codebook)
+                tokens[:, first:last] = self.codebook[codes[:, first:last]]
+            return codes
 
 
 class TransformerFlowNetwork(TransformerNetwork, FlowNetwork):

@@ -6,9 +6,9 @@ their inputs and weights happen to lie.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,6 @@ Linear = functools.partial(nn.Linear, dtype=torch.float32)
 Embedding = functools.partial(nn.Embedding, dtype=torch.float32)
 LayerNorm = functools.partial(nn.LayerNorm, dtype=torch.float32)
 GroupNorm = functools.partial(nn.GroupNorm, dtype=torch.float32)
-
-Module = TypeVar("Module", bound=nn.Module)
-Rest = ParamSpec("Rest")
 
 
 class Conv2d(nn.Conv2d):
@@ -43,26 +40,11 @@ def contiguous(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(x.shape)
 
 
-def in_weights_dtype(
-    method: Callable[Concatenate[Module, Tensor, Rest], Tensor],
-) -> Callable[Concatenate[Module, Tensor, Rest], Tensor]:
-    """Run a module's method in the dtype of its weights whatever autocast is around it, its input cast to it.
+def weights_dtype(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Within, everything is computed in the dtype of the weights, whatever autocast is around it.
 
-    Autocast is for training: where a gradient is wanted through the input, it is followed.
+    Autocast is for training: where a gradient is wanted through `x`, it is followed.
     """
-
-    @functools.wraps(method)
-    def run(self: Module, x: Tensor, *rest: Rest.args, **named: Rest.kwargs) -> Tensor:
-        if x.is_floating_point():
-            x = x.to(next(self.parameters()).dtype)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return method(self, x, *rest, **named)
-        with without_autocast(x.device):
-            return method(self, x, *rest, **named)
-
-    return run
-
-
-def without_autocast(device: torch.device) -> torch.autocast:
-    """Within, everything is computed in the dtype of the weights: how inference is, whatever autocast is around it."""
-    return torch.autocast(device.type, enabled=False)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

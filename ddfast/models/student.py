@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddfast.models.attention import group_levels, level_mask
 from ddfast.models.inputs import check_noise, check_options, known
-from ddfast.models.layers import Embedding, Linear
+from ddfast.models.layers import Embedding, Linear, weights_dtype
 from ddfast.models.protocol import Condition, Teacher, condition_size, on_device
 from ddfast.models.transformer import Transformer, TransformerTeacher, transformer_sizes
 from ddfast.ops import nearest_code
@@ -60,7 +60,7 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor | None, Tensor]:
-        """Predict the data from one trajectory point.
+        """Predict the data from one trajectory point: a pass of training, which follows autocast (`sample` does not).
 
         Args:
             condition: int64 [B], or text.
@@ -161,7 +161,8 @@ class Student(nn.Module, ABC):
         condition = on_device(condition, self.codebook.device)
         noise = check_noise(noise, (condition_size(condition), teacher.num_tokens, teacher.code_dim))
         noise = noise.to(self.codebook.device, torch.float32)
-        with torch.inference_mode():
+        # As in decoding, autocast is for training.
+        with torch.inference_mode(), weights_dtype(noise):
             points, x = points[1:], noise
             if teacher_range is None or teacher_range[0] > 0:  # else the teacher starts from nothing
                 x = self.complete(condition, noise, noise, 0, split)

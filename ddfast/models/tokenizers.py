@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ddfast.models.inputs import as_embeddings, as_images
-from ddfast.models.layers import Conv2d, Embedding
+from ddfast.models.layers import Conv2d, Embedding, weights_dtype
 from ddfast.models.protocol import Teacher
 from ddfast.models.vqgan import LLAMAGEN_NAMING, VAR_NAMING, ConvSizes, Decoder, Encoder, Naming
 from ddfast.ops.nearest_code import nearest_code
@@ -84,7 +84,8 @@ class ImageTokenizer(nn.Module, ABC):
         """
         device = self.quant_conv.weight.device
         images = as_images(images, self.sizes.image_channels, low=low, device=device)
-        return self.codes_of(self.latents(images if low else 2 * images - 1))
+        with weights_dtype(images):
+            return self.codes_of(self.latents(images if low else 2 * images - 1))
 
     @property
     @abstractmethod
@@ -271,7 +272,8 @@ class VARTokenizer(ImageTokenizer):
     def decode(self, embeddings: Any) -> Tensor:
         count = sum(side**2 for side in self.patch_nums)
         embeddings = as_embeddings(embeddings, self.codebook(), (None, count))
-        return self.decode_latents(self.embed_to_fhat(embeddings)[-1])
+        with weights_dtype(embeddings):
+            return self.decode_latents(self.embed_to_fhat(embeddings)[-1])
 
 
 class LlamaGenTokenizer(ImageTokenizer):
@@ -329,4 +331,5 @@ class LlamaGenTokenizer(ImageTokenizer):
         if side * side != count:
             raise ValueError(f"codes: got {count} a row, expected those of a square image: a square number")
         embeddings = as_embeddings(embeddings, self.codebook(), (None, count))
-        return self.decode_latents(rearrange(embeddings, "b (h w) d -> b d h w", h=side))
+        with weights_dtype(embeddings):
+            return self.decode_latents(rearrange(embeddings, "b (h w) d -> b d h w", h=side))

@@ -102,8 +102,8 @@ def test_public_names_are_documented(path):
     # What overrides a documented method (forward, a teacher's interface) says nothing new.
     inherited = {
         "forward", "begin", "advance", "read_out", "logits", "encode", "decode", "num_tokens", "group_cfg_scale",
-        "condition_of", "num_conditions", "check_condition", "codebook", "config", "features", "code_logits",
-        "continuous", "involve_teacher", "settings", "sizes_config",
+        "condition_of", "num_conditions", "check_condition", "accepted", "filters", "codes_of", "codebook", "config",
+        "features", "code_logits", "continuous", "involve_teacher", "settings", "sizes_config",
     }  # fmt: skip
     missing = [
         name
