@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddfast.ops import dispatch, draw_codes, sample_codes
 from ddfast.ops.common import compute_dtype
-from ddfast.ops.geometry import codebook_geometry
+from ddfast.ops.geometry import CodebookGeometry, codebook_geometry
 
 if TYPE_CHECKING:
     from ddfast.models.protocol import Condition, Teacher
@@ -191,7 +191,7 @@ class GraphedDecoding:
     Holds its memory, the KV cache included, until it is dropped.
     """
 
-    def __init__(self, teacher: Teacher, plan: Plan, inputs: Inputs) -> None:
+    def __init__(self, teacher: Teacher, plan: Plan, inputs: Inputs, geometry: CodebookGeometry | None) -> None:
         graphs = CudaGraphs(teacher.codebook.device)
         self.inputs = inputs.clone()
         decoding = Decoding(teacher, plan, self.inputs)
@@ -211,7 +211,7 @@ class GraphedDecoding:
         self.steps = {shape: graphs.capture(partial(decoding.step, group)) for shape, group in one_of_each.items()}
         # A graph holds on to no memory but its own pool's: the rest of what it touches lives as long as this. Not the
         # teacher, which decides how long this lives.
-        self.memory = (vars(decoding), codebook_geometry(teacher.codebook) if plan.sampler == "flow" else None)
+        self.memory = (vars(decoding), geometry)
         decoding.teacher = None  # type: ignore[assignment]
         self.codes = decoding.codes
         self.lock = Lock()
@@ -236,6 +236,8 @@ _graphed: WeakKeyDictionary[Teacher, OrderedDict[Any, GraphedDecoding | None]] =
 
 def decode(teacher: Teacher, plan: Plan, inputs: Inputs, *, graph: bool | None = None) -> Tensor:
     """Codes int64 [B, n] of a plan; see `Teacher.generate` for `graph`."""
+    # Compared with the codebook here, where a GPU is waited for anyway: no step can do that.
+    geometry = codebook_geometry(teacher.codebook) if plan.sampler == "flow" else None
     if graph is False or not (graph or teacher.codebook.is_cuda):
         return Decoding(teacher, plan, inputs).run()
     obstacle = _obstacle(teacher, plan, inputs)
@@ -245,9 +247,8 @@ def decode(teacher: Teacher, plan: Plan, inputs: Inputs, *, graph: bool | None =
         return Decoding(teacher, plan, inputs).run()
     kept = _graphed.setdefault(teacher, OrderedDict())
     weights = tuple(tensor.data_ptr() for tensor in (*teacher.parameters(), *teacher.buffers()))
-    version = 0 if teacher.codebook.is_inference() else teacher.codebook._version  # the flow's grid depends on it
     shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs.tensors())
-    key = (plan, shapes, weights, version)
+    key = (plan, shapes, weights, id(geometry))
     met, graphed = key in kept, kept.get(key)
     if graphed is None:
         while len(kept) >= KEPT_GRAPHS and not met:
@@ -255,7 +256,7 @@ def decode(teacher: Teacher, plan: Plan, inputs: Inputs, *, graph: bool | None =
         kept[key] = None
         if not (graph or met):
             return Decoding(teacher, plan, inputs).run()
-        graphed = kept[key] = GraphedDecoding(teacher, plan, inputs)
+        graphed = kept[key] = GraphedDecoding(teacher, plan, inputs, geometry)
     kept.move_to_end(key)
     return graphed.run(inputs)
 
@@ -271,7 +272,7 @@ def _obstacle(teacher: Teacher, plan: Plan, inputs: Inputs) -> str:
         return f"{type(teacher).__name__} does not say that its steps can be captured (its attribute `graphable`)"
     codebook = teacher.codebook
     if plan.sampler == "flow" and codebook.is_inference():
-        return "the teacher was made in inference mode, in which its codebook's distances are computed at every step"
+        return "the teacher was made in inference mode: its codebook counts no writes, and is looked at in every step"
     op = "sample_codes" if plan.sampler == "flow" else "draw_codes"
     tensors = (codebook, next(teacher.parameters(), codebook), inputs.chance)
     dtype = compute_dtype(*tensors, kernel=True)

@@ -5,6 +5,8 @@ Dimensions: R rows, S sequence, W width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def add_norm(
     Args:
         x: [R, S, W].
         branch: [R, S, W], what a layer adds; None: nothing.
-        gate, weight, bias: [W], or [R, 1, W]; None: 1, 1 and 0. All of the dtype of x.
+        gate, weight, bias: [W], or [R, 1, W]; None: 1, 1 and 0. All of the dtype of x, but for "auto" under autocast.
         eps: of the norm.
         rms: no mean is taken off.
         backend: "auto", "reference" or "triton".
@@ -44,29 +46,42 @@ def add_norm(
     Autograd: through PyTorch's own functions: whatever needs a gradient goes to the reference.
     Raises: `TypeError`/`ValueError`, an argument is not as above.
     """
-    # There is no kernel for the CPU, where a call of an op costs as much as what it would save.
-    if backend == "auto" and (not x.is_cuda or torch.is_grad_enabled() or _mixed(x, branch, gate, weight, bias)):
+    mixed = _check(x, branch, gate, weight, bias, eps)
+    # There is no kernel for the CPU, where a call of an op costs as much as what it would save. A compiler calls it all
+    # the same: PyTorch's norms make eps a part of the graph.
+    given = (x, branch, gate, weight, bias)
+    wants_gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    if backend == "auto" and (mixed or wants_gradient or not (x.is_cuda or torch.compiler.is_compiling())):
         return add_norm_reference(x, branch, gate, weight, bias, eps, rms)
-    common.check_float("x", x)
-    if x.dim() != 3:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [rows, sequence, width]")
-    rows, _, width = x.shape
-    if branch is not None:
-        common.check_shape("branch", branch, tuple(x.shape))
-    for name, vector in (("branch", branch), ("gate", gate), ("weight", weight), ("bias", bias)):
-        if vector is None:
-            continue
-        if vector.dtype != x.dtype or vector.device != x.device:
-            raise ValueError(f"{name}: got {vector.dtype} on {vector.device}, expected {x.dtype} on {x.device}")
-        if name != "branch" and tuple(vector.shape) not in ((width,), (rows, 1, width)):
-            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected [{width}] or [{rows}, 1, {width}]")
+    if mixed:
+        raise ValueError(f"{mixed[0]}: got {mixed[1]}, expected {x.dtype} as x")
     total, normed = _op(x, branch, gate, weight, bias, eps, rms, backend)
     return (x if branch is None else total), normed
 
 
-def _mixed(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether dtypes differ, as they do under autocast, which is for training."""
-    return any(other is not None and other.dtype != x.dtype for other in others)
+def _check(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[str, torch.dtype] | None:
+    """Raise the user's error; returns an argument of another dtype than x: under autocast, which is for training."""
+    common.check_float("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [rows, sequence, width]")
+    common.check_number("eps", eps)
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, expected a number from 0")
+    rows, _, width = x.shape
+    mixed = None
+    for name, vector in (("branch", branch), ("gate", gate), ("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        common.check_float(name, vector, x)
+        if vector.dtype != x.dtype:
+            mixed = name, vector.dtype
+        if name == "branch":
+            common.check_shape(name, vector, tuple(x.shape))
+        elif vector.shape != (width,) and vector.shape != (rows, 1, width):
+            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected [{width}] or [{rows}, 1, {width}]")
+    return mixed
 
 
 def add_norm_reference(

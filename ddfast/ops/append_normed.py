@@ -5,6 +5,8 @@ Dimensions: R rows, S new positions, H heads, L positions of the cache, K head d
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,11 +36,13 @@ def append_normed(
     Autograd: none by a backend that is asked for; "auto" leaves whatever may need a gradient to PyTorch's functions.
     Raises: `TypeError`/`ValueError`, an argument is not as above.
     """
-    # As in add_norm: no kernel for the CPU, and under autocast dtypes differ.
-    plain = not qkv.is_cuda or torch.is_grad_enabled() or keys.dtype != qkv.dtype
-    if backend == "auto" and plain:
-        return append_normed_reference(qkv, keys, values, start, scale)
     _check(qkv, keys, values, start, scale)
+    # As in add_norm: no kernel for the CPU, and under autocast dtypes differ.
+    mixed = keys.dtype != qkv.dtype
+    if backend == "auto" and (mixed or not qkv.is_cuda or torch.is_grad_enabled()):
+        return append_normed_reference(qkv, keys, values, start, scale)
+    if mixed:
+        raise ValueError(f"keys: got {keys.dtype}, expected {qkv.dtype} as qkv")
     scale = None if scale is None else scale.detach()
     return _op(qkv.detach(), keys, values, start, scale, backend)
 
@@ -60,12 +64,14 @@ def _check(qkv: Tensor, keys: Tensor, values: Tensor, start: int, scale: Tensor 
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected [rows, positions, 3, heads, dim]")
     rows, length, _, heads, dim = qkv.shape
+    common.check_number("start", start, Integral)
     for name, cache in (("keys", keys), ("values", values)):
+        common.check_float(name, cache, qkv)
         if cache.dim() != 4 or not cache.is_contiguous() or cache.shape != (rows, heads, keys.shape[2], dim):
             expected = f"a contiguous [{rows}, {heads}, length, {dim}], of keys and values alike"
             raise ValueError(f"{name}: got shape {tuple(cache.shape)}, expected {expected}")
-        if cache.dtype != qkv.dtype or cache.device != qkv.device:
-            raise ValueError(f"{name}: got {cache.dtype} on {cache.device}, expected {qkv.dtype} on {qkv.device}")
+        if cache.dtype != keys.dtype:
+            raise ValueError(f"{name}: got {cache.dtype}, expected {keys.dtype} as keys")
     if not 0 <= start <= keys.shape[2] - length:
         room = f"{length} positions have a place in a cache of {keys.shape[2]}"
         raise ValueError(f"start: got {start}, expected a position from 0 at which {room}")
@@ -92,7 +98,7 @@ def _fake(qkv: Tensor, *_: object) -> Tensor:
 
 
 _op = common.define(
-    "append_normed(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, int start, Tensor? scale, str backend) -> Tensor",
+    "append_normed(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, SymInt start, Tensor? scale, str backend) -> Tensor",
     _append_normed,
     _fake,
 )

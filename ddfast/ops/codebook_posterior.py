@@ -35,10 +35,10 @@ def codebook_posterior(
     Autograd: in x, fused: dx = ((1-t)/t^2) sum_j w_j c_j ((c_j - x0_hat) . g). Nothing else takes a gradient:
         METHOD's p comes from stop-gradient prefixes.
     Raises:
-        TypeError: an argument is no floating-point tensor.
-        ValueError: shapes, devices or t are out of range; t, log_probs or codebook require a gradient; a row of
-            log_probs has NaN, +inf or an empty support (a kernel on a GPU, which is not waited for, makes
-            its x0_hat NaN).
+        TypeError: an argument is no floating-point tensor, or t no number.
+        ValueError: shapes, devices or t are out of range; t, log_probs or codebook require a gradient; x or codebook
+            has NaN or infinite values, a row of log_probs NaN, +inf or an empty support (a kernel on a GPU, which is
+            not waited for, makes its x0_hat NaN; t is looked at where that costs no wait).
     Source: METHOD.md section 1 (DD1 equation for the flow between noise and a discrete distribution).
     """
     common.check_float("x", x)
@@ -46,7 +46,7 @@ def codebook_posterior(
         raise ValueError("x: got a scalar, expected shape [..., d]")
     common.check_codebook(codebook, x.shape[-1], x)
     check_log_probs(log_probs, codebook, x)
-    time = _times(t, x)
+    time = _times(t, x, log_probs, codebook)
     if torch.is_grad_enabled():
         for name, tensor in (("t", time), ("log_probs", log_probs), ("codebook", codebook)):
             if tensor.requires_grad:
@@ -55,19 +55,27 @@ def codebook_posterior(
 
 
 def velocity(x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
-    """Velocity of the flow, v = dx/dt = (x - x0_hat) / t; arguments as `codebook_posterior` [..., d] -> [..., d]."""
-    return velocity_from_x0(x, t, codebook_posterior(x, t, log_probs, codebook, backend=backend))
+    """Velocity of the flow, v = dx/dt = (x - x0_hat) / t, in the dtype of x; arguments as `codebook_posterior`."""
+    x0_hat = codebook_posterior(x, t, log_probs, codebook, backend=backend)
+    return velocity_from_x0(x, _times(t, x, log_probs, codebook), x0_hat).to(x.dtype)
 
 
 def score(x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
-    """Score of the noisy marginal, s = -(x - (1-t) x0_hat) / t^2; arguments as `codebook_posterior`."""
-    return score_from_x0(x, t, codebook_posterior(x, t, log_probs, codebook, backend=backend))
+    """Score of the marginal, s = -(x - (1-t) x0_hat) / t^2, in the dtype of x; arguments as `codebook_posterior`."""
+    x0_hat = codebook_posterior(x, t, log_probs, codebook, backend=backend)
+    return score_from_x0(x, _times(t, x, log_probs, codebook), x0_hat).to(x.dtype)
 
 
-def _times(t: Tensor | float, x: Tensor) -> Tensor:
-    """t as a tensor of x's leading shape."""
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    time = torch.as_tensor(t, dtype=dtype, device=x.device)
+def _times(t: Tensor | float, x: Tensor, *others: Tensor) -> Tensor:
+    """t as a tensor of x's leading shape, in the dtype of the computation."""
+    dtype = common.compute_dtype(x, *others)
+    if isinstance(t, Tensor):
+        common.check_float("t", t)
+        time = t.to(x.device, dtype)
+    else:
+        common.check_number("t", t)
+        _check_range(t, t)
+        time = common.scalar(t, dtype, x.device)
     try:
         return time.expand(x.shape[:-1])
     except RuntimeError:
@@ -102,21 +110,27 @@ def _log_weights(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> T
 def _check_times(t: Tensor) -> None:
     """t in (0, 1]; only where looking costs no device synchronisation."""
     if t.device.type == "cpu" and t.numel():
-        low, high = (float(bound) for bound in torch.aminmax(t))
-        if not (low > 0.0 and high <= 1.0):
-            raise ValueError(f"t: got values from {low:g} to {high:g}, expected 0 < t <= 1")
+        _check_range(*(float(bound) for bound in torch.aminmax(t)))
+
+
+def _check_range(low: float, high: float) -> None:
+    if not (low > 0.0 and high <= 1.0):
+        raise ValueError(f"t: got values from {low:g} to {high:g}, expected 0 < t <= 1")
 
 
 def _codebook_posterior(
     x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     x0_hat, log_norm = _fake(x, t, log_probs, codebook)
+    chosen = common.backend_of("codebook_posterior", backend, x, log_probs, codebook)
     if x.numel() == 0:
         return x0_hat, log_norm
     _check_times(t)
-    chosen = common.backend_of("codebook_posterior", backend, x, log_probs, codebook)
-    if chosen != "cpu" and common.rows_are_checked(chosen, x):
-        common.check_rows("log_probs", common.bad_row(log_probs.reshape(-1, log_probs.shape[-1])))
+    if common.rows_are_checked(chosen, x):
+        common.check_finite("x", x)
+        common.check_finite("codebook", codebook)
+        if chosen != "cpu":
+            common.check_rows("log_probs", common.bad_row(log_probs.reshape(-1, log_probs.shape[-1])))
     if chosen == "reference":
         return codebook_posterior_reference(x, t, log_probs, codebook)
     rows = _Rows(x, t, log_probs, codebook)

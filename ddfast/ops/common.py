@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -21,15 +22,31 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     The dispatcher takes 5 us a call, on a CPU as long as a small kernel. In inference mode, with nothing there that
     would want to see the op (a compiler, a profiler, a mode, a subclass of Tensor), the implementation is called as it
     is.
+
+    Under torch.compile the op's floats go in as tensors, by an overload of its own: as numbers they would become part
+    of the graph, and every other value would compile anew.
     """
-    name = schema[: schema.index("(")]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ddfast::{name}", fake, lib=library)
+    name, parameters = schema.split("(", 1)
+    floats = [number for number, parameter in enumerate(parameters.split(",")) if parameter.lstrip()[:6] == "float "]
+
+    def with_numbers(*arguments: Any) -> Any:
+        given = list(arguments)
+        for number in floats:
+            given[number] = float(given[number])
+        return implementation(*given)
+
+    _register(schema, implementation, fake)
+    if floats:
+        _register(f"{name}.compiled({parameters.replace('float ', 'Tensor ')}", with_numbers, fake)
     op = getattr(torch.ops.ddfast, name)
 
     def call(first: Tensor, *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling():
+            given = [first, *rest]
+            for number in floats:
+                given[number] = scalar(given[number], torch.float64)
+            return op.compiled(*given) if floats else op(*given)
+        if not torch.is_inference_mode_enabled():
             return op(first, *rest)
         modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
         if modes or torch.autograd._profiler_enabled() or type(first) is not Tensor:
@@ -37,6 +54,23 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
         return implementation(first, *rest)
 
     return call
+
+
+def _register(schema: str, implementation: Callable, fake: Callable) -> None:
+    name = schema[: schema.index("(")]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ddfast::{name}", fake, lib=library)
+
+
+def scalar(value: float, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """A number as a tensor [], filled where it is: a copy from the host would wait, and no graph could capture it.
+
+    Under torch.compile it is a product, the one form in which the number does not become part of the graph.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def rows_are_checked(backend: str, tensor: Tensor) -> bool:
@@ -99,14 +133,34 @@ def float_rows(tensor: Tensor) -> Tensor:
     return rows_of(tensor).to(torch.float32).contiguous()
 
 
-def check_float(name: str, tensor: object, like: Tensor | None = None) -> None:
-    """`tensor` is a floating-point tensor, on the device of `like`."""
+def check_tensor(name: str, tensor: object) -> None:
+    """`tensor` is one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+
+
+def check_float(name: str, tensor: object, like: Tensor | None = None) -> None:
+    """`tensor` is a floating-point tensor, on the device of `like`."""
+    check_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a floating-point tensor")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name}: got device {tensor.device}, expected {like.device} as the first argument")
+
+
+def check_number(name: str, value: object, kind: type = Real) -> None:
+    """`value` is a number, or with `kind` Integral a whole one; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        expected = "an integer" if kind is Integral else "a number"
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected {expected}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise unless all values are finite: their sum says so in one pass, unless it overflows."""
+    total = float(tensor.detach().sum(dtype=compute_dtype(tensor)))
+    if not math.isfinite(total) and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name}: got NaN or infinite values, expected finite ones")
 
 
 def check_codebook(codebook: object, dim: int, like: Tensor) -> None:
@@ -131,10 +185,11 @@ def check_rows(name: str, status: int) -> None:
         )
 
 
-def check_codes(name: str, codes: Tensor) -> None:
-    """Raise for the first row that a GPU's kernel marked with -1, where looking does not wait for a device."""
-    if codes.device.type == "cpu" and bool((codes < 0).any()):
-        check_rows(name, int((codes.flatten() < 0).nonzero()[0, 0]))
+def marked_row(codes: Tensor) -> int:
+    """The first row that a GPU's kernel marked with -1, or -1: there are none, or looking would wait for the device."""
+    if codes.device.type != "cpu" or not bool((codes < 0).any()):
+        return -1
+    return int((codes.flatten() < 0).nonzero()[0, 0])
 
 
 def bad_row(log_probs: Tensor) -> int:

@@ -50,7 +50,9 @@ def decode_attention(
     Raises: `TypeError`/`ValueError`, a dtype, device or shape is not as above.
     """
     _check(qkv, keys, values, position, rope, first)
-    scale = keys.shape[3] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = keys.shape[3] ** -0.5
+    common.check_number("scale", scale)
     return decode_attention_unchecked(qkv.detach(), keys, values, position, rope, first, scale, backend)
 
 
@@ -86,6 +88,9 @@ def _check(
     qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, rope: Tensor | None, first: Tensor | None
 ) -> None:
     common.check_float("qkv", qkv)
+    for name, tensor in (("keys", keys), ("values", values), ("position", position), ("rope", rope), ("first", first)):
+        if tensor is not None or name in ("keys", "values", "position"):
+            common.check_tensor(name, tensor)
     if keys.dim() != 4 or not keys.is_contiguous():
         raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected a contiguous [rows, heads, length, dim]")
     rows, kv_heads, length, dim = keys.shape
@@ -123,9 +128,9 @@ def _decode_attention(
     backend: str,
 ) -> Tensor:
     out = _fake(qkv, keys)
+    chosen = common.backend_of("decode_attention", backend, qkv)
     if out.numel() == 0:
         return out
-    chosen = common.backend_of("decode_attention", backend, qkv)
     if chosen == "reference":
         return decode_attention_reference(qkv, keys, values, position, rope, first, scale)
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()

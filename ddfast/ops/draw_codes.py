@@ -9,6 +9,7 @@ from ddfast.ops import common, native
 from ddfast.ops.filter_logits import (
     cfg_rows,
     check_filter,
+    check_filtered,
     filter_logits_reference,
     native_filter_arguments,
     row_views,
@@ -43,14 +44,22 @@ def draw_codes(
         two codes may draw either.
     Memory: O(threads V); the reference holds [tokens, V].
     Autograd: none.
-    Raises: as `filter_logits`; `ValueError` where `uniform` has another shape.
+    Raises: as `filter_logits`; `ValueError` where `uniform` has another shape or a number outside [0, 1) (a kernel on a
+        GPU takes the nearest one inside, and NaN as nearly 1).
     """
     check_filter(logits, uncond, temperature, top_k, top_p)
     common.check_float("uniform", uniform, logits)
     common.check_shape("uniform", uniform, tuple(logits.shape[:-1]))
     scale = cfg_rows(logits, uncond, cfg_scale)
     uncond = None if uncond is None else uncond.detach()
-    return _op(logits.detach(), uncond, scale, float(temperature), int(top_k), float(top_p), uniform.detach(), backend)
+    return _op(logits.detach(), uncond, scale, temperature, top_k, top_p, uniform.detach(), backend)
+
+
+def check_uniform(uniform: Tensor) -> None:
+    """Raise where a number is not in [0, 1)."""
+    low, high = (float(bound) for bound in torch.aminmax(uniform))
+    if not (low >= 0.0 and high < 1.0):
+        raise ValueError(f"uniform: got values from {low:g} to {high:g}, expected 0 <= uniform < 1")
 
 
 def draw_codes_reference(log_probs: Tensor, uniform: Tensor) -> Tensor:
@@ -73,9 +82,11 @@ def _draw_codes(
     backend: str,
 ) -> Tensor:
     out = _fake(logits)
+    chosen = common.backend_of("draw_codes", backend, logits, uncond)
     if out.numel() == 0:
         return out
-    chosen = common.backend_of("draw_codes", backend, logits, uncond)
+    if common.rows_are_checked(chosen, uniform):
+        check_uniform(uniform)
     if chosen == "reference":
         log_probs = filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
         return draw_codes_reference(log_probs, uniform)
@@ -84,14 +95,14 @@ def _draw_codes(
         rows, uncond_rows, scale = row_views(logits, uncond, cfg_scale)
         settings = (temperature, top_k, top_p)
         native.triton("draw_codes").draw_codes(rows, uncond_rows, scale, *settings, numbers.view(-1), out.view(-1))
-        common.check_codes("logits", out)
+        check_filtered(common.marked_row(out), logits, uncond, cfg_scale, temperature)
         return out
     assert native.cpu is not None
     arguments, _alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
     status = native.cpu.draw_codes(
         *arguments, numbers.data_ptr(), out.data_ptr(), out.numel(), logits.shape[-1], common.threads()
     )
-    common.check_rows("logits", status)
+    check_filtered(status, logits, uncond, cfg_scale, temperature)
     return out
 
 
@@ -100,7 +111,7 @@ def _fake(logits: Tensor, *_: object) -> Tensor:
 
 
 _op = common.define(
-    "draw_codes(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, int top_k, float top_p,"
+    "draw_codes(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, SymInt top_k, float top_p,"
     " Tensor uniform, str backend) -> Tensor",
     _draw_codes,
     _fake,

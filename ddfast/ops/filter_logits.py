@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -40,15 +41,15 @@ def filter_logits(
 
     Autograd: none.
     Raises:
-        TypeError: an argument is no floating-point tensor.
-        ValueError: a shape, a device or a setting is out of range; a row has NaN, +inf or nothing finite (a kernel on a
-            GPU, which is not waited for, makes it NaN).
+        TypeError: an argument is no floating-point tensor, or a setting no number.
+        ValueError: a shape, a device or a setting is out of range; a row of logits or uncond has NaN, +inf or nothing
+            finite, or its cfg_scale is not finite (a kernel on a GPU, which is not waited for, makes the row NaN).
     """
     check_filter(logits, uncond, temperature, top_k, top_p)
     scale = cfg_rows(logits, uncond, cfg_scale)
     if uncond is not None:
         uncond = uncond.detach()
-    return _op(logits.detach(), uncond, scale, float(temperature), int(top_k), float(top_p), backend)
+    return _op(logits.detach(), uncond, scale, temperature, top_k, top_p, backend)
 
 
 def check_filter(logits: Tensor, uncond: Tensor | None, temperature: float, top_k: int, top_p: float) -> None:
@@ -59,7 +60,10 @@ def check_filter(logits: Tensor, uncond: Tensor | None, temperature: float, top_
     if uncond is not None:
         common.check_float("uncond", uncond, logits)
         common.check_shape("uncond", uncond, tuple(logits.shape))
-    if not (temperature > 0 and math.isfinite(temperature)):
+    common.check_number("temperature", temperature)
+    common.check_number("top_k", top_k, Integral)
+    common.check_number("top_p", top_p)
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, expected a positive number (top_k=1 is greedy)")
     if top_k < 0:
         raise ValueError(f"top_k: got {top_k}, expected 0 (off) or a positive number")
@@ -68,13 +72,20 @@ def check_filter(logits: Tensor, uncond: Tensor | None, temperature: float, top_
 
 
 def cfg_rows(logits: Tensor, uncond: Tensor | None, cfg_scale: float | Tensor) -> Tensor | None:
-    """The guidance scale of every row, [...] in float32; None where there is nothing to guide."""
+    """The guidance scale of every row, [...] in the dtype of the computation; None where there is nothing to guide."""
+    if not isinstance(cfg_scale, Tensor):
+        common.check_number("cfg_scale", cfg_scale)
+        if not -math.inf < cfg_scale < math.inf:
+            raise ValueError(f"cfg_scale: got {cfg_scale}, expected a finite number")
+    elif cfg_scale.dtype == torch.bool or cfg_scale.is_complex():
+        raise TypeError(f"cfg_scale: got dtype {cfg_scale.dtype}, expected numbers")
     if uncond is None:
         return None
+    dtype = common.compute_dtype(logits, uncond)
     if isinstance(cfg_scale, Tensor):
-        scale = cfg_scale.detach().to(logits.device, torch.float32)
-    else:  # filled there: a copy from the host would wait, and cannot be captured in a graph
-        scale = torch.full((), float(cfg_scale), dtype=torch.float32, device=logits.device)
+        scale = cfg_scale.detach().to(logits.device, dtype)
+    else:
+        scale = common.scalar(cfg_scale, dtype, logits.device)
     try:
         return scale.expand(logits.shape[:-1])
     except RuntimeError:
@@ -98,7 +109,7 @@ def filter_logits_reference(
         never = (guided == -math.inf) & (base == -math.inf)
         guided = (base + cfg_scale[..., None].to(dtype) * (guided - base)).masked_fill(never, -math.inf)
     guided = guided / temperature
-    common.check_rows("logits", common.bad_row(guided.reshape(-1, guided.shape[-1])))
+    check_filtered(common.bad_row(guided.reshape(-1, guided.shape[-1])), logits, uncond, cfg_scale, temperature)
     if 0 < top_k < guided.shape[-1]:
         kth_largest = guided.topk(top_k, dim=-1).values[..., -1:]
         guided = guided.masked_fill(guided < kth_largest, -math.inf)
@@ -111,13 +122,35 @@ def filter_logits_reference(
     return guided.log_softmax(-1)
 
 
+def check_filtered(
+    status: int, logits: Tensor, uncond: Tensor | None, cfg_scale: Tensor | None, temperature: float
+) -> None:
+    """Turn a status (the first row that could not be used, or -1) into the user's error, by the argument at fault."""
+    if status < 0:
+        return
+    if uncond is not None and cfg_scale is not None:
+        scale = float(cfg_scale.reshape(-1)[status])
+        if not math.isfinite(scale):
+            raise ValueError(f"cfg_scale: got {scale} for row {status}, expected finite numbers")
+    for name, tensor in (("logits", logits), ("uncond", uncond)):
+        if tensor is not None and common.bad_row(common.rows_of(tensor)[status : status + 1]) == 0:
+            common.check_rows(name, status)
+    if uncond is not None:
+        raise ValueError(f"uncond: row {status} is -inf where logits are not, or too far from them; expected finite")
+    raise ValueError(f"temperature: got {temperature}, at which row {status} of logits overflows")
+
+
 def row_views(
     logits: Tensor, uncond: Tensor | None, cfg_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """logits and uncond as rows [rows, V] of one dtype, the guidance scale as [rows]."""
-    rows = common.rows_of(logits)
-    uncond_rows = None if uncond is None else common.rows_of(uncond.to(rows.dtype))
-    return rows, uncond_rows, None if cfg_scale is None else cfg_scale.reshape(-1).contiguous()
+    """logits and uncond as rows [rows, V] of one dtype, the guidance scale as float32 [rows].
+
+    Where their dtypes differ, both are copied as float32, which rounds neither.
+    """
+    if uncond is not None and uncond.dtype != logits.dtype:
+        logits, uncond = logits.float(), uncond.float()
+    scale = None if cfg_scale is None else cfg_scale.reshape(-1).float().contiguous()
+    return common.rows_of(logits), None if uncond is None else common.rows_of(uncond), scale
 
 
 def native_filter_arguments(
@@ -148,9 +181,9 @@ def _filter_logits(
     top_p: float,
     backend: str,
 ) -> Tensor:
+    chosen = common.backend_of("filter_logits", backend, logits, uncond)
     if logits.numel() == 0:
         return _fake(logits, uncond)
-    chosen = common.backend_of("filter_logits", backend, logits, uncond)
     if chosen == "reference":
         return filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
     if chosen == "triton":
@@ -159,7 +192,7 @@ def _filter_logits(
         kernels = native.triton("filter_logits")
         kernels.filter_logits(rows, uncond_rows, scale, temperature, top_k, top_p, out.view(rows.shape))
         if common.rows_are_checked(chosen, out):
-            common.check_rows("logits", common.bad_row(out.view(rows.shape)))
+            check_filtered(common.bad_row(out.view(rows.shape)), logits, uncond, cfg_scale, temperature)
         return out
     arguments, _alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
@@ -171,11 +204,11 @@ def _filter_logits(
         scratch = out.new_empty(size, dtype=torch.uint8)
         native.cuda.filter_logits(*arguments, out.data_ptr(), scratch.data_ptr() if size else 0, *sizes, 0, *place)
         if common.rows_are_checked(chosen, out):
-            common.check_rows("logits", common.bad_row(out.view(sizes)))
+            check_filtered(common.bad_row(out.view(sizes)), logits, uncond, cfg_scale, temperature)
         return out
     assert native.cpu is not None
     status = native.cpu.filter_logits(*arguments, out.data_ptr(), *sizes, common.threads())
-    common.check_rows("logits", status)
+    check_filtered(status, logits, uncond, cfg_scale, temperature)
     return out
 
 
@@ -184,7 +217,7 @@ def _fake(logits: Tensor, uncond: Tensor | None, *_: object) -> Tensor:
 
 
 _op = common.define(
-    "filter_logits(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, int top_k, float top_p,"
+    "filter_logits(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, SymInt top_k, float top_p,"
     " str backend) -> Tensor",
     _filter_logits,
     _fake,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ddfast.ops import common, native
 from ddfast.ops.codebook_posterior import check_log_probs
-from ddfast.ops.geometry import codebook_geometry
+from ddfast.ops.geometry import codebook_geometry, mark_stale
 
 SOLVERS = {"euler": 1, "dpm2m": 2, "dpm3m": 3, "heun": 4}
 """Solver name -> number by which the native modules know it (the multistep ones: their order)."""
@@ -51,8 +52,9 @@ def flow_sample(
     Autograd: none.
     Raises:
         TypeError: an argument is no floating-point tensor, or `solver` no known name.
-        ValueError: shapes, devices or settings are out of range; a row has NaN, +inf or an empty support (a kernel on a
-            GPU, which is not waited for, gives it the code -1, as it does where the noise is not finite).
+        ValueError: shapes, devices or settings are out of range; noise or codebook has NaN or infinite values; a row
+            has NaN, +inf or an empty support (a kernel on a GPU, which is not waited for, gives it the code -1, as it
+            does where the noise is not finite, and to all rows if the codebook was written to through `.data`).
     Source: METHOD.md section 1 (VE form), NUMERICS.md (solver, grid, end).
     """
     check_flow(noise, codebook, steps, solver)
@@ -69,6 +71,7 @@ def check_flow(noise: Tensor, codebook: Tensor, steps: int, solver: str) -> None
     if noise.dim() < 1:
         raise ValueError("noise: got a scalar, expected shape [..., d]")
     common.check_codebook(codebook, noise.shape[-1], noise)
+    common.check_number("steps", steps, Integral)
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1")
     if solver not in SOLVERS:
@@ -85,8 +88,6 @@ def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, st
     codes, lead = codebook.to(dtype), noise.shape[:-1]
     log_p = log_probs.to(dtype).reshape(-1, len(codes))
     eps = noise.to(dtype).reshape(-1, codes.shape[1])
-    common.check_rows("log_probs", common.bad_row(log_p))
-    check_finite_noise(eps)
     half_norms = codes.square().sum(-1) / 2
     log_p = log_p.log_softmax(-1)
 
@@ -134,12 +135,6 @@ def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, st
     return torch.where(spread[:, 0] > 0, reached.argmax(-1), log_p.argmax(-1)).reshape(lead)
 
 
-def check_finite_noise(eps: Tensor) -> None:
-    """NaN or infinite noise would walk to an arbitrary code."""
-    if not bool(eps.isfinite().all()):
-        raise ValueError("noise: got NaN or infinite values, expected finite ones")
-
-
 def _exponential_integrals(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Integrals of exp(-(h - s)) s^k over s in [0, h], k = 0, 1, 2, in the dtype of h."""
     exact = h.double()
@@ -150,21 +145,21 @@ def _exponential_integrals(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def triton_flow(
-    rows: Tensor, noise: Tensor, codebook: Tensor, out: Tensor, steps: int, solver: str, *, name: str, **filtering: Any
+    rows: Tensor, noise: Tensor, codebook: Tensor, out: Tensor, steps: int, solver: str, **filtering: Any
 ) -> None:
-    """Launch the Triton kernel on rows of `name`; `filtering` as in `ddfast_kernels.flow_sample`."""
-    geometry = codebook_geometry(codebook)
+    """Launch the Triton kernel on rows of logits or log-probabilities; `filtering` as in its module."""
+    geometry = codebook_geometry(codebook, wait=False)
     arguments = (geometry.centred, geometry.packed, geometry.sigma_min, steps, SOLVERS[solver])
     native.triton("flow_sample").flow_sample(rows, common.float_rows(noise), *arguments, out, **filtering)
-    common.check_codes(name, out)
+    mark_stale(out, codebook, geometry)
 
 
 def cuda_flow(
     launch: str, logits_arguments: tuple[int | float, ...], noise: Tensor, codebook: Tensor, out: Tensor, steps: int,
-    solver: str, *, name: str, top_k: int = 0, top_p: float = 1.0,
+    solver: str, *, top_k: int = 0, top_p: float = 1.0,
 ) -> None:  # fmt: skip
-    """Call `launch` of the CUDA module on rows of `name`, described by its leading arguments."""
-    kernels, geometry = common.cuda_kernels(codebook), codebook_geometry(codebook)
+    """Call `launch` of the CUDA module on rows described by its leading arguments."""
+    kernels, geometry = common.cuda_kernels(codebook), codebook_geometry(codebook, wait=False)
     eps, codes, place = common.float_rows(noise), codebook.float().contiguous(), common.launch_place(out)
     size = kernels.flow_scratch_bytes(len(eps), *codes.shape, top_k, top_p, 0, place[0])
     scratch = out.new_empty(size, dtype=torch.uint8)
@@ -173,7 +168,7 @@ def cuda_flow(
         scratch.data_ptr() if size else 0, len(eps), *codes.shape, steps, SOLVERS[solver], geometry.sigma_min, True, 0,
         *place,
     )  # fmt: skip
-    common.check_codes(name, out)
+    mark_stale(out, codebook, geometry)
 
 
 def native_flow_arguments(
@@ -201,20 +196,23 @@ def native_flow_arguments(
 
 def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str, backend: str) -> Tensor:
     out = _fake(log_probs, noise)
+    chosen = common.backend_of("flow_sample", backend, log_probs, noise, codebook)
     if out.numel() == 0:
         return out
-    chosen = common.backend_of("flow_sample", backend, log_probs, noise, codebook)
-    if chosen == "reference":
-        return flow_sample_reference(log_probs, noise, codebook, steps, solver)
-    rows = common.rows_of(log_probs)
     if common.rows_are_checked(chosen, noise):
-        check_finite_noise(noise)
+        common.check_finite("noise", noise)
+    rows = common.rows_of(log_probs)
+    if chosen == "reference":
+        common.check_rows("log_probs", common.bad_row(rows))
+        return flow_sample_reference(log_probs, noise, codebook, steps, solver)
     if chosen == "triton":
-        triton_flow(rows, noise, codebook, out, steps, solver, name="log_probs")
+        triton_flow(rows, noise, codebook, out, steps, solver)
+        common.check_rows("log_probs", common.marked_row(out))
         return out
     if chosen == "cuda":
         logits_arguments = (rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.stride(0))
-        cuda_flow("flow_sample", logits_arguments, noise, codebook, out, steps, solver, name="log_probs")
+        cuda_flow("flow_sample", logits_arguments, noise, codebook, out, steps, solver)
+        common.check_rows("log_probs", common.marked_row(out))
         return out
     assert native.cpu is not None
     arguments, _alive = native_flow_arguments(noise, codebook, out, steps, solver)
@@ -228,7 +226,7 @@ def _fake(log_probs: Tensor, noise: Tensor, *_: object) -> Tensor:
 
 
 _op = common.define(
-    "flow_sample(Tensor log_probs, Tensor noise, Tensor codebook, int steps, str solver, str backend) -> Tensor",
+    "flow_sample(Tensor log_probs, Tensor noise, Tensor codebook, SymInt steps, str solver, str backend) -> Tensor",
     _flow_sample,
     _fake,
 )

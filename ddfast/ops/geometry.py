@@ -1,12 +1,22 @@
-"""What the flow's time grid and early exit need to know of a codebook, computed once and remembered."""
+"""What the flow's time grid and early exit need to know of a codebook, computed once and remembered.
+
+A wrong geometry ends a flow too early, so what is remembered is used for the very numbers that it was computed from. A
+version counter does not tell: writes through `.data`, and any in inference mode, pass it by. The numbers themselves are
+compared, bit by bit: on a CPU at every use, which costs 20 us of the 200 or more that the shortest flow over as large a
+codebook takes. A GPU would have to be waited for: there the counter decides, a decoding compares once at its start,
+where it waits anyway, and `mark_stale` makes what a stale geometry led to no result.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from ddfast.ops import common
 
 _CHUNK = 1024
 _SIGMA_MIN_FRACTION = 1 / 8
@@ -21,6 +31,7 @@ class CodebookGeometry(NamedTuple):
     sigma_min: where the flow's grid ends, in units of the codes.
     packed: float32 [V + 1], `nearest` followed by `diameter`, as the native kernels read it.
     centred: the codes less their mean, float32 [V, d]: a common offset costs the flow no digits.
+    codes: a copy of the codebook.
     """
 
     nearest: Tensor
@@ -28,29 +39,53 @@ class CodebookGeometry(NamedTuple):
     sigma_min: float
     packed: Tensor
     centred: Tensor
+    codes: Tensor
 
 
 _cache: dict[tuple, tuple[StorageWeakRef, int, CodebookGeometry]] = {}
 
 
-def codebook_geometry(codebook: Tensor) -> CodebookGeometry:
-    """Geometry of `codebook` [V, d]; remembered as long as the tensor's memory lives and is not written to."""
-    if codebook.is_inference():  # no version counter, so a change could not be noticed
-        return _compute(codebook)
+def codebook_geometry(codebook: Tensor, *, wait: bool = True) -> CodebookGeometry:
+    """Geometry of `codebook` [V, d]; remembered as long as the tensor's memory lives and holds the same numbers.
+
+    Without `wait`, the memory of a GPU is not looked at if a version counter tells of writes.
+
+    Raises:
+        ValueError: the codebook has NaN or infinite values.
+    """
     storage = codebook.untyped_storage()
     key = (storage._cdata, codebook.storage_offset(), codebook.shape, codebook.stride(), codebook.dtype)
+    version = -1 if codebook.is_inference() else codebook._version
     entry = _cache.get(key)
-    if entry is not None and not entry[0].expired() and entry[1] == codebook._version:
-        return entry[2]
-    for stale in [k for k, (reference, _, _) in _cache.items() if reference.expired()]:
-        del _cache[stale]
+    if entry is not None and not entry[0].expired() and entry[1] == version:
+        counted = not wait and version >= 0 and not codebook.is_cpu
+        if counted or _same_bits(codebook, entry[2].codes):
+            return entry[2]
+    for stale in [k for k, (reference, _, _) in list(_cache.items()) if reference.expired()]:
+        _cache.pop(stale, None)
     geometry = _compute(codebook)
-    _cache[key] = (StorageWeakRef(storage), codebook._version, geometry)
+    _cache[key] = (StorageWeakRef(storage), version, geometry)
     return geometry
 
 
+def mark_stale(codes_out: Tensor, codebook: Tensor, geometry: CodebookGeometry) -> None:
+    """Make codes -1 that a GPU found by the geometry of another codebook; the device is not waited for."""
+    if not codebook.is_cpu:
+        codes_out.masked_fill_((codebook != geometry.codes).any(), -1)
+
+
+def _same_bits(codebook: Tensor, copy: Tensor) -> bool:
+    if not codebook.is_cpu:
+        return torch.equal(codebook, copy)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[codebook.element_size()]
+    # NumPy's comparison takes a fifth of the time of torch.equal.
+    return np.array_equal(codebook.detach().view(integers).numpy(), copy.view(integers).numpy())
+
+
 def _compute(codebook: Tensor) -> CodebookGeometry:
-    codes = codebook.detach().double()
+    common.check_finite("codebook", codebook)
+    kept = codebook.detach().clone()
+    codes = kept.double()
     num_codes = len(codes)
     centred = codes - codes.mean(0)
     radius = float(centred.norm(dim=-1).max())
@@ -68,4 +103,4 @@ def _compute(codebook: Tensor) -> CodebookGeometry:
     sigma_min = max(typical * _SIGMA_MIN_FRACTION, 1e-3 * radius) or 1.0
     nearest = nearest.float()
     packed = torch.cat([nearest, torch.tensor([diameter], dtype=torch.float32, device=nearest.device)])
-    return CodebookGeometry(nearest, diameter, sigma_min, packed, centred.float())
+    return CodebookGeometry(nearest, diameter, sigma_min, packed, centred.float(), kept)

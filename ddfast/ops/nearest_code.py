@@ -27,7 +27,8 @@ def nearest_code(x: Tensor, codebook: Tensor, *, cosine: bool = False, backend: 
     Autograd: none, the output is an index.
     Raises:
         TypeError: an argument is no floating-point tensor.
-        ValueError: shapes or devices do not match, or `backend` cannot run.
+        ValueError: shapes or devices do not match, `backend` cannot run, or a value is NaN or infinite (a kernel on a
+            GPU, which is not waited for, gives such a vector any code, and no vector such a code).
 
     >>> nearest_code(torch.tensor([[0.9, 0.1]]), torch.eye(2))
     tensor([0])
@@ -50,9 +51,14 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, cosine: bool = False) ->
 
 def _nearest_code(x: Tensor, codebook: Tensor, cosine: bool, backend: str) -> Tensor:
     chosen = common.backend_of("nearest_code", backend, x, codebook)
+    out = _fake(x)
+    if out.numel() == 0:
+        return out
+    if common.rows_are_checked(chosen, x):
+        common.check_finite("x", x)
+        common.check_finite("codebook", codebook)
     if chosen == "reference":
         return nearest_code_reference(x, codebook, cosine)
-    out = _fake(x)
     if chosen == "cpu":
         assert native.cpu is not None
         rows, codes = common.float_rows(x), codebook.float().contiguous()

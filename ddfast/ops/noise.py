@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -37,21 +38,28 @@ def noise(
     Numerics: only + - * / sqrt in float64, which IEEE 754 fixes, then rounded to float32.
     Autograd: none.
     Raises:
-        TypeError: `index` is neither an int nor an int64 tensor.
+        TypeError: `index` is neither an int nor an int64 tensor, or `seed` or a size no integer.
         ValueError: `seed` or `shape` is out of range.
 
     >>> bool((noise(7, 3, (4,)) == noise(7, torch.tensor([1, 3]), (4,))[1]).all())
     True
     """
+    common.check_number("seed", seed, Integral)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: got {seed}, expected 0 <= seed < 2^64")
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: got {type(shape).__name__}, expected a sequence of sizes")
+    for size in shape:
+        common.check_number("shape", size, Integral)
     if any(size < 0 for size in shape) or math.prod(shape) >= 2**34:
         raise ValueError(f"shape: got {tuple(shape)}, expected non-negative sizes and fewer than 2^34 elements")
     if isinstance(index, Tensor):
         if index.dtype != torch.int64:
             raise TypeError(f"index: got dtype {index.dtype}, expected int64")
         index = index.to(device or index.device)
-    elif isinstance(index, int):
+    elif isinstance(index, Integral) and not isinstance(index, bool):
+        if not -(2**63) <= index < 2**63:
+            raise ValueError(f"index: got {index}, expected a 64-bit integer")
         index = torch.tensor(index, dtype=torch.int64, device=device or "cpu")
     else:
         raise TypeError(f"index: got {type(index).__name__}, expected an int or an int64 tensor")
@@ -114,9 +122,9 @@ def _box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _noise(seed: int, index: Tensor, shape: list[int], backend: str) -> Tensor:
     out = _fake(seed, index, shape)
+    chosen = common.backend_of("noise", backend, out)
     if out.numel() == 0:
         return out
-    chosen = common.backend_of("noise", backend, out)
     if chosen == "reference":
         return noise_reference(seed, index, shape)
     samples = index.contiguous()
@@ -137,4 +145,4 @@ def _fake(seed: int, index: Tensor, shape: list[int], *_: object) -> Tensor:
     return index.new_empty([*index.shape, *shape], dtype=torch.float32)
 
 
-common.define("noise(int seed, Tensor index, SymInt[] shape, str backend) -> Tensor", _noise, _fake)
+common.define("noise(SymInt seed, Tensor index, SymInt[] shape, str backend) -> Tensor", _noise, _fake)

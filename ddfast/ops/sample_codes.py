@@ -9,6 +9,7 @@ from ddfast.ops import common, native
 from ddfast.ops.filter_logits import (
     cfg_rows,
     check_filter,
+    check_filtered,
     filter_logits_reference,
     native_filter_arguments,
     row_views,
@@ -16,7 +17,6 @@ from ddfast.ops.filter_logits import (
 from ddfast.ops.flow_sample import (
     DEFAULT_SOLVER,
     DEFAULT_STEPS,
-    check_finite_noise,
     check_flow,
     cuda_flow,
     flow_sample_reference,
@@ -61,9 +61,9 @@ def sample_codes(
         logits.detach(),
         None if uncond is None else uncond.detach(),
         scale,
-        float(temperature),
-        int(top_k),
-        float(top_p),
+        temperature,
+        top_k,
+        top_p,
         noise.detach(),
         codebook,
         steps,
@@ -87,31 +87,30 @@ def _sample_codes(
     backend: str,
 ) -> Tensor:
     out = noise.new_empty(noise.shape[:-1], dtype=torch.int64)
+    chosen = common.backend_of("sample_codes", backend, logits, uncond, noise, codebook)
     if out.numel() == 0:
         return out
-    chosen = common.backend_of("sample_codes", backend, logits, uncond, noise, codebook)
+    if common.rows_are_checked(chosen, noise):
+        common.check_finite("noise", noise)
     if chosen == "reference":
         log_probs = filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
         return flow_sample_reference(log_probs, noise, codebook, steps, solver)
-    if common.rows_are_checked(chosen, noise):
-        check_finite_noise(noise)
     if chosen == "triton":
         rows, uncond_rows, scale = row_views(logits, uncond, cfg_scale)
         kept = native.triton("filter_logits").filter_logits(rows, uncond_rows, scale, temperature, top_k, top_p)
         filtering = {"kept": kept, "uncond": uncond_rows, "scale": scale, "temperature": temperature}
-        triton_flow(rows, noise, codebook, out, steps, solver, name="logits", **filtering)
+        triton_flow(rows, noise, codebook, out, steps, solver, **filtering)
+        check_filtered(common.marked_row(out), logits, uncond, cfg_scale, temperature)
         return out
     filter_arguments, _filter_alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
     if chosen == "cuda":
-        cuda_flow(
-            "sample_codes", filter_arguments, noise, codebook, out, steps, solver,
-            name="logits", top_k=top_k, top_p=top_p,
-        )  # fmt: skip
+        cuda_flow("sample_codes", filter_arguments, noise, codebook, out, steps, solver, top_k=top_k, top_p=top_p)
+        check_filtered(common.marked_row(out), logits, uncond, cfg_scale, temperature)
         return out
     assert native.cpu is not None
     flow_arguments, _flow_alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.sample_codes(*filter_arguments, *flow_arguments)
-    common.check_rows("logits", status)
+    check_filtered(status, logits, uncond, cfg_scale, temperature)
     return out
 
 
@@ -129,8 +128,8 @@ def _fake(
 
 
 _op = common.define(
-    "sample_codes(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, int top_k, float top_p,"
-    " Tensor noise, Tensor codebook, int steps, str solver, str backend) -> Tensor",
+    "sample_codes(Tensor logits, Tensor? uncond, Tensor? cfg_scale, float temperature, SymInt top_k, float top_p,"
+    " Tensor noise, Tensor codebook, SymInt steps, str solver, str backend) -> Tensor",
     _sample_codes,
     _fake,
 )

@@ -54,9 +54,9 @@ def test_greedy_takes_the_first_of_equals(backend):
     assert draw_codes(logits, torch.zeros(2), top_k=1, backend=backend).tolist() == [1, 0]
 
 
-def test_a_number_of_one_draws_the_last_kept(backend):
-    logits = torch.tensor([[0.0, 2.0, 1.0, -5.0]])
-    assert draw_codes(logits, torch.ones(1), top_k=3, backend=backend).tolist() == [2]
+def test_a_number_that_rounds_to_one_draws_the_last_kept(backend):
+    logits, uniform = torch.tensor([[0.0, 2.0, 1.0, -5.0]]), torch.tensor([1 - 2**-40], dtype=torch.float64)
+    assert draw_codes(logits, uniform, top_k=3, backend=backend).tolist() == [2]
 
 
 def test_empty(backend):
