@@ -43,7 +43,7 @@ Options = TypeVar("Options", bound=TrainConfig)
 Plain = TypeVar("Plain")
 _PLAIN_SECONDS = 5.0
 
-_BY_CONVERT = "nothing: `ddfast convert` reads it off the official files"
+_BY_CONVERT = "not an option here: `ddfast convert` reads it off the official files"
 _OFFICIAL: dict[str, dict[str, str]] = {
     "sample": {
         **dict.fromkeys(("cfg", "cfg-scale"), "--guidance.cfg-scale"),
@@ -71,9 +71,9 @@ _OFFICIAL: dict[str, dict[str, str]] = {
             ),
             _BY_CONVERT,
         ),
-        "image-size-eval": "nothing: images have the model's size",
-        "more-smooth": "nothing: officially it draws by Gumbel softmax, for pictures only",
-        **dict.fromkeys(("compile", "no-compile"), "nothing: CUDA graphs are used by themselves"),
+        "image-size-eval": "not an option here: images have the model's size",
+        "more-smooth": "not here: officially it draws by Gumbel softmax, for pictures only",
+        **dict.fromkeys(("compile", "no-compile"), "not an option here: CUDA graphs are used by themselves"),
     },
     "evaluate": {
         **dict.fromkeys(("num-fid-samples", "num-samples", "count"), "--evaluation.samples"),
@@ -178,7 +178,7 @@ def _parsed(command: str, kind: type[Plain], arguments: list[str], description: 
     own = {field.name.replace("_", "-") for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for flag in typed(arguments):
         if flag in _OFFICIAL.get(command, {}) and flag not in own:
-            raise DDFastError(f"--{flag}: here it is called {_OFFICIAL[command][flag]}")
+            raise DDFastError(f"--{flag}: {_OFFICIAL[command][flag].replace('--', 'here it is called --', 1)}")
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -210,7 +210,7 @@ def check_effect(arguments: Sequence[str], ignored: Mapping[str, str]) -> None:
     for flag in typed(arguments):
         for name, reason in ignored.items():
             if flag == name or flag.startswith(f"{name}."):
-                raise DDFastError(f"--{flag}: no effect, {reason}")
+                raise DDFastError(f"--{flag}: has no effect: {reason}")
 
 
 def of_other_methods(options: TrainConfig) -> dict[str, str]:

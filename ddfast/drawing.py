@@ -79,6 +79,6 @@ def _check(steps: int, captions: Path | None, caption: Sequence[str], text_encod
     if steps < 0:
         raise DDFastError(f"--steps: got {steps}, expected at least 0 (the teacher)")
     if captions is not None and caption:
-        raise DDFastError("--caption: no effect beside --captions; give one of them")
+        raise DDFastError("--caption: has no effect beside --captions; give one of them")
     if text_encoder and (captions is None and not caption):
-        raise DDFastError("--text-encoder: no effect without --caption or --captions")
+        raise DDFastError("--text-encoder: has no effect without --caption or --captions")

@@ -53,6 +53,8 @@ _NAMES_HERE = {
 }
 """What the official scripts call an argument of `Generator.images`, and what it is called here."""
 
+_ADVICE = "save_pretrained writes them, and `ddfast convert` with --student"
+
 _CARD = """# {title}
 
 A {passes} image generator, distilled from an auto-regressive teacher with Distilled Decoding
@@ -157,7 +159,10 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         if not batch_size:
             batch_size = 1
             if count > 1:
-                batch_size = largest_sampling_batch(self.teacher, self.student, decodes=decodes, images=True)
+                one = take(condition, torch.zeros(1, dtype=torch.int64, device=device))
+                batch_size = largest_sampling_batch(
+                    self.teacher, self.student, decodes=decodes, images=True, condition=one
+                )
         index = torch.arange(first_index, first_index + count, dtype=torch.int64)
         shape, made = (self.teacher.num_tokens, self.teacher.code_dim), []
         for rows in torch.arange(count, dtype=torch.int64).split(batch_size) if count else (index,):
@@ -263,7 +268,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         missing = [file for file in (CONFIG_FILE, TEACHER_FILE, STUDENT_FILE) if not (folder / file).is_file()]
         if missing:
             run = (folder / RUN_CONFIG).is_file()
-            advice = "it is a training run: use Generator.from_run" if run else "save_pretrained writes them"
+            advice = "it is a training run: use Generator.from_run" if run else _ADVICE
             raise DDFastError(f"{folder} holds no generator of ddfast (no {', '.join(missing)}); {advice}")
         try:
             card = json.loads(read_text(folder / CONFIG_FILE)).get("card", {})

@@ -23,6 +23,7 @@ from ddfast.distill.trainer import CHECKPOINT, METRICS
 from ddfast.errors import DDFastError
 from ddfast.evaluation import Evaluator, measure_speed
 from ddfast.files import read_text, write_atomically
+from ddfast.messages import say
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.digits import Progress
 from ddfast.models.flow_network import FlowNetwork
@@ -268,7 +269,11 @@ def open_teacher(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
         teacher = load_teacher(folder).to(device)
         config = TrainConfig(recipe=folder.name, device=device, out=folder)
         header = load_tensors(folder / STUDENT_FILE)[1] if (folder / STUDENT_FILE).exists() else {}
-        config.dd1.point = header.get("point") or max(len(teacher.groups) // 2, 1)
+        point = header.get("point")
+        config.dd1.point = point or max(len(teacher.groups) // 2, 1)
+        if point is None and header.get("method") == "dd1":
+            where = f"nothing says where the student's second step starts: point {config.dd1.point} is assumed"
+            say(f"{folder}: {where} (--point of `ddfast convert` and `ddfast sample`)")
         return config, teacher
     if not (folder / CONFIG).exists():
         raise DDFastError(f"--student {folder}: no {CONFIG} and no {TEACHER_FILE} there; `ddfast train` makes them")

@@ -272,11 +272,11 @@ def build_teacher(config: TrainConfig, progress: Progress | None = None) -> Teac
 def untrained_teacher(config: TrainConfig) -> Teacher:
     """The configuration's teacher with random weights drawn from its seed, for tests and profiling."""
     teacher, tokenizer = config.teacher, config.tokenizer
+    seeds.seed_all(config.seed)
     if isinstance(teacher, DigitsTeacherConfig):
         assert isinstance(tokenizer, DigitsTokenizerConfig)
         return untrained_digits_teacher(tokenizer, teacher)
     assert isinstance(tokenizer, VQTokenizerConfig)
-    seeds.seed_all(config.seed)
     num_codes, code_dim = tokenizer.num_codes, tokenizer.code_dim
     var = isinstance(teacher, VARTeacherConfig)
     sizes = ConvSizes(
@@ -369,7 +369,7 @@ def captions_for(
     """
     if not isinstance(teacher, LlamaGenTeacher) or teacher.num_classes:
         expected = f"class labels, 0..{teacher.num_classes - 1}"
-        raise DDFastError(f"captions: no effect, this {type(teacher).__name__} is conditioned on {expected}")
+        raise DDFastError(f"captions: have no effect: this {type(teacher).__name__} is conditioned on {expected}")
     encoding: dict[str, Any] = {"length": teacher.sizes.cls_token_num, "device": device}
     if encoder:
         encoding["model"] = encoder
@@ -380,5 +380,6 @@ def captions_for(
     try:
         teacher.check_condition(made)
     except (TypeError, ValueError) as error:
-        raise DDFastError(f"captions: {str(error).removeprefix('condition: ')}") from error
+        source = captions if isinstance(captions, Path) else "captions"
+        raise DDFastError(f"{source}: {str(error).removeprefix('condition: ')}") from error
     return made

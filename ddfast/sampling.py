@@ -294,7 +294,7 @@ def stream_student(
     _check_numbers(count, seed, batch_size)
     if steps == 0:
         if teacher_steps:
-            raise ValueError("teacher_steps: no effect with steps=0: the teacher makes every group")
+            raise ValueError("teacher_steps: has no effect with steps=0: the teacher makes every group")
 
         def make(request: _Request) -> Tensor:
             return teacher.embed(teacher.generate(request.condition, uniform=request.uniform, **guidance.given()))
@@ -317,7 +317,9 @@ def _settings(
     settings, given, groups = student.settings(steps, point), guidance.given(), len(teacher.groups)
     if teacher_steps:
         if isinstance(student, FlowNetwork):
-            raise ValueError("teacher_steps: no effect on DD2's students: of k steps, the last k - 1 are the teacher's")
+            raise ValueError(
+                "teacher_steps: has no effect on DD2's students: of k steps, the last k - 1 are the teacher's"
+            )
         if not 0 < teacher_steps <= groups - point:
             expected = f"1 to {groups - point}, the groups from point {point} on"
             raise ValueError(f"teacher_steps: got {teacher_steps}, expected {expected}")
@@ -325,7 +327,7 @@ def _settings(
     if "teacher_range" in settings:
         return {**settings, **given}
     if given:
-        raise ValueError(f"guidance.{next(iter(given))}: no effect with steps={steps}: the teacher takes no part")
+        raise ValueError(f"guidance.{next(iter(given))}: has no effect with steps={steps}: the teacher takes no part")
     return settings
 
 
@@ -342,9 +344,9 @@ def second_point(
         return learnt
     last = len(teacher.groups) - 1
     if student is None or isinstance(student, FlowNetwork):
-        raise ValueError("point: no effect, only DD1's students have a second step's point")
+        raise ValueError("point: has no effect: only DD1's students have a second step's point")
     if steps < 2 and not teacher_steps:
-        raise ValueError(f"point: no effect with steps={steps}: there is no second step")
+        raise ValueError(f"point: has no effect with steps={steps}: there is no second step")
     if not 1 <= given <= last:
         raise ValueError(f"point: got {given}, expected a trajectory point in 1..{last}")
     return given

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddfast import env
 from ddfast.errors import DDFastError
-from ddfast.models.protocol import Teacher
+from ddfast.models.protocol import Condition, Teacher
 from ddfast.models.student import Student
 
 _SHARE = 0.8
@@ -38,7 +38,9 @@ def largest_batch(teacher: Teacher) -> int:
     return _fitting(sample_bytes(teacher), teacher.codebook.device, "--trajectories.batch-size")
 
 
-def largest_sampling_batch(teacher: Teacher, student: Student | None, *, decodes: bool, images: bool) -> int:
+def largest_sampling_batch(
+    teacher: Teacher, student: Student | None, *, decodes: bool, images: bool, condition: Condition | None = None
+) -> int:
     """Samples that can be drawn at a time in the memory free now, at least 1 and at most 1000.
 
     Args:
@@ -46,11 +48,12 @@ def largest_sampling_batch(teacher: Teacher, student: Student | None, *, decodes
         student: None: the teacher alone makes the samples.
         decodes: the teacher takes part.
         images: they become images.
+        condition: as in `sample_bytes`.
 
     Raises:
         DDFastError: not even one fits.
     """
-    sample = sample_bytes(teacher) if decodes else 0
+    sample = sample_bytes(teacher, condition) if decodes else 0
     if student is not None:
         sample += 4 * _ROWS * teacher.num_tokens * max(teacher.num_codes, _widest(student))
     if images:
@@ -82,8 +85,12 @@ def fitting(count: int, device: torch.device, option: str) -> Iterator[None]:
         raise DDFastError(f"{what}; give {option} a smaller number") from error
 
 
-def sample_bytes(teacher: Teacher) -> int:
+def sample_bytes(teacher: Teacher, condition: Condition | None = None) -> int:
     """Bytes that one more sample in a batch takes while it is decoded by the teacher's flow.
+
+    Args:
+        teacher: with the settings that it decodes with.
+        condition: of one sample, on the teacher's device; None: the first that the teacher has.
 
     What lasts is measured: the condition and the decoding state of one sample that has all of its groups but the last,
     so that a cache is full, also one that grows. What a step holds for a moment is counted as `_ROWS` says.
@@ -91,7 +98,8 @@ def sample_bytes(teacher: Teacher) -> int:
     device = teacher.codebook.device
     scales = [teacher.group_cfg_scale(teacher.defaults.cfg_scale, group) for group in range(len(teacher.groups))]
     with torch.inference_mode():
-        condition = teacher.condition_of(torch.zeros(1, dtype=torch.int64, device=device))
+        if condition is None:
+            condition = teacher.condition_of(torch.zeros(1, dtype=torch.int64, device=device))
         state = teacher.begin(condition, guided=any(scale != 1.0 for scale in scales))
         known = teacher.num_tokens - teacher.groups[-1]
         teacher.advance(state, torch.zeros(1, known, dtype=torch.int64, device=device))

@@ -22,3 +22,12 @@ def refused(run, words: str, *arguments: object) -> None:
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"ddfast {arguments[0]}: error: ")
     assert words in line
+
+
+def refused_here(here, words: str, *arguments: object) -> None:
+    """As `refused`, in this process."""
+    code, _, errors = here(*arguments)
+    assert code == 1, errors
+    (line,) = errors.strip().splitlines()
+    assert line.startswith(f"ddfast {arguments[0]}: error: ")
+    assert words in line

@@ -1,4 +1,4 @@
-"""Commands run in processes of their own, with a cache of the module's own."""
+"""Commands run in processes of their own, with a cache of the module's own, or (`here`) in this one."""
 
 import os
 import subprocess
@@ -6,6 +6,14 @@ from pathlib import Path
 
 import pytest
 from commands import command
+from official import llamagen_teacher_like, var_teacher_like
+
+from ddfast.cli import main
+from ddfast.hub import Generator
+from ddfast.models.captions import random_captions, save_captions
+from ddfast.models.digits import untrained_digits_teacher
+from ddfast.models.loading import flow_network_class, start_student
+from ddfast.recipes import get_recipe
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +30,33 @@ def run(environment):
         return done
 
     return call
+
+
+@pytest.fixture
+def here(capsys):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def generators(tmp_path_factory) -> Path:
+    """Untrained generators, a folder each: var, llamagen, text, digits (DD1), dd2 (of VAR); and captions of text."""
+    root = tmp_path_factory.mktemp("generators")
+    config = get_recipe("digits")
+    config.teacher.width, config.teacher.depth = 32, 1
+    teachers = {
+        "var": var_teacher_like(),
+        "llamagen": llamagen_teacher_like(),
+        "text": llamagen_teacher_like(model_type="t2i", cls_token_num=4),
+        "digits": untrained_digits_teacher(config.tokenizer, config.teacher),
+    }
+    for name, teacher in teachers.items():
+        Generator(teacher, start_student(teacher).eval(), point=2).save_pretrained(root / name)
+    network = flow_network_class(teachers["var"]).from_teacher(teachers["var"], head_width=16, head_depth=1)
+    Generator(teachers["var"], network.eval(), point=2).save_pretrained(root / "dd2")
+    save_captions(root / "captions.safetensors", *random_captions(3, 4, 12))
+    return root
