@@ -27,7 +27,7 @@ from ddfast.env import cache_dir
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.inputs import as_images, check_size
-from ddfast.models.layers import Conv2d
+from ddfast.models.layers import Conv2d, weights_dtype
 from ddfast.models.protocol import SamplingDefaults
 from ddfast.models.transformer import TransformerTeacher
 from ddfast.ops import nearest_code
@@ -120,12 +120,14 @@ class Tokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes int64 [B, N]."""
-        return nearest_code(self.latents(images), self.codebook)
+        with weights_dtype(images):
+            return nearest_code(self.latents(images), self.codebook)
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Raw images [B, 1, 16, 16] in [-1, 1] scale from embeddings [B, N, D]."""
         side = CANVAS // PATCH
-        return self.decoder(rearrange(embeddings, "b (h w) d -> b d h w", h=side))
+        with weights_dtype(embeddings):
+            return self.decoder(rearrange(embeddings, "b (h w) d -> b d h w", h=side))
 
 
 def train_tokenizer(config: DigitsTokenizerConfig, *, seed: int = 0, progress: Progress | None = None) -> Tokenizer:

@@ -128,6 +128,8 @@ class Teacher(nn.Module, ABC):
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
         """Teacher-forced logits of every position, unguided; position i sees earlier groups only.
 
+        A pass of training, which follows autocast; `generate` does not.
+
         Args:
             condition: int64 [B], or text.
             codes: int64 [B, N], or their embeddings [B, N, D].
