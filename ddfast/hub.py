@@ -252,7 +252,8 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         if unknown:
             known = "revision, cache_dir, force_download, local_files_only, token, device"
             raise TypeError(f"{next(iter(unknown))}: no argument of from_pretrained; known: {known}")
-        name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path).expanduser()
+        name = str(pretrained_model_name_or_path)
+        folder = Path(os.path.expanduser(name))
         if not folder.is_dir():
             repository = isinstance(pretrained_model_name_or_path, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
             if not repository:

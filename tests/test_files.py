@@ -1,0 +1,86 @@
+"""A name always stands for a whole file or folder, and text is read whoever wrote it."""
+
+import os
+
+import pytest
+
+from ddfast.errors import DDFastError
+from ddfast.files import check_new, read_text, whole_file, whole_folder, write_atomically
+
+
+def test_a_file_is_its_old_content_or_all_of_the_new(tmp_path):
+    path = tmp_path / "folder" / "x"
+    write_atomically(path, "old")
+
+    def half(file):
+        file.write(b"ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    assert {file.name: file.read_text() for file in path.parent.iterdir()} == {"x": "old"}
+    write_atomically(path, b"new", durable=False)
+    assert {file.name: file.read_text() for file in path.parent.iterdir()} == {"x": "new"}
+
+
+def test_what_writes_to_no_open_file(tmp_path):
+    with whole_file(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+        assert not (tmp_path / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    with pytest.raises(DDFastError, match=r"cannot write .*/x: No space left"), whole_file(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x": "new"}
+
+
+def test_only_durable_files_wait_for_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_atomically(tmp_path / "x", "a", durable=False)
+    assert not synced
+    write_atomically(tmp_path / "x", "a")
+    assert len(synced) == 2  # the file, and its name in the folder
+
+
+def test_a_folder_is_new_or_as_it_was(tmp_path):
+    for content in ("first", "second"):
+        with whole_folder(tmp_path / "x", last="z") as temporary:
+            for name in ("z", "a"):
+                (temporary / name).write_text(content)
+        assert {path.name: path.read_text() for path in (tmp_path / "x").iterdir()} == {"a": content, "z": content}
+    with pytest.raises(ValueError, match="stop"), whole_folder(tmp_path / "x", last="z") as temporary:
+        (temporary / "a").write_text("third")
+        raise ValueError("stop")
+    assert (tmp_path / "x" / "a").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_there_or_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "x").write_text("")
+    check_new(tmp_path / "new" / "folders" / "y", "--to")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(DDFastError, match=r"--to .*/x exists; choose another name, or delete it"):
+        check_new(tmp_path / "x", "--to")
+    with pytest.raises(DDFastError, match=r"cannot write .*/x/y: .*/x is not a directory"):
+        check_new(tmp_path / "x" / "y", "--to")
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(DDFastError, match=r"cannot write .*/x: .* may not be written to"):
+        check_new(tmp_path / "x", "--to")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_of_any_editor(tmp_path, encoding):
+    (tmp_path / "x").write_bytes("größe\r\n猫\n".encode(encoding))
+    assert read_text(tmp_path / "x") == "größe\r\n猫\n"
+
+
+def test_what_is_no_text(tmp_path):
+    (tmp_path / "x").write_bytes("größe".encode("latin-1"))
+    with pytest.raises(DDFastError, match=r"x is not UTF-8 text \(.*\); save it as UTF-8"):
+        read_text(tmp_path / "x")
+    with pytest.raises(DDFastError, match=r"cannot read .*/y: No such file"):
+        read_text(tmp_path / "y")
