@@ -1,4 +1,4 @@
-"""The experiments of docs/dd2.md on the enumerable teacher, where the truth is known.
+"""The experiments of docs/notes/dd2.md on the enumerable teacher, where the truth is known.
 
 python benchmarks/dd2_toy.py directions --tokens 2 --start 0       # from stage 1: where each term's gradient leads
 python benchmarks/dd2_toy.py directions --tokens 2 --start 1200    # after anchor and look-ahead

@@ -87,7 +87,9 @@ def _published_dd2(
     updates: tuple[int, int],
     **match: Any,
 ) -> DD2Config:
-    """DD2 as its paper trains it (METHOD.md section 3): CSD in SiD form alone, from stage 1, on continuous prefixes.
+    """DD2 as its paper trains it: CSD in SiD form alone, from stage 1, on continuous prefixes.
+
+    Source: docs/method.md section 14 (DD2: schedule and published settings).
 
     Args:
         tune: settings of stage 1.

@@ -80,7 +80,10 @@ def _processor() -> str:
 
 
 def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
-    """Lines of a Markdown table in the form of METHOD.md section 4, a row per source of samples."""
+    """Lines of a Markdown table, a row per source of samples.
+
+    Its form: docs/method.md section 18 (Published results).
+    """
     batches = [str(batch) for batch in config.evaluation.batch_sizes]
     head = ["model", "steps", "Fréchet", "accuracy", "NLL/token", "pair TV"]
     head += [f"ms/image, batch {batch}" for batch in batches]

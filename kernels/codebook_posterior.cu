@@ -1,5 +1,6 @@
 // codebook_posterior: x0_hat = sum_j w_j c_j with w = softmax(s), s_j = log p_j - |x - (1-t) c_j|^2 / (2 t^2), and its
-// vector-Jacobian product dx = (1-t)/t^2 sum_j w_j c_j ((c_j - x0_hat).g). METHOD.md section 1.
+// vector-Jacobian product dx = (1-t)/t^2 sum_j w_j c_j ((c_j - x0_hat).g).
+// docs/method.md section 2 (The closed-form flow).
 //
 // As in flash attention: scores of a tile of rows and codes by tensor cores, an online softmax in registers, the
 // weighted sum by tensor cores again; nothing of size [rows, V] is written. Products are 3xTF32 (code_tile.h), so with

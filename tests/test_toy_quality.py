@@ -1,4 +1,6 @@
-"""DD1 and DD2, whole, on a teacher whose joint distribution is enumerable (METHOD.md section 6, T1).
+"""DD1 and DD2, whole, on a teacher whose joint distribution is enumerable.
+
+docs/method.md section 17 (The enumerable teacher).
 
 pytest tests/test_toy_quality.py -m "slow or not slow" -s     # three seeds instead of one
 """

@@ -28,8 +28,8 @@ def check_point(config: DD1Config, teacher: Teacher) -> None:
 class DD1(Method):
     """From X_t with t in {0, t1}, predict the final sequence: cross-entropy + a distance of the continuous prediction.
 
-    The distance is LPIPS of the decoded images where its weights are given, else L1 of the embeddings (METHOD.md
-    section 2).
+    The distance is LPIPS of the decoded images where its weights are given, else L1 of the embeddings;
+    docs/method.md section 8 (DD1: losses and training).
 
     Args:
         roles: student and teacher; of the teacher, only the image decoder has a part once the trajectories are stored.

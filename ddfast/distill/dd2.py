@@ -1,4 +1,6 @@
-"""DD2: a one-step generator that has the teacher's conditional score at every token (METHOD.md section 3, docs/dd2.md).
+"""DD2: a one-step generator that has the teacher's conditional score at every token (docs/dd2.md).
+
+Method: docs/method.md section 12 (DD2: the score distance); ours: docs/method.md section 13 (DD2: what ddfast adds).
 
 Three stages, each a `Method`: `Adaptation` (LlamaGen's input), `Tuning` (AR-diffusion), `Matching` (the distillation).
 Dimensions: m noise draws, B batch, N tokens, V codes, D code dimension.

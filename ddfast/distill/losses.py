@@ -20,7 +20,7 @@ def token_cross_entropy(logits: Tensor, codes: Tensor, open_tokens: Tensor) -> T
         codes: int64 [B, N].
         open_tokens: bool [B, N], True where X_t still holds noise; tokens that are given as data teach nothing.
 
-    Source: DD1 section 3.3, METHOD.md section 2.
+    Source: DD1 section 3.3, docs/method.md section 8 (DD1: losses and training).
     """
     return F.cross_entropy(logits[open_tokens], codes[open_tokens])
 
@@ -28,7 +28,8 @@ def token_cross_entropy(logits: Tensor, codes: Tensor, open_tokens: Tensor) -> T
 def embedding_distance(embeddings: Tensor, target: Tensor, open_tokens: Tensor | None = None) -> Tensor:
     """Mean absolute distance of embeddings [B, N, D] to their targets at the open tokens (bool [B, N]; None: all).
 
-    It stands in for DD1's perceptual distance where no LPIPS weights are at hand (METHOD.md section 2).
+    It stands in for DD1's perceptual distance where no LPIPS weights are at hand;
+    docs/method.md section 8 (DD1: losses and training).
     """
     if open_tokens is not None:
         embeddings, target = embeddings[open_tokens], target[open_tokens]
@@ -50,7 +51,7 @@ def perceptual_distance(
         decode: embeddings to raw images in [-1, 1] scale.
         distance: (images, images) -> [B], such as LPIPS.
 
-    Source: DD1 section 3.3, METHOD.md section 2.
+    Source: DD1 section 3.3, docs/method.md section 8 (DD1: losses and training).
     """
     with torch.no_grad():
         reference = decode(target)
@@ -60,7 +61,7 @@ def perceptual_distance(
 def velocity_distance(velocity: Tensor, target: Tensor) -> Tensor:
     """Mean squared distance of velocities [m, B, N, D]: to the teacher's closed form, or to noise minus token.
 
-    Source: DD2's Ground Truth Score loss and the flow-matching loss, METHOD.md section 3.
+    Source: DD2's Ground Truth Score loss and the flow-matching loss, docs/method.md section 11 (DD2: stages 0 and 1).
     """
     return (velocity - target).square().sum(-1).mean()
 
@@ -69,7 +70,7 @@ def score_distance_kl(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """Value whose gradient in x is the KL (DMD) form of CSD: the fake score minus the real one, in x_0 predictions.
 
     Both scores at x_t are -(x_t - (1-t) x_0) / t^2, so their difference is (fake - real) (1-t) / t^2; the factor is
-    left out (omega(t) constant in x_0 space was best in METHOD.md section 6).
+    left out: omega(t) constant in x_0 space was best, docs/method.md section 12 (DD2: the score distance).
 
     Args:
         x: generated tokens [B, N, D], with a gradient.
@@ -86,7 +87,7 @@ def score_distance_sid(x: Tensor, real: Tensor, fake: Tensor, alpha: float) -> T
         real, fake: x_0 predictions [m, B, N, D] at noisy x; gradients flow through x and both predictions.
         alpha: the papers use 1.
 
-    Source: METHOD.md section 3; Zhou et al. 2024 (SiD, arXiv 2404.04057).
+    Source: docs/method.md section 12 (DD2: the score distance); Zhou et al. 2024 (SiD, arXiv 2404.04057).
     """
     difference = real - fake
     return ((1 - alpha) * difference.square() + difference * (fake - x)).sum(-1).mean()
@@ -96,7 +97,7 @@ def anchor_distance(x: Tensor, target: Tensor, width: float) -> Tensor:
     """Mean of w log(1 + d^2 / w^2), d the distance of tokens x [B, N, D] to their targets, w the width in its units.
 
     Where a token may have to be one of several codes, L1 settles between them, at a code that is none of them; this
-    settles at one, as the most likely code of a classifier does (docs/dd2.md has both).
+    settles at one, as the most likely code of a classifier does (docs/notes/dd2.md has both).
     """
     return width * torch.log1p((x - target).square().sum(-1) / width**2).mean()
 

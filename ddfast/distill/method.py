@@ -77,7 +77,9 @@ class Method(ABC):
 class ExponentialMovingAverage:
     """Running average of a network's parameters, moved once per update of that network.
 
-    Early on the rate is (step + 1) / (step + 10), so that the average forgets the initialisation (METHOD.md section 3).
+    Early on the rate is (step + 1) / (step + 10), so that the average forgets the initialisation.
+
+    Source: docs/method.md section 14 (DD2: schedule and published settings).
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:

@@ -26,7 +26,7 @@ _LARGEST_PAIRED = 512
 def pair_table_distance(codes: Tensor, reference: Tensor, num_codes: int) -> float:
     """Mean total variation between the pairwise code tables of int64 codes [B, N] and reference [B', N].
 
-    For every pair of positions, the joint distribution of the two codes [V, V]; METHOD.md section 6 (pairTV).
+    For every pair of positions, the joint distribution of the two codes [V, V]; docs/method.md section 16 (Evaluation).
     """
     distances = []
     for i, j in combinations(range(codes.shape[1]), 2):

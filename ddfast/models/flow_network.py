@@ -1,6 +1,7 @@
 """DD2's networks: a causal backbone and a light head that gives the velocity of one token's flow.
 
-Generator and guidance network share this architecture (METHOD.md section 3). Position i's feature depends on the tokens
+Generator and guidance network share this architecture: docs/method.md section 10 (DD2: networks). Position i's feature
+depends on the tokens
 of earlier groups only; the head reads a noisy token, its flow time and the feature. The guidance network's backbone
 reads clean tokens, the generator's the noise, so that all tokens come out of one pass.
 Dimensions: m noise draws, B batch, N tokens, V codes, D code dimension, W width.
@@ -38,7 +39,7 @@ class VelocityHead(nn.Module):
         width: of the blocks.
         depth: how many blocks.
 
-    Source: Li et al. 2024 (MAR, arXiv 2406.11838) section 4.2; METHOD.md section 3.
+    Source: Li et al. 2024 (MAR, arXiv 2406.11838) section 4.2; docs/method.md section 10 (DD2: networks).
     """
 
     def __init__(self, feature_width: int, code_dim: int, width: int, depth: int) -> None:

@@ -268,7 +268,8 @@ class Teacher(nn.Module, ABC):
         Args:
             condition: int64 [B], or text; on any device.
             sampler: "multinomial" draws with `generator`; "greedy" takes the most likely code; "flow" integrates
-                every token's closed-form flow from `noise` (METHOD.md section 1): the deterministic map that DD1
+                every token's closed-form flow from `noise`, docs/method.md section 6 (DD1: trajectories): the
+                deterministic map that DD1
                 distils, with the same distribution as "multinomial".
             noise: float32 [B, N, D], for the sampler "flow".
             generator: randomness of "multinomial": one uniform number per token, whether or not it is decoded.

@@ -1,6 +1,7 @@
 """Students: what DD1's and DD2's share, and DD1's: noise in, all tokens out, in one causal pass over [condition, X_t].
 
-A trajectory point t counts groups: the first t groups of X_t are data, the others noise (METHOD.md section 2).
+A trajectory point t counts groups: the first t groups of X_t are data, the others noise;
+docs/method.md section 6 (DD1: trajectories).
 Dimensions: B batch, N tokens, V codes, D code dimension, W width.
 """
 

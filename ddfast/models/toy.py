@@ -22,7 +22,8 @@ class ToyState:
 class ToyTeacher(Teacher):
     """Pairwise AR tables over codes on a circle: logits of token i are `bias_i + sum_{k<i} table_{ik}[q_k]`.
 
-    Strongly dependent, one class, joint distribution by enumeration (METHOD.md section 6, T1).
+    Strongly dependent, one class, joint distribution by enumeration;
+    docs/method.md section 17 (The enumerable teacher).
 
     Args:
         num_codes: codes, spread over a circle in R^2 (the inner ring holds every second one).

@@ -33,13 +33,14 @@ def codebook_posterior(
     Numerics: float32 accumulation with the running maximum subtracted; float64 inputs run on the reference.
     Memory: O(tokens d); the reference holds [tokens, V].
     Autograd: in x, fused: dx = ((1-t)/t^2) sum_j w_j c_j ((c_j - x0_hat) . g). Nothing else takes a gradient:
-        METHOD's p comes from stop-gradient prefixes.
+        in training p comes from stop-gradient prefixes.
     Raises:
         TypeError: an argument is no floating-point tensor, or t no number.
         ValueError: shapes, devices or t are out of range; t, log_probs or codebook require a gradient; x or codebook
             has NaN or infinite values, a row of log_probs NaN, +inf or an empty support (a kernel on a GPU, which is
             not waited for, makes its x0_hat NaN; t is looked at where that costs no wait).
-    Source: METHOD.md section 1 (DD1 equation for the flow between noise and a discrete distribution).
+    Source: docs/method.md section 2 (The closed-form flow): DD1's equation for the flow between noise
+        and a discrete distribution.
     """
     common.check_float("x", x)
     if x.dim() < 1:

@@ -55,7 +55,7 @@ def flow_sample(
         ValueError: shapes, devices or settings are out of range; noise or codebook has NaN or infinite values; a row
             has NaN, +inf or an empty support (a kernel on a GPU, which is not waited for, gives it the code -1, as it
             does where the noise is not finite, and to all rows if the codebook was written to through `.data`).
-    Source: METHOD.md section 1 (VE form), NUMERICS.md (solver, grid, end).
+    Source: docs/method.md section 2 (The closed-form flow), its VE form; docs/method.md section 3 (Solving the flow).
     """
     check_flow(noise, codebook, steps, solver)
     check_log_probs(log_probs, codebook, noise)

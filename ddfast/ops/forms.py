@@ -1,7 +1,8 @@
 """The three forms of a flow's prediction, and how they turn into each other.
 
 Rectified flow: x_t = (1-t) x_0 + t eps, t=1 noise, t=0 data. A network or a closed form that knows E[x_0 | x_t] knows
-the velocity dx/dt and the score of x_t's distribution too (METHOD.md section 1). All tensors are [..., d]; t is a
+the velocity dx/dt and the score of x_t's distribution too: docs/method.md section 2 (The closed-form flow).
+All tensors are [..., d]; t is a
 number or a tensor [...] in (0, 1], and (0, 1) where the velocity is computed from the score.
 """
 

@@ -20,7 +20,8 @@ from ddfast.ops import common
 
 _CHUNK = 1024
 _SIGMA_MIN_FRACTION = 1 / 8
-"""Below an eighth of the distance between neighbouring codes nothing changes sides (NUMERICS.md, measured)."""
+"""Below an eighth of the distance between neighbouring codes nothing changes sides; measured:
+docs/method.md section 3 (Solving the flow)."""
 
 
 class CodebookGeometry(NamedTuple):

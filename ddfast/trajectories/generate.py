@@ -84,7 +84,9 @@ def generate_trajectories(
     batch_size: int = 0,
     progress: Progress | None = None,
 ) -> Throughput:
-    """Make the shards that the first `count` pairs need and that are not there yet (METHOD.md section 2).
+    """Make the shards that the first `count` pairs need and that are not there yet.
+
+    Method: docs/method.md section 6 (DD1: trajectories).
 
     Sample i has the label (or caption) i mod their number and the noise (seed, i). A shard is decoded in batches of its
     own, so its bits depend on its number and the batch size alone; on the batch size only through the rounding of

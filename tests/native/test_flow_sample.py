@@ -5,7 +5,10 @@ import pytest
 
 
 def reference(log_p, eps, codebook, sigma_min, steps, solver) -> int:
-    """One row in float64, without early exit: METHOD.md section 1 in VE form, with the solvers of ddfast.ops."""
+    """One row in float64, without early exit, in VE form: docs/method.md section 2 (The closed-form flow).
+
+    With the solvers of ddfast.ops.
+    """
     support = np.flatnonzero(np.isfinite(log_p))
     log_p, codes, eps = log_p[support].astype(np.float64), codebook[support].astype(np.float64), eps.astype(np.float64)
     p = np.exp(log_p - log_p.max())

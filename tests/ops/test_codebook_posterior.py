@@ -91,7 +91,7 @@ def test_one_code_left_is_that_code(backend):
 
 
 def test_velocity_and_score_agree(backend):
-    """s = -((1-t) v + x) / t (METHOD.md section 1)."""
+    """s = -((1-t) v + x) / t: docs/method.md section 2 (The closed-form flow)."""
     log_probs, noise, codebook = (tensor.float() for tensor in problem(9, 40, 4))
     t = torch.linspace(0.1, 1.0, 9)
     v = velocity(noise, t, log_probs, codebook, backend=backend)

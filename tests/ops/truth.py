@@ -38,7 +38,7 @@ def nearest_distance(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def filtered(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """One row at a time, in plain Python: the keep rules as CONFORMANCE.md states them."""
+    """One row at a time, in plain Python, by docs/method.md section 19 (Official code: logit filters)."""
     out = np.full(logits.shape, -np.inf)
     for row, target in zip(logits, out, strict=True):
         scaled = row / temperature

@@ -219,3 +219,28 @@ def test_no_path_of_a_developers_machine():
         if path.suffix in {".safetensors", ".pt", ".pth", ".png", ".json"} or not path.exists():
             continue
         assert not pattern.search(path.read_text()), name
+
+
+PAGE = re.compile(r"(\]\([\w./-]+\.md|docs/[\w/-]+\.md|\b[A-Z][A-Z-]{3,}\.md)(?: section (\d+) \(([^)]+)\))?")
+
+
+def test_every_citation_points_into_the_repository():
+    """A page that code, tests or pages speak of is here, and a section has its number and title."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    sections = 0
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix not in {".py", ".md", ".cu", ".h", ".cpp", ".toml", ".sh", ".txt", ""} or not path.is_file():
+            continue
+        text = re.sub(r"\n[ \t]*(?:#|//|\*)?[ \t]*", " ", path.read_text())  # a citation may go on in the next line
+        for cited, number, title in PAGE.findall(text):
+            page = cited.removeprefix("](")
+            if page == "README.md":  # a hub folder's card is one too
+                continue
+            found = [place for place in (path.parent / page, ROOT / page, ROOT / "docs" / page) if place.is_file()]
+            assert found, f"{name} cites {page}, which is not in the repository"
+            if number:
+                sections += 1
+                heading = f"## {number}. {title}\n"
+                assert heading in found[0].read_text(), f"{name} cites {page} section {number} ({title})"
+    assert sections > 20
