@@ -27,7 +27,7 @@ def check_seed(seed: object) -> int:
 
 
 def derived(seed: int, number: int) -> int:
-    """A seed for another purpose, `number` further on."""
+    """A seed of `ddfast.noise` for another purpose, `number` further on."""
     return (check_seed(seed) + number) % LIMIT
 
 
@@ -42,6 +42,6 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(folded(seed))
 
 
-def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own."""
-    return torch.Generator(device).manual_seed(folded(seed))
+def generator(seed: int, device: torch.device | str = "cpu", *, number: int = 0) -> torch.Generator:
+    """A generator of its own; one for another purpose is `number` further on."""
+    return torch.Generator(device).manual_seed((folded(seed) + number) % 2**32)

@@ -19,7 +19,9 @@ LARGE = [2**32, 2**32 + 7, 2**33, 2**48 + 7, 2**63, 2**64 - 1]
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
 def test_small_seeds_are_pytorchs(seed):
-    assert torch.equal(torch.rand(9, generator=seeds.generator(seed)), torch.rand(9, generator=manual(seed)))
+    for number in (0, 5_000_003):
+        own = torch.rand(9, generator=seeds.generator(seed, number=number))
+        assert torch.equal(own, torch.rand(9, generator=manual(seed + number)))
     seeds.seed_all(seed)
     own = torch.rand(9)
     torch.manual_seed(seed)

@@ -84,7 +84,7 @@ def adapt(
         nats per token on fresh samples of the teacher, {"before" | "after": {"teacher", "adapted"}}; "before" is an MLP
         that was fitted to nothing. The log has what is between: after the fit, and every as many steps from there.
     """
-    generator = seeds.generator(seeds.derived(config.seed, 5_000_003))
+    generator = seeds.generator(config.seed, number=5_000_003)
     held_out = from_noise(teacher, decoding=teacher.defaults)(64, generator)
     assert held_out.codes is not None
     before = code_likelihoods(network, held_out.condition, held_out.codes)

@@ -62,7 +62,7 @@ class Evaluator:
         self.classifier: DigitsClassifier | None = None
         if isinstance(teacher, DigitsTeacher):
             self.classifier = load_or_train_classifier(progress)
-            images, _ = digit_batch("train", max(count, 5000), seeds.derived(config.seed, 10))
+            images, _ = digit_batch("train", max(count, 5000), config.seed, number=10)
             self.reference_features = self.classifier.features(images)
         self.reference_codes: Tensor | None = None
         if teacher.num_codes <= _LARGEST_PAIRED:

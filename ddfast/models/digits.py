@@ -75,10 +75,13 @@ def render(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(dark_on_light[:, None, None, None], 1 - canvas, canvas)
 
 
-def digit_batch(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` rendered digits of a split, drawn with replacement: images [count, 1, 16, 16] and labels [count]."""
+def digit_batch(split: str, count: int, seed: int, *, number: int = 0) -> tuple[Tensor, Tensor]:
+    """`count` rendered digits of a split, drawn with replacement: images [count, 1, 16, 16] and labels [count].
+
+    Seed and number are those of `ddfast.seeds.generator`.
+    """
     images, labels = digit_images(split)
-    generator = seeds.generator(seed)
+    generator = seeds.generator(seed, number=number)
     rows = torch.randint(len(images), (count,), generator=generator, dtype=torch.int64)
     return render(images[rows], generator), labels[rows]
 
@@ -138,7 +141,7 @@ def train_tokenizer(config: DigitsTokenizerConfig, *, seed: int = 0, progress: P
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, partial(warmup_cosine, total=config.iterations, warmup=config.iterations // 20)
     )
-    generator = seeds.generator(seeds.derived(seed, 1))
+    generator = seeds.generator(seed, number=1)
     originals, _ = digit_images("train")
     counts, sums = torch.ones(config.num_codes, dtype=torch.float32), model.codebook.clone()
     for step in range(config.iterations):
@@ -215,10 +218,10 @@ def train_teacher(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, partial(warmup_cosine, total=config.iterations, warmup=config.iterations // 20)
     )
-    images, labels = digit_batch("train", config.training_images, seeds.derived(seed, 1))
+    images, labels = digit_batch("train", config.training_images, seed, number=1)
     with torch.no_grad():
         codes = torch.cat([teacher.encode(chunk) for chunk in images.split(4096)])
-    generator = seeds.generator(seeds.derived(seed, 2))
+    generator = seeds.generator(seed, number=2)
     for step in range(config.iterations):
         rows = torch.randint(len(codes), (config.batch_size,), generator=generator, dtype=torch.int64)
         dropped = torch.rand(config.batch_size, generator=generator, dtype=torch.float32) < config.class_dropout
