@@ -167,7 +167,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         shape, made = (self.teacher.num_tokens, self.teacher.code_dim), []
         for rows in torch.arange(count, dtype=torch.int64).split(batch_size) if count else (index,):
             part = take(condition, rows.to(device))
-            with fitting(len(rows), device, "batch_size"):
+            with fitting(len(rows), device, "the batch size"):
                 embeddings = self.student.sample(part, noise(seed, index[rows], shape, device), **settings)
                 made.append(self.teacher.decode(embeddings))
         return torch.cat(made)
@@ -261,7 +261,8 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             settings = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
             settings |= {"local_files_only": local_files_only, "token": token}
             patterns = ["*.json", "*.safetensors"]
-            folder = Path(_from_the_hub(partial(snapshot_download, name, allow_patterns=patterns, **settings), name))
+            download = partial(snapshot_download, name, allow_patterns=patterns, **settings)
+            folder = Path(_from_the_hub(download, f"{name} is no folder here, and no repository that can be read"))
         return cls._from_folder(folder, device)
 
     @classmethod
@@ -306,8 +307,8 @@ def _from_the_hub(call: Callable[[], Any], source: object) -> Any:
     except DDFastError:
         raise
     except Exception as error:  # huggingface_hub's, its HTTP library's and the system's: they differ by version
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        advice = "check the name, the connection, and `hf auth login` for a private one; a folder needs no network"
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        advice = "check the name, the connection, and `hf auth login` for a private one"
         raise DDFastError(f"{source}: {type(error).__name__}: {reason}; {advice}") from error
 
 

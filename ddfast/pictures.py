@@ -45,7 +45,7 @@ def pixels(images: Tensor) -> Tensor:
 def decoded(samples: Samples, teacher: Teacher) -> Tensor:
     """The pixels of samples."""
     count = len(samples.embeddings)
-    with torch.no_grad(), fitting(count, teacher.codebook.device, "--batch-size"):
+    with torch.no_grad(), fitting(count, teacher.codebook.device, "the batch size"):
         return pixels(teacher.decode(samples.embeddings))
 
 

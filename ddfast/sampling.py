@@ -410,7 +410,7 @@ def _batches(
             request = _Request(
                 teacher=teacher, student=student, seed=seed, number=number, index=index, point=point
             )  # fmt: skip
-            with torch.no_grad(), fitting(len(number), device, "--batch-size"):
+            with torch.no_grad(), fitting(len(number), device, "the batch size"):
                 made = make(request)
                 samples = Samples(codes=nearest_code(made, teacher.codebook), embeddings=made, condition=index)
             yield samples

@@ -124,7 +124,7 @@ def test_a_mistyped_folder_is_no_repository(monkeypatch, name):
 def test_a_repository_that_cannot_be_had_is_one_line(tmp_path, monkeypatch, settings):
     """Without a network, whatever huggingface_hub and its libraries raise then."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DDFastError, match=r"^user/dd1: \w+Error: .*; check the name, the connection") as caught:
+    with pytest.raises(DDFastError, match=r"^user/dd1 is no folder here, and .*: \w+Error: .*; check the n") as caught:
         Generator.from_pretrained("user/dd1", cache_dir=tmp_path, **settings)
     assert "\n" not in str(caught.value)
 

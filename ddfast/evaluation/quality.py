@@ -18,6 +18,7 @@ from ddfast.frechet import frechet_distance
 from ddfast.models.digits import DigitsTeacher, Progress, digit_batch
 from ddfast.models.protocol import Teacher
 from ddfast.sampling import Samples, stream
+from ddfast.trajectories.memory import fitting
 
 _LARGEST_PAIRED = 512
 """Codes up to which tables of pairs [V, V] are filled by a few thousand samples."""
@@ -80,8 +81,9 @@ class Evaluator:
         recognised: list[Tensor] = []
         codes: list[Tensor] = []
         for batch in samples.split(self.batch_size) if isinstance(samples, Samples) else samples:
-            likelihoods = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
-            log_probs.append(likelihoods.gather(-1, batch.codes[..., None]).cpu())
+            with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
+                likelihoods = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
+                log_probs.append(likelihoods.gather(-1, batch.codes[..., None]).cpu())
             if self.classifier is not None:
                 features.append(self.classifier.features(teacher.decode(batch.embeddings).cpu()))
                 recognised.append(self.classifier.logits(features[-1]).argmax(-1) == batch.condition.cpu())

@@ -75,7 +75,7 @@ def _fitting(sample: int, device: torch.device, option: str) -> int:
 
 @contextlib.contextmanager
 def fitting(count: int, device: torch.device, option: str) -> Iterator[None]:
-    """Within, memory that does not suffice for `count` samples at a time is one error, which names the option."""
+    """Within, memory that does not suffice for `count` samples at a time is one error, which names what to lower."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises it itself

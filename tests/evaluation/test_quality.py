@@ -12,7 +12,7 @@ from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.recipes import get_recipe, untrained_teacher
-from ddfast.sampling import SOURCES, draw_marginals, marginal_tables, sample, sample_student, sources_for
+from ddfast.sampling import SOURCES, draw_marginals, marginal_tables, sample, sample_student, sources_for, stream
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -142,3 +142,16 @@ def test_evaluator_tells_real_from_noise(tmp_path, monkeypatch):
     assert 3 < measured["teacher_nll"] < 5  # near log 64
     assert len(list(tmp_path.glob("digits-classifier-*"))) == 1
     assert classifier.load_or_train_classifier(lambda *_: pytest.fail("trained again")) is not None
+
+
+def test_measuring_batches_is_measuring_all():
+    """Of each batch, what the figures need is kept; the whole set need never be there."""
+    from ddfast.evaluation import Evaluator
+
+    config, teacher = get_recipe("digits"), ToyTeacher()
+    config.evaluation.samples = 300
+    evaluator = Evaluator(config, teacher)
+    settings = {"count": 300, "seed": 4, "point": 1}
+    whole = evaluator.measure(sample("teacher", teacher, **settings))
+    assert set(whole) == {"teacher_nll", "pair_tv"}
+    assert evaluator.measure(stream("teacher", teacher, batch_size=7, **settings)) == pytest.approx(whole)
