@@ -89,8 +89,14 @@ def optimise(
                 run.average.copy_to(run.averaged)
             phase = method.phase(run.step)
             batch = draw(config.batch_size, generator, method.reads_codes(phase))
-            with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
-                loss, logged = method.step(phase, batch, generator)
+            try:
+                with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+                    loss, logged = method.step(phase, batch, generator)
+            except ValueError as error:  # ops look at what they are given: here, what diverged weights made
+                raise DDFastError(
+                    f"{stage}: step {run.step} stopped: {error}; the last checkpoint is kept: "
+                    "if the training diverged, try a lower learning rate"
+                ) from error
             if not math.isfinite(loss.item()):
                 raise DDFastError(
                     f"{stage}: the loss became {loss.item()} at step {run.step}; the last checkpoint is kept: "

@@ -53,6 +53,8 @@ def decode_attention(
     if scale is None:
         scale = keys.shape[3] ** -0.5
     common.check_number("scale", scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: got {scale}, expected a finite number")
     return decode_attention_unchecked(qkv.detach(), keys, values, position, rope, first, scale, backend)
 
 

@@ -10,7 +10,8 @@ from ddfast.distill.dd2 import Adaptation, Matching, Tuning
 from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
 from ddfast.distill.monitor import Watcher
 from ddfast.distill.stages import adapt, match, new_network, tune
-from ddfast.distill.trainer import ALARM_CHECKPOINT, CHECKPOINT, METRICS, from_noise
+from ddfast.distill.trainer import ALARM_CHECKPOINT, CHECKPOINT, METRICS, from_noise, optimise
+from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.toy import ToyTeacher
@@ -405,3 +406,12 @@ def test_a_generator_that_matches_needs_guidance():
         Matching(Roles(student=student, teacher=student.teacher), MatchConfig())
     with pytest.raises(ValueError, match=r"time: got 1.5, expected in \(0, 1\]"):
         DD2Config(time=1.5)
+
+
+@pytest.mark.parametrize("phase", ["student", "guidance"])
+def test_diverged_weights_end_the_training_with_its_name(tmp_path, phase):
+    """Ops refuse what such weights make before there is a loss to look at."""
+    method = toy_matching(iterations=2, guidance_first=2 if phase == "guidance" else 0)
+    method.student.velocity_head.output.weight.data.fill_(torch.nan)
+    with pytest.raises(DDFastError, match=r"matching: (step 0 stopped: x: got NaN|the loss became nan).*learning rate"):
+        optimise(method, method.config, from_noise(ToyTeacher()), tmp_path, stage="matching", seed=0, identity="i")

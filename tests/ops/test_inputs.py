@@ -141,6 +141,32 @@ def test_a_time_may_change_under_a_compiler(make, runs_on):
     assert counter.frame_count <= 3
 
 
+def cache():
+    return torch.zeros(B, 2, 7, D, dtype=torch.float32), torch.zeros(B, 2, 7, D, dtype=torch.float32)
+
+
+SCALARS = {
+    "steps": lambda a, n: ops.flow_sample(a["log_probs"], a["noise"], a["codebook"], steps=n)[0],
+    "seed": lambda a, n: ddfast.noise(n, torch.arange(3), (2,)),
+    "index": lambda a, n: ddfast.noise(3, n, (2,)),
+    "start": lambda a, n: ops.append_normed(a["x"][:, None, None, None].expand(-1, 1, 3, 2, -1), *cache(), n % 7),
+    "scale": lambda a, n: ops.decode_attention(a["x"].repeat(1, 6), *cache(), torch.tensor([2]), scale=n / 8),
+    "eps": lambda a, n: ops.add_norm(a["x"][None], a["x"][None], eps=n / 8)[1],
+    "eps, rms": lambda a, n: ops.add_norm(a["x"][None], None, eps=n / 8, rms=True)[1],
+    "eps, asked for": lambda a, n: ops.add_norm(a["x"][None], None, eps=n / 8, backend="reference")[1],
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_every_scalar_may_change_under_a_compiler(name):
+    torch._dynamo.reset()
+    a, counter = tensors(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda n: SCALARS[name](a, n), fullgraph=True, backend=counter)
+    for n in range(2, 13):  # more than a compiler tries
+        torch.testing.assert_close(compiled(n), SCALARS[name](a, n))
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("runs_on", backends_of("flow_sample"))
 @pytest.mark.parametrize("how", ["data", "inference", "view", "numpy"])
 def test_an_edited_codebook_is_seen(runs_on, how):
@@ -189,6 +215,19 @@ def test_values_that_cannot_be(op, runs_on):
             call(op, a, backend=runs_on)
 
 
+@pytest.mark.parametrize(("op", "runs_on"), [run for run in RUNS if run[0] in SAMPLERS])
+def test_a_bad_row_is_blamed_on_what_spoils_it(op, runs_on):
+    a, scale = tensors(), torch.full((B,), 1.5)
+    a["uncond"][3, 5] = math.nan
+    with pytest.raises(ValueError, match="uncond: row 3 has NaN"):
+        call(op, a, backend=runs_on)
+    a, scale[2] = tensors(), math.inf
+    with pytest.raises(ValueError, match="cfg_scale: got inf for row 2"):
+        call(op, a, backend=runs_on, cfg_scale=scale)
+    with pytest.raises(ValueError, match="temperature: got 1e-38, at which row 0 of logits overflows"):
+        call(op, {**a, "logits": 1e3 + a["logits"].abs(), "uncond": None}, backend=runs_on, temperature=1e-38)
+
+
 @pytest.mark.parametrize("runs_on", backends_of("draw_codes"))
 @pytest.mark.parametrize("value", [1.0, -0.1, 1.5, math.nan])
 def test_uniform_numbers_are_below_one(runs_on, value):
@@ -227,3 +266,73 @@ def test_settings_that_cannot_be(op, name, value):
 def test_empty_batches(op, runs_on):
     a = {name: value[:0] if name != "codebook" else value for name, value in tensors().items()}
     assert call(op, a, backend=runs_on).shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((1.5, 0, (2,)), "seed: got float 1.5, expected an integer"),
+        ((True, 0, (2,)), "seed: got bool"),
+        ((1, True, (2,)), "index: got bool"),
+        ((1, 0.5, (2,)), "index: got float"),
+        ((1, 0, 2), "shape: got int"),
+        ((1, 0, (2.0,)), "shape: got float 2.0, expected an integer"),
+    ],
+)
+def test_noise_is_asked_for_by_integers(arguments, words):
+    with pytest.raises(TypeError, match=words):
+        ddfast.noise(*arguments)
+
+
+LAYERS = {
+    "add_norm": lambda x, /, **change: ops.add_norm(**{"x": x, "branch": x, "eps": 1e-5, **change}),
+    "append_normed": lambda x, /, **change: ops.append_normed(
+        **{"qkv": x[:, :, None, None].expand(-1, -1, 3, 2, -1), "keys": cache_of(x), "values": cache_of(x), "start": 0}
+        | change
+    ),
+    "decode_attention": lambda x, /, **change: ops.decode_attention(
+        **{"qkv": x.flatten(1)[:, : 6 * D], "keys": cache_of(x), "values": cache_of(x), "position": torch.tensor([2])}
+        | change
+    ),
+    "activate": lambda x, /, **change: ops.activate(**{"x": x, "kind": "silu", **change}),
+}
+
+
+def cache_of(x):
+    return torch.zeros(len(x), 2, 7, D, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("op", LAYERS)
+def test_empty_batches_of_layers(op):
+    for backend in ("auto", *backends_of(op)):
+        found = LAYERS[op](torch.zeros(0, 6, D, dtype=torch.float32), backend=backend)
+        assert all(len(part) == 0 for part in (found if isinstance(found, tuple) else (found,)))
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "words"),
+    [
+        ("add_norm", {"x": torch.zeros(2, 6, D).long()}, "x: got dtype torch.int64"),
+        ("add_norm", {"branch": [1.0]}, "branch: got list"),
+        ("add_norm", {"weight": torch.ones(D).long()}, "weight: got dtype torch.int64"),
+        ("add_norm", {"gate": torch.ones(3)}, r"gate: got shape \(3,\)"),
+        ("add_norm", {"eps": "1"}, "eps: got str"),
+        ("add_norm", {"eps": -1.0}, "eps: got -1.0"),
+        ("add_norm", {"eps": math.nan}, "eps: got nan"),
+        ("append_normed", {"start": 1.0}, "start: got float"),
+        ("append_normed", {"start": -1}, "start: got -1"),
+        ("append_normed", {"keys": None}, "keys: got NoneType"),
+        ("append_normed", {"qkv": torch.zeros(2, 6, 3, 2, D).long()}, "qkv: got dtype torch.int64"),
+        ("decode_attention", {"scale": "1"}, "scale: got str"),
+        ("decode_attention", {"scale": math.nan}, "scale: got nan"),
+        ("decode_attention", {"position": 3}, "position: got int"),
+        ("decode_attention", {"values": None}, "values: got NoneType"),
+        ("decode_attention", {"first": [0, 0]}, "first: got list"),
+        ("activate", {"x": torch.zeros(2, 3).long()}, "x: got dtype torch.int64"),
+        ("activate", {"kind": "relu"}, "kind: got 'relu'"),
+    ],
+)
+def test_arguments_of_layers_that_cannot_be(op, change, words):
+    for backend in ("auto", "reference"):
+        with pytest.raises((ValueError, TypeError), match=words):
+            LAYERS[op](torch.zeros(2, 6, D, dtype=torch.float32), backend=backend, **change)
