@@ -26,7 +26,7 @@ from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import LlamaGenTokenizer, TokenizedTeacher
 from ddfast.ops import nearest_code
 from ddfast.ops.activate import activate
-from ddfast.ops.add_norm import add_norm
+from ddfast.ops.add_norm import add_norm_unchecked
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
 
     def add(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """x + branch [R, L, W], and its norm."""
-        return add_norm(x, branch, weight=self.weight, eps=self.eps, rms=True)
+        return add_norm_unchecked(x, branch, weight=self.weight, eps=self.eps, rms=True)
 
 
 def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tensor:

@@ -25,7 +25,7 @@ from ddfast.models.attention import (
 from ddfast.models.layers import Embedding, LayerNorm, Linear
 from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
 from ddfast.ops.activate import activate
-from ddfast.ops.add_norm import add_norm
+from ddfast.ops.add_norm import add_norm_unchecked
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 def _add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return add_norm(x, branch, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    return add_norm_unchecked(x, branch, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
 class Transformer(nn.Module):

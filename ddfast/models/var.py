@@ -34,7 +34,7 @@ from ddfast.models.protocol import Condition, SamplingDefaults, Teacher, on_devi
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import TokenizedTeacher, VARTokenizer
 from ddfast.ops.activate import activate
-from ddfast.ops.add_norm import add_norm
+from ddfast.ops.add_norm import add_norm_unchecked
 from ddfast.ops.append_normed import append_normed
 
 MAX_LOG_SCALE = math.log(100)
@@ -136,11 +136,11 @@ class VARBlock(nn.Module):
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = own.modulation.unbind(2)
         branch, gate = gated
-        x, normed = add_norm(x, branch, gate=gate, weight=scale1, bias=shift1, eps=self.eps)
+        x, normed = add_norm_unchecked(x, branch, gate=gate, weight=scale1, bias=shift1, eps=self.eps)
         mixed = self.attn(normed, own.bias, own.head_scale, attend, layer)
         if extra is not None:
             x = x + extra
-        x, normed = add_norm(x, mixed, gate=gamma1, weight=scale2, bias=shift2, eps=self.eps)
+        x, normed = add_norm_unchecked(x, mixed, gate=gamma1, weight=scale2, bias=shift2, eps=self.eps)
         return x, (self.ffn(normed), gamma2)
 
 
@@ -154,7 +154,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         scale, shift = self.ada_lin(label).unflatten(-1, (1, 2, -1)).unbind(2)
-        return add_norm(x, None, weight=1 + scale, bias=shift, eps=self.eps)[1]
+        return add_norm_unchecked(x, None, weight=1 + scale, bias=shift, eps=self.eps)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
