@@ -21,9 +21,8 @@ import tyro
 from tqdm import tqdm
 
 from ddfast import env
-from ddfast.config import SettingError, TrainConfig, read_toml, update
+from ddfast.config import DD1_PREFIX, SettingError, TrainConfig, read_toml, update
 from ddfast.errors import DDFastError
-from ddfast.pipeline import DD1_PREFIX
 from ddfast.recipes import get_recipe
 
 COMMANDS = {

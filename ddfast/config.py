@@ -25,6 +25,9 @@ else:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+DD1_PREFIX = "dd1:"
+"""Of an `init` that names a DD1 run's folder."""
+
 
 class SettingError(ValueError):
     """A setting that is out of range; the message names it."""

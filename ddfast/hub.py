@@ -24,7 +24,7 @@ import ddfast
 from ddfast.errors import DDFastError
 from ddfast.files import read_text, whole_folder, write_atomically
 from ddfast.models.loading import save_student, save_teacher
-from ddfast.models.official import STUDENT_FILE, TEACHER_FILE
+from ddfast.models.official import CONFIG_FILE, STUDENT_FILE, TEACHER_FILE
 from ddfast.models.protocol import Condition, Teacher, condition_size, on_device, take
 from ddfast.models.student import Student
 from ddfast.ops import noise
@@ -40,7 +40,6 @@ try:
 except ImportError as error:
     raise DDFastError("ddfast.hub needs huggingface_hub: pip install 'ddfast[hub]'") from error
 
-CONFIG_FILE = "config.json"
 
 _NAMES_HERE = {
     "cfg": "cfg_scale",

@@ -16,7 +16,7 @@ import tomli_w
 import torch
 
 from ddfast import env, seeds
-from ddfast.config import TrainConfig, read_toml, update
+from ddfast.config import DD1_PREFIX, TrainConfig, read_toml, update
 from ddfast.distill.dd1 import check_point
 from ddfast.distill.stages import adapt, distill, match, new_network, tune
 from ddfast.distill.trainer import CHECKPOINT, METRICS
@@ -43,7 +43,6 @@ THROUGHPUT = "throughput.jsonl"
 
 ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
 ADAPTATION_JSON = "adaptation.json"
-DD1_PREFIX = "dd1:"
 
 ProgressBar = Callable[[str], Progress]
 """Makes the progress callback of a stage from its title."""

@@ -21,11 +21,12 @@ from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.digits import Progress
+from ddfast.models.official import UNFINISHED
 from ddfast.models.protocol import SamplingDefaults, Teacher
 from ddfast.ops import noise
 from ddfast.trajectories.store import Trajectories
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = UNFINISHED
 ALARM_CHECKPOINT = "checkpoint-before-alarm.safetensors"
 METRICS = "metrics.jsonl"
 

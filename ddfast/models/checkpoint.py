@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddfast.errors import DDFastError
-from ddfast.files import write_atomically
+from ddfast.files import read_text, write_atomically
 
 INDEX_SUFFIX = ".index.json"
 """Of the file that tells in which of several files a tensor is (Hugging Face)."""
@@ -264,8 +264,8 @@ def _stored(content: Any, file: _File) -> Any:
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        files = set(json.loads(path.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = set(json.loads(read_text(path))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DDFastError(f"{path} is no index of checkpoint files: {_first_line(error)}") from error
     content: dict[str, Any] = {}
     for name in sorted(files):
@@ -329,12 +329,16 @@ def state_problems(expected: Mapping[str, Tensor], tensors: Mapping[str, AnyTens
     ]
 
 
-def load_state(module: nn.Module, tensors: Mapping[str, AnyTensor], source: object, *, assign: bool = False) -> None:
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
     """`module.load_state_dict`, strict, with one error that names every tensor that does not fit."""
+    _check_state(module, tensors, source)
+    module.load_state_dict(tensors)
+
+
+def _check_state(module: nn.Module, tensors: Mapping[str, AnyTensor], source: object) -> None:
     problems = state_problems(module.state_dict(), tensors)
     if problems:
         raise DDFastError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
-    module.load_state_dict({name: read_tensor(value) for name, value in tensors.items()}, assign=assign)
 
 
 def build_around(
@@ -367,9 +371,7 @@ def build_around(
     with torch.device("meta"), _Undrawn():
         module = make()
     beside = beside or {}
-    problems = state_problems(module.state_dict(), {**kept, **beside})
-    if problems:
-        raise DDFastError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
+    _check_state(module, {**kept, **beside}, source)
     read = {name: cast_float(read_tensor(value), dtype) for name, value in kept.items()}
     module.load_state_dict({**_unshared(read), **beside}, assign=True)
     for child in module.modules():

@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddfast.ops.common import check_finite
+from ddfast.ops.draw_codes import check_uniform
+
 _INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
@@ -165,8 +168,8 @@ def check_noise(noise: object, shape: tuple[int, int, int], name: str = "noise")
         raise TypeError(f"{name}: got {got}, expected a floating-point tensor {list(shape)}")
     if tuple(noise.shape) != shape:
         raise ValueError(f"{name}: got shape {list(noise.shape)}, expected {list(shape)}")
-    if known(noise, waits=False) and not bool(noise.sum().isfinite()) and not bool(noise.isfinite().all()):
-        raise ValueError(f"{name}: got NaN or infinite values, expected finite ones")
+    if known(noise, waits=False):
+        check_finite(name, noise)
     return noise
 
 
@@ -184,9 +187,7 @@ def as_uniform(uniform: object, shape: tuple[int, int]) -> Tensor:
         raise ValueError(f"uniform: got shape {list(uniform.shape)}, expected {list(shape)}")
     uniform = uniform.float()
     if known(uniform, waits=False):
-        low, high = (float(bound) for bound in torch.aminmax(uniform))
-        if not (low >= 0.0 and high < 1.0):
-            raise ValueError(f"uniform: got values from {low:g} to {high:g}, expected 0 <= uniform < 1")
+        check_uniform(uniform)
     return uniform
 
 

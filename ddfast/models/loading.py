@@ -122,13 +122,13 @@ def load_teacher(
             named = ", ".join(sorted(config)) or f"tokenizer {tokenizer}"
             raise DDFastError(f"{named}: a digits teacher's file holds its tokenizer and all of its settings")
         return load_digits_teacher(path)
-    stored = [*stored_settings(content, path), Said("the header", header.get("config", {}))]
+    stored = stored_settings(content, header, path)
     if "defaults" in header and defaults is None:
         defaults = SamplingDefaults(**header["defaults"])
     if tokenizer is not None:
         tokens_path = checkpoint_file(tokenizer)
         tokens_content, tokens_header = read_checkpoint(tokens_path)
-        of_tokens = [*stored_settings(tokens_content, tokens_path), Said("the header", tokens_header.get("config", {}))]
+        of_tokens = stored_settings(tokens_content, tokens_header, tokens_path)
         tokens = choose(find_weights(tokens_content), "tokenizer", tokens_path)
     elif any(one.kind and one.kind.role == "tokenizer" for one in found):
         tokens, tokens_path, of_tokens = choose(found, "tokenizer", path), path, []
@@ -179,7 +179,7 @@ def load_tokenizer(path: str | Path, *, ema: bool = False, **config: Any) -> Ima
         return load_digits_teacher(path).tokenizer
     weights = find_weights(content)
     found = choose(weights, "tokenizer", path, averaged=ema, strict=ema)
-    stored = [*stored_settings(content, path), Said("the header", header.get("config", {}))]
+    stored = stored_settings(content, header, path)
     build = _var_tokenizer if found.kind and found.kind.family == "var" else _llamagen_tokenizer
     return build(found.tensors, path, config, stored)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddfast.errors import DDFastError
+from ddfast.files import read_text
 from ddfast.messages import say
 from ddfast.models.checkpoint import INDEX_SUFFIX, AnyTensor, tensors_of
 
@@ -275,20 +276,21 @@ class Said(NamedTuple):
     values: dict[str, Any]
 
 
-def stored_settings(content: Mapping[Any, Any], path: Path) -> list[Said]:
-    """What a checkpoint says about itself: options of the training script, and config.json beside it."""
+def stored_settings(content: Mapping[Any, Any], header: Mapping[str, Any], path: Path) -> list[Said]:
+    """What a checkpoint says about itself: options of the training script, config.json beside it, and our header."""
     found = list(_settings_in(content, ()))
     beside = path.parent / CONFIG_FILE
     if path.name.removesuffix(INDEX_SUFFIX) in _FOLDER_FILES and beside.is_file():
         found.append(Said(CONFIG_FILE, read_config(beside)))
+    found.append(Said("the header", header.get("config", {})))
     return [Said(where, _flat(values)) for where, values in found]
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a config.json; a `DDFastError` where it is damaged."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        values = json.loads(read_text(path))
+    except ValueError as error:
         raise DDFastError(f"{path} is damaged ({error}); restore it, or delete it and give the settings") from error
     return values if isinstance(values, dict) else {}
 

@@ -346,7 +346,7 @@ class Teacher(nn.Module, ABC):
             chance = noise if uniform is None else uniform
             if sampler == "multinomial" and uniform is None:
                 chance = torch.rand(batch, self.num_tokens, generator=generator, dtype=torch.float32, device=device)
-            inputs = Inputs(condition=condition, prefix=prefix.long(), chance=chance)
+            inputs = Inputs(condition=condition, prefix=prefix, chance=chance)
             codes = inputs.prefix if last == first else decode(self, plan, inputs, graph=graph)
             # A kernel on a GPU marks what it cannot use and goes on: looked at once, when all is decoded.
             if bool((codes < 0).any()):
