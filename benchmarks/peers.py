@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast.models.llamagen import LlamaGenTeacher
+from ddfast.models.llamagen.network import LlamaGenTeacher
 from ddfast.models.protocol import Teacher
-from ddfast.models.var import VARTeacher
+from ddfast.models.var.network import VARTeacher
 
 
 def _quietly() -> contextlib.redirect_stdout[io.StringIO]:

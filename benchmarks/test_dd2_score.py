@@ -15,9 +15,10 @@ from ddfast.distill.dd2 import Matching
 from ddfast.distill.method import Roles
 from ddfast.distill.stages import new_network
 from ddfast.distill.trainer import from_noise
+from ddfast.models.loading import untrained_teacher
 from ddfast.ops import codebook_posterior, nearest_code
 from ddfast.ops.forms import add_noise
-from ddfast.recipes import get_recipe, untrained_teacher
+from ddfast.recipes import get_recipe
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the published sizes need a GPU")
 CASES = [

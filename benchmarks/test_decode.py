@@ -40,11 +40,11 @@ import ddfast
 from ddfast import ops
 from ddfast.config import update
 from ddfast.evaluation.plain_decoding import plain_decoder
-from ddfast.models.llamagen import LlamaGenTeacher
-from ddfast.models.loading import start_student
+from ddfast.models.llamagen.network import LlamaGenTeacher
+from ddfast.models.loading import start_student, untrained_teacher
 from ddfast.models.protocol import Teacher
-from ddfast.models.var import VARTeacher
-from ddfast.recipes import get_recipe, untrained_teacher
+from ddfast.models.var.network import VARTeacher
+from ddfast.recipes import get_recipe
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)

@@ -6,8 +6,9 @@ from compare import side_by_side
 
 import ddfast
 from ddfast.evaluation.plain_decoding import plain_decoder
+from ddfast.models.loading import untrained_teacher
 from ddfast.models.student import TransformerStudent
-from ddfast.recipes import get_recipe, untrained_teacher
+from ddfast.recipes import get_recipe
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["codes", "images"])

@@ -10,11 +10,12 @@ from peers import PEERS
 
 import ddfast
 from ddfast.models.attention import MaskedAttention, block_mask
-from ddfast.models.exporting import export_teacher
-from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenTeacher
-from ddfast.models.tokenizers import LlamaGenTokenizer
-from ddfast.models.var import VARTeacher
-from ddfast.recipes import get_recipe, untrained_teacher
+from ddfast.models.converting import export_teacher
+from ddfast.models.llamagen.network import LLAMAGEN_SIZES, LlamaGenTeacher
+from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
+from ddfast.models.loading import untrained_teacher
+from ddfast.models.var.network import VARTeacher
+from ddfast.recipes import get_recipe
 
 
 @pytest.mark.parametrize("batch", [1, 2])

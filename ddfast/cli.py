@@ -1,4 +1,4 @@
-"""What every command shares: recipe, configuration file and overrides, progress, and errors in one line.
+"""What every command shares: recipe, configuration file and overrides, and errors in one line.
 
 `ddfast <command>` and `python -m ddfast.<command>` are the same.
 """
@@ -11,19 +11,18 @@ import dataclasses
 import importlib
 import io
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-from tqdm import tqdm
 
 from ddfast import env
-from ddfast.config import DD1_PREFIX, SettingError, TrainConfig, read_toml, update
+from ddfast.config import DD1_PREFIX, MethodConfig, SettingError, TrainConfig, read_toml, update
 from ddfast.errors import DDFastError
-from ddfast.recipes import get_recipe
+from ddfast.models import families
+from ddfast.recipes import get_recipe, import_users
 
 COMMANDS = {
     "train": "from a teacher to a student, with a report",
@@ -40,7 +39,6 @@ IN_MANY_PROCESSES = ("trajectories", "doctor")
 
 Options = TypeVar("Options", bound=TrainConfig)
 Plain = TypeVar("Plain")
-_PLAIN_SECONDS = 5.0
 
 _BY_CONVERT = "not an option here: `ddfast convert` reads it off the official files"
 _OFFICIAL: dict[str, dict[str, str]] = {
@@ -124,6 +122,7 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
     if debug:
         rest.remove("--debug")
     try:
+        rest = _import_users(rest)
         if command not in IN_MANY_PROCESSES:
             env.check_one_process(f"`{command}`")
         body(rest)
@@ -155,11 +154,12 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
     known, _ = early.parse_known_args(arguments)
     rest = _without(arguments, "--config")
     file = read_toml(Path(known.config)) if known.config else {}
-    recipe = get_recipe(known.recipe or file.get("recipe", "digits"))
+    told = Path(known.config) if known.config and not known.recipe else None
+    recipe = get_recipe(known.recipe or file.get("recipe", "digits"), told=told)
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     default = kind(**values)
     update(default, file)
-    description = f"{COMMANDS[command]}. --config FILE reads TOML; --debug shows tracebacks.\n\nExamples:\n{examples}"
+    description = _description(command, examples, "--config FILE reads TOML; ")
     options = _parsed(command, kind, rest, description, default=default)
     if options.method != recipe.method and options.out == recipe.out:  # both methods have their default folder
         options.out = options.out.with_name(f"{options.out.name}-{options.method}")
@@ -168,8 +168,13 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
 
 def parse_plain(command: str, kind: type[Plain], arguments: list[str], examples: str) -> Plain:
     """Options of a command that works on a finished run and so takes no recipe."""
-    description = f"{COMMANDS[command]}. --debug shows tracebacks.\n\nExamples:\n{examples}"
-    return _parsed(command, kind, arguments, description)
+    return _parsed(command, kind, arguments, _description(command, examples))
+
+
+def _description(command: str, examples: str, more: str = "") -> str:
+    """What `--help` says before the options."""
+    own = "--import MODULE imports a module of yours first, with families of teachers (docs/adding-a-teacher.md)"
+    return f"{COMMANDS[command]}. {more}{own}; --debug shows tracebacks.\n\nExamples:\n{examples}"
 
 
 def _parsed(command: str, kind: type[Plain], arguments: list[str], description: str, **settings: Any) -> Plain:
@@ -214,13 +219,16 @@ def check_effect(arguments: Sequence[str], ignored: Mapping[str, str]) -> None:
 
 def of_other_methods(options: TrainConfig) -> dict[str, str]:
     """Flags of training that have no effect with a recipe and a method, for `check_effect`."""
-    ignored = {"dd1": "--method dd2 has settings of its own"}
-    if options.method == "dd1":
-        ignored = {"dd2": "--method dd1 has settings of its own"}
-        if not options.init.startswith(DD1_PREFIX):  # that one says what it is for
-            ignored["init"] = "only --method dd2 starts from anything but the teacher"
-    if not options.recipe.startswith("llamagen"):
-        ignored["dd2.adapt"] = "only LlamaGen's networks are adapted"
+    ignored = {
+        field.name: f"--method {options.method} has settings of its own"
+        for field in dataclasses.fields(options)
+        if isinstance(getattr(options, field.name), MethodConfig) and field.name != options.method
+    }
+    if options.method == "dd1" and not options.init.startswith(DD1_PREFIX):  # that one says what it is for
+        ignored["init"] = "only --method dd2 starts from anything but the teacher"
+    network = families.of_config(options.teacher).students["dd2"]
+    if not getattr(network, "looks_up", False):
+        ignored["dd2.adapt"] = "only networks of teachers that look their tokens up (LlamaGen) are adapted"
     return ignored
 
 
@@ -243,39 +251,14 @@ def overlay(target: Any, options: Any, table: str, arguments: Sequence[str]) -> 
             setattr(target, field.name, getattr(options, field.name))
 
 
-def labels(text: str) -> tuple[int, ...] | None:
-    """Class labels from "1,2,3"; None for an empty text."""
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else None
-    except ValueError:
-        raise DDFastError(f"--classes: got {text!r}, expected numbers separated by commas, such as 1,2,3") from None
-
-
-def progress_bar(title: str) -> Callable[[int, int, str], None]:
-    """A callback progress(done, total, text): a bar with rate and ETA on a terminal, a line now and then elsewhere."""
-    bar: tqdm | None = None
-    started = last = time.monotonic()
-
-    def on_terminal(done: int, total: int, text: str) -> None:
-        nonlocal bar
-        if bar is None or bar.total != total:
-            bar = tqdm(total=total, desc=title, dynamic_ncols=True)
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    def plain(done: int, total: int, text: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done < total and now - last < _PLAIN_SECONDS:
-            return
-        last = now
-        rate = done / max(now - started, 1e-9)
-        left = f"{(total - done) / rate:.0f} s left" if done else "started"
-        print(", ".join(filter(None, (f"{title}: {done}/{total}", f"{rate:.1f}/s", left, text))), flush=True)
-
-    return on_terminal if sys.stderr.isatty() else plain
+def _import_users(arguments: list[str]) -> list[str]:
+    """Import the modules of `--import MODULE`; returns the other arguments."""
+    importing = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    importing.add_argument("--import", dest="modules", action="append", default=[])
+    known, rest = importing.parse_known_args(arguments)
+    for module in known.modules:
+        import_users(module)
+    return rest
 
 
 def _without(arguments: list[str], option: str) -> list[str]:

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ddfast.errors import DDFastError
 from ddfast.files import read_text
@@ -110,15 +110,43 @@ class VQTokenizerConfig(TokenizerConfig):
 
 
 @dataclass(kw_only=True)
-class TeacherConfig:
-    """What every AR teacher has: the sampling settings that distillation reproduces.
+class SamplingSettings:
+    """How a teacher is sampled; None: the teacher's own setting.
 
     Attributes:
-        cfg_scale: classifier-free guidance when sampling, in the teacher's own sense (VAR: 0 is off; others: 1).
-        temperature: when sampling.
-        top_k: codes kept when sampling; 0 is off.
-        top_p: probability mass kept when sampling; 1 is off.
+        cfg_scale: classifier-free guidance, in the teacher's own sense (VAR: 0 is off; others: 1).
+        temperature: of the softmax.
+        top_k: codes kept; 0 is off.
+        top_p: probability mass kept; 1 is off.
     """
+
+    cfg_scale: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """The settings that are not None, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingSettings)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class TargetConfig(SamplingSettings):
+    """Whose distribution a stage learns: the teacher's, with settings of its own or with others.
+
+    As files of before hold it, a negative number is None.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in self.sampling().items():
+            if value < 0:
+                setattr(self, name, None)
+
+
+@dataclass(kw_only=True)
+class TeacherConfig(SamplingSettings):
+    """What every AR teacher has: the sampling settings that distillation reproduces."""
 
     cfg_scale: float = 1.5
     temperature: float = 1.0
@@ -309,8 +337,12 @@ class OptimisationConfig:
         _require(self.precision in DTYPES[:2], "precision", self.precision, f"one of {', '.join(DTYPES[:2])}")
 
 
+class MethodConfig:
+    """Settings of one method: of a `TrainConfig`, those of the others have no effect."""
+
+
 @dataclass(kw_only=True)
-class DD1Config(OptimisationConfig):
+class DD1Config(OptimisationConfig, MethodConfig):
     """DD1 distillation.
 
     Attributes:
@@ -361,7 +393,7 @@ class AdaptConfig(OptimisationConfig):
 
 
 @dataclass(kw_only=True)
-class TuneConfig(OptimisationConfig):
+class TuneConfig(OptimisationConfig, TargetConfig):
     """DD2's stage 1: the teacher's backbone learns the velocity of its next token's flow.
 
     Attributes:
@@ -369,7 +401,6 @@ class TuneConfig(OptimisationConfig):
         draws: noisy versions of every token per step (m).
         loss: gts (the teacher's closed-form velocity) or monte_carlo (noise minus token).
         source: teacher (sequences sampled on the fly) or store (those of the run's trajectories).
-        top_k, top_p, cfg_scale: of the teacher's distribution; negative: its own.
     """
 
     iterations: int = 400
@@ -378,19 +409,17 @@ class TuneConfig(OptimisationConfig):
     draws: int = 2
     loss: str = "gts"
     source: str = "store"
-    top_k: int = -1
-    top_p: float = -1.0
-    cfg_scale: float = -1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        OptimisationConfig.__post_init__(self)
+        TargetConfig.__post_init__(self)
         _require_positive(self, "draws")
         _require(self.loss in ("gts", "monte_carlo"), "loss", self.loss, "gts or monte_carlo")
         _require(self.source in ("teacher", "store"), "source", self.source, "teacher or store")
 
 
 @dataclass(kw_only=True)
-class MatchConfig(OptimisationConfig):
+class MatchConfig(OptimisationConfig, TargetConfig):
     """DD2's stage 2: the generator learns to have the teacher's conditional scores (docs/dd2.md).
 
     `iterations` counts the generator's updates that alternate with the guidance network's.
@@ -421,7 +450,6 @@ class MatchConfig(OptimisationConfig):
             guidance network trains alone for so many updates.
         later_iterations: updates of the generator after the alignment.
         later_guidance_updates: K after the alignment.
-        top_k, top_p, cfg_scale: of the teacher's distribution; negative: its own.
         watch_every: steps between looks at the samples: likelihood, diversity, distance of averaged and live weights.
     """
 
@@ -449,13 +477,11 @@ class MatchConfig(OptimisationConfig):
     align_iterations: int = 0
     later_iterations: int = 0
     later_guidance_updates: int = 2
-    top_k: int = -1
-    top_p: float = -1.0
-    cfg_scale: float = -1.0
     watch_every: int = 500
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        OptimisationConfig.__post_init__(self)
+        TargetConfig.__post_init__(self)
         _require_positive(self, "guidance_updates", "later_guidance_updates", "draws", "watch_every")
         _require_positive(self, "start_learning_rate", "guidance_learning_rate")
         _require(self.form in ("sid", "kl"), "form", self.form, "sid or kl")
@@ -470,7 +496,7 @@ class MatchConfig(OptimisationConfig):
 
 
 @dataclass(kw_only=True)
-class DD2Config:
+class DD2Config(MethodConfig):
     """DD2 distillation.
 
     Attributes:
@@ -589,30 +615,49 @@ def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
                 raise DDFastError(f"configuration: {prefix}{name}: got {value!r}, expected a table")
             update(current, value, f"{prefix}{name}.")
             continue
-        if not _fits(value, current):
-            raise DDFastError(f"configuration: {prefix}{name}: got {value!r}, expected a value such as {current!r}")
-        setattr(target, name, type(current)(value) if isinstance(current, (Path, tuple)) else value)
+        kind = _kind(target, name) if current is None else type(current)
+        if not _fits(value, kind):
+            expected = f"a value such as {current!r}" if current is not None else f"a value of type {kind.__name__}"
+            raise DDFastError(f"configuration: {prefix}{name}: got {value!r}, expected {expected}")
+        setattr(target, name, kind(value) if issubclass(kind, (Path, tuple)) else value)
     check = getattr(target, "__post_init__", None)
     if check:
         check()
 
 
-def _fits(value: object, current: object) -> bool:
-    """Whether a TOML value can stand where `current` stands (None: anything can)."""
-    if current is None:
-        return True
-    if isinstance(current, bool) or isinstance(value, bool):
-        return isinstance(current, bool) and isinstance(value, bool)
-    if isinstance(current, float):
-        return isinstance(value, (int, float))
-    if isinstance(current, Path):
+def _kind(target: Any, name: str) -> type:
+    """The type of a field that may also be None."""
+    hint = get_type_hints(type(target))[name]
+    kind = next(kind for kind in get_args(hint) if kind is not type(None))
+    return get_origin(kind) or kind
+
+
+def _fits(value: object, kind: type) -> bool:
+    """Whether a TOML value can stand for a field of this type."""
+    if isinstance(value, bool):
+        return kind is bool
+    if issubclass(kind, Path):
         return isinstance(value, str)
-    if isinstance(current, tuple):
-        return isinstance(value, list)
-    return isinstance(value, type(current))
+    if kind is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, list if kind is tuple else kind)
+
+
+_UNSAID = {"cfg_scale": -1.0, "top_k": -1, "top_p": -1.0}
+"""What stood for None in these settings before: a training that was interrupted then goes on."""
 
 
 def config_hash(*parts: Any) -> str:
     """Twelve hex digits that identify a stage's settings, and so whether its artefact still matches."""
-    plain = [dataclasses.asdict(part) if hasattr(part, "__dataclass_fields__") else part for part in parts]
+    plain = [_hashed(part) for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _hashed(part: Any) -> Any:
+    """A part as JSON holds it."""
+    if not dataclasses.is_dataclass(part):
+        return part
+    values = {field.name: _hashed(getattr(part, field.name)) for field in dataclasses.fields(part)}
+    if isinstance(part, TargetConfig):
+        values = _UNSAID | {name: value for name, value in values.items() if value is not None}
+    return values

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ddfast import cli
-from ddfast.converting import Told, convert
+from ddfast.models.converting import Told, convert
 
 EXAMPLES = """  python -m ddfast.convert --teacher var_d16.pth --tokenizer vae_ch160v4096z32.pth --to var-d16
   python -m ddfast.convert --teacher c2i_L_256.pt --tokenizer vq_ds16_c2i.pt --student LlamaGen-DD-L.pt --to dd-l

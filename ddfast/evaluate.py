@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ddfast import cli
 from ddfast.config import EvaluationConfig
+from ddfast.evaluation.protocol import evaluate
 from ddfast.files import check_new, write_atomically
-from ddfast.pipeline import evaluate, open_student
-from ddfast.recipes import give_captions
+from ddfast.models.llamagen.captions import give_captions
+from ddfast.progress import progress_bar
 from ddfast.report import quality_table
+from ddfast.runs import open_student
 
 EXAMPLES = """  python -m ddfast.evaluate --student runs/digits
   python -m ddfast.evaluate --student runs/digits --evaluation.samples 20000 --json evaluation.json"""
@@ -45,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = cli.parse_plain("evaluate", EvaluateOptions, rest, EXAMPLES)
         if options.json:
             check_new(options.json, "--json")
-        config, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
+        config, teacher, student = open_student(options.student, options.device, progress_bar("teacher"))
         if options.captions:
             give_captions(teacher, options.captions, device=options.device)
         cli.overlay(config.evaluation, options.evaluation, "evaluation", rest)
-        metrics = evaluate(config, teacher, student, cli.progress_bar("evaluation"))
-        print("\n".join(quality_table(config, metrics)))
+        metrics = evaluate(config, teacher, student, progress_bar("evaluation"))
+        print("\n".join(quality_table(config, metrics, student)))
         if options.json:
             write_atomically(options.json, json.dumps(metrics, indent=2) + "\n")
 

@@ -23,15 +23,17 @@ from torch import Tensor
 import ddfast
 from ddfast.errors import DDFastError
 from ddfast.files import read_text, whole_folder, write_atomically
+from ddfast.models.autoregressive import Condition, condition_size, on_device, take
+from ddfast.models.llamagen.captions import captions_for
 from ddfast.models.loading import save_student, save_teacher
 from ddfast.models.official import CONFIG_FILE, STUDENT_FILE, TEACHER_FILE
-from ddfast.models.protocol import Condition, Teacher, condition_size, on_device, take
-from ddfast.models.student import Student
-from ddfast.ops import noise
-from ddfast.pipeline import CONFIG as RUN_CONFIG
-from ddfast.pipeline import LOCATION, METRICS_JSON, STAGES, open_student, plain
-from ddfast.recipes import captions_for
+from ddfast.models.protocol import Teacher
+from ddfast.models.student import DD1Student, Student
+from ddfast.ops import nearest_code, noise
+from ddfast.progress import silent
 from ddfast.report import quality_table
+from ddfast.runs import CONFIG as RUN_CONFIG
+from ddfast.runs import LOCATION, METRICS_JSON, STAGES, open_student, plain, read_json
 from ddfast.sampling import condition_index
 from ddfast.trajectories.memory import fitting, largest_sampling_batch
 
@@ -57,7 +59,7 @@ _ADVICE = "save_pretrained writes them, and `ddfast convert` with --student"
 _CARD = """# {title}
 
 A {passes} image generator, distilled from an auto-regressive teacher with Distilled Decoding
-([DD1, arXiv 2412.17153](https://arxiv.org/abs/2412.17153)) by ddfast {version}.
+({paper}) by ddfast {version}.
 
 ## Use
 
@@ -92,13 +94,27 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
     Args:
         teacher: decodes images, and takes part in teacher-involved sampling.
         student: the distilled network.
-        point: t1, where a second step starts.
+        point: t1, where a second step of a DD1 student starts; None: the student's own.
         card: texts of the model card: recipe, cost, evaluation; what is missing is said to be unknown.
     """
 
-    def __init__(self, teacher: Teacher, student: Student, *, point: int, card: dict[str, str] | None = None) -> None:
-        self.teacher, self.student, self.point = teacher, student, point
-        self.card = dict(card or {})
+    def __init__(
+        self, teacher: Teacher, student: Student, *, point: int | None = None, card: dict[str, str] | None = None
+    ) -> None:
+        self.teacher, self.student, self.card = teacher, student, dict(card or {})
+        if point is not None:
+            self.point = point
+
+    @property
+    def point(self) -> int | None:
+        """t1, where a second step starts; None: the method has none."""
+        return self.student.point if isinstance(self.student, DD1Student) else None
+
+    @point.setter
+    def point(self, point: int | None) -> None:
+        """Of a DD1 student."""
+        if isinstance(self.student, DD1Student):
+            self.student.point = point
 
     @classmethod
     def from_run(cls, folder: str | Path, *, device: str = "cpu") -> Generator:
@@ -108,15 +124,15 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             DDFastError: the folder holds no finished run.
         """
         folder = Path(folder)
-        config, teacher, student = open_student(folder, device, lambda done, total, text: None)
+        config, teacher, student = open_student(folder, device, silent)
         settings = _shareable({name: value for name, value in plain(config).items() if name not in LOCATION})
         card = {"recipe": f"`{config.recipe}`; every setting:\n\n```toml\n{tomli_w.dumps(settings)}```"}
         if (folder / STAGES).exists():
-            seconds = json.loads(read_text(folder / STAGES))
+            seconds = read_json(folder / STAGES)
             card["cost"] = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()) + f" on {device}."
         if (folder / METRICS_JSON).exists():
-            card["evaluation"] = "\n".join(quality_table(config, json.loads(read_text(folder / METRICS_JSON))))
-        return cls(teacher, student, point=config.dd1.point, card=card)
+            card["evaluation"] = "\n".join(quality_table(config, read_json(folder / METRICS_JSON), student))
+        return cls(teacher, student, card=card)
 
     @torch.no_grad()
     def images(
@@ -141,26 +157,54 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             guidance: settings of the teacher's part where it has one, as of `Student.sample`: cfg_scale, top_k, ...
 
         Raises:
-            TypeError, ValueError: an argument is unknown, is not as above, or has no effect.
+            TypeError, ValueError: an argument is unknown, is not as above, or has no effect; or the teacher has no
+                image tokenizer (`codes` needs none).
             DDFastError: captions cannot be read or encoded, or a batch does not fit in memory.
         """
-        for name in guidance:
-            if name in _NAMES_HERE:
-                raise TypeError(f"{name}: here it is called {_NAMES_HERE[name]}")
-        if (classes is None) == (captions is None):
-            raise ValueError(f"classes: got {'neither' if classes is None else 'both'} of classes and captions")
-        condition = self._condition(classes, captions)
+        condition = self._condition(classes, captions, guidance)
+        return self._sampled(condition, self.teacher.decode, steps, seed, first_index, batch_size, guidance)
+
+    @torch.no_grad()
+    def codes(
+        self,
+        classes: Sequence[int] | None = None,
+        *,
+        captions: Path | str | Sequence[str] | tuple[Tensor, Tensor] | None = None,
+        steps: int = 1,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 0,
+        **guidance: Any,
+    ) -> Tensor:
+        """Codes int64 [B, N] of the same samples; arguments and errors as of `images`."""
+        nearest = partial(nearest_code, codebook=self.teacher.codebook)
+        condition = self._condition(classes, captions, guidance)
+        return self._sampled(condition, nearest, steps, seed, first_index, batch_size, guidance)
+
+    def _sampled(
+        self,
+        condition: Condition,
+        become: Callable[[Tensor], Tensor],
+        steps: int,
+        seed: int,
+        first_index: int,
+        batch_size: int,
+        guidance: dict[str, Any],
+    ) -> Tensor:
+        """What `become` makes of the samples' embeddings [B, N, D], batch by batch."""
         count, device = condition_size(condition), self.teacher.codebook.device
-        settings = {**self.student.settings(steps, self.point), **guidance}
+        settings = {**self.student.settings(steps), **guidance}
         if first_index < 0 or batch_size < 0:
             raise ValueError(f"first_index, batch_size: got {first_index}, {batch_size}, expected at least 0")
-        decodes = "teacher_range" in settings
         if not batch_size:
             batch_size = 1
             if count > 1:
-                one = take(condition, torch.zeros(1, dtype=torch.int64, device=device))
                 batch_size = largest_sampling_batch(
-                    self.teacher, self.student, decodes=decodes, images=True, condition=one
+                    self.teacher,
+                    self.student,
+                    decodes="teacher_range" in settings,
+                    images=self.teacher.has_decoder,
+                    condition=take(condition, torch.zeros(1, dtype=torch.int64, device=device)),
                 )
         index = torch.arange(first_index, first_index + count, dtype=torch.int64)
         shape, made = (self.teacher.num_tokens, self.teacher.code_dim), []
@@ -168,11 +212,16 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             part = take(condition, rows.to(device))
             with fitting(len(rows), device, "the batch size"):
                 embeddings = self.student.sample(part, noise(seed, index[rows], shape, device), **settings)
-                made.append(self.teacher.decode(embeddings))
+                made.append(become(embeddings))
         return torch.cat(made)
 
-    def _condition(self, classes: Sequence[int] | None, captions: Any) -> Condition:
+    def _condition(self, classes: Sequence[int] | None, captions: Any, guidance: dict[str, Any]) -> Condition:
         """One condition per image, on the teacher's device, checked."""
+        for name in guidance:
+            if name in _NAMES_HERE:
+                raise TypeError(f"{name}: here it is called {_NAMES_HERE[name]}")
+        if (classes is None) == (captions is None):
+            raise ValueError(f"classes: got {'neither' if classes is None else 'both'} of classes and captions")
         device = self.teacher.codebook.device
         if captions is None:
             assert classes is not None
@@ -218,7 +267,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
     def _save_pretrained(self, save_directory: Path) -> None:
         folder = Path(save_directory)
         save_teacher(folder / TEACHER_FILE, self.teacher)
-        save_student(folder / STUDENT_FILE, self.student, {"point": self.point})
+        save_student(folder / STUDENT_FILE, self.student, {})
         config = {"ddfast": ddfast.__version__, "point": self.point, "student": self.student.config, "card": self.card}
         config |= {"family": type(self.teacher).__name__, "num_tokens": self.teacher.num_tokens}
         write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, default=list) + "\n")
@@ -275,8 +324,8 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             card = json.loads(read_text(folder / CONFIG_FILE)).get("card", {})
         except (ValueError, AttributeError) as error:
             raise DDFastError(f"{folder} holds no generator of ddfast ({CONFIG_FILE}: {error})") from error
-        config, teacher, student = open_student(folder, device, lambda done, total, text: None)
-        return cls(teacher, student, point=config.dd1.point, card=card)
+        _, teacher, student = open_student(folder, device, silent)
+        return cls(teacher, student, card=card)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card: teacher, recipe, cost and evaluation protocol."""
@@ -289,6 +338,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         text = _CARD.format(
             title=kwargs.get("title", f"Distilled {type(teacher).__name__}"),
             passes="one- or two-step",
+            paper=self.student.paper,
             version=ddfast.__version__,
             repository=kwargs.get("repo_id", "FOLDER"),
             teacher=f"{type(teacher).__name__}, {network / 1e6:.1f} M parameters, {teacher.num_tokens} tokens of "

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+
 from ddfast import env
+
+
+def first_process() -> bool:
+    """Whether this process speaks for those that torchrun started."""
+    return env.rank_and_world_size()[0] == 0
 
 
 def say(text: str) -> None:
     """Print one line, from the first process only."""
-    if env.rank_and_world_size()[0] == 0:
+    if first_process():
         print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """`say` what is alarming, on the error stream."""
+    if first_process():
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -21,8 +21,8 @@ from torch import Tensor
 from ddfast.errors import DDFastError
 from ddfast.files import check_new, check_writable, write_atomically
 from ddfast.models.checkpoint import save_tensors
-from ddfast.models.digits import Progress
 from ddfast.models.protocol import Teacher
+from ddfast.progress import Progress
 from ddfast.sampling import Samples
 from ddfast.trajectories.memory import fitting
 

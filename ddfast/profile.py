@@ -11,10 +11,12 @@ from ddfast import cli
 from ddfast.config import TrainConfig
 from ddfast.distill.stages import untrained_student
 from ddfast.errors import DDFastError
-from ddfast.pipeline import check_device, open_student
-from ddfast.profiling import profile
-from ddfast.recipes import give_captions, untrained_teacher
+from ddfast.evaluation.profiling import profile
+from ddfast.models.llamagen.captions import give_captions
+from ddfast.models.loading import untrained_teacher
+from ddfast.progress import progress_bar
 from ddfast.report import command_line
+from ddfast.runs import check_device, open_student
 
 EXAMPLES = """  python -m ddfast.profile --recipe digits --random-weights
   python -m ddfast.profile --student runs/digits --evaluation.batch-sizes 1 16 64 256"""
@@ -58,13 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             teacher = untrained_teacher(options).to(options.device)
             student = untrained_student(options, teacher)
         elif options.student:
-            config, teacher, student = open_student(options.student, options.device, cli.progress_bar("teacher"))
+            _, teacher, student = open_student(options.student, options.device, progress_bar("teacher"))
             if options.captions:
                 give_captions(teacher, options.captions, device=options.device)
-            options.dd1 = config.dd1  # the second step starts from the point that this student learnt
         else:
             raise DDFastError("give --student DIR, or --random-weights to time untrained networks")
-        shown, command = cli.progress_bar("speed"), command_line("profile")
+        shown, command = progress_bar("speed"), command_line("profile")
         lines = profile(options, teacher, student, options.out, command=command, rounds=options.rounds, progress=shown)
         print("\n".join(lines))
 

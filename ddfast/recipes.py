@@ -1,22 +1,19 @@
-"""Recipes: functions that return a fresh configuration, and the teacher that goes with it."""
+"""Recipes: functions that return a fresh configuration; ours by name, a user's own as MODULE:FUNCTION."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import importlib
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ddfast import seeds
 from ddfast.config import (
     AdaptConfig,
     DD1Config,
     DD2Config,
-    DigitsTeacherConfig,
-    DigitsTokenizerConfig,
     EvaluationConfig,
     LlamaGenTeacherConfig,
     MatchConfig,
@@ -28,14 +25,7 @@ from ddfast.config import (
     VQTokenizerConfig,
 )
 from ddfast.errors import DDFastError
-from ddfast.models.captions import encode_captions, random_captions, read_captions
-from ddfast.models.digits import Progress, load_or_train, untrained_digits_teacher
-from ddfast.models.llamagen import LLAMAGEN_SIZES, LlamaGenSizes, LlamaGenTeacher
-from ddfast.models.loading import load_teacher
-from ddfast.models.protocol import SamplingDefaults, Teacher
-from ddfast.models.tokenizers import LlamaGenTokenizer, VARTokenizer
-from ddfast.models.var import VARSizes, VARTeacher
-from ddfast.models.vqgan import ConvSizes
+from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 
 
 def digits() -> TrainConfig:
@@ -225,163 +215,49 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 }
 
 
-def get_recipe(name: str) -> TrainConfig:
-    """A fresh configuration of the recipe `name`; an unknown name raises a `DDFastError` that lists the known ones."""
+def get_recipe(name: str, *, told: Path | None = None) -> TrainConfig:
+    """A fresh configuration of the recipe `name`, or of a user's own, "MODULE:FUNCTION", whose module is imported.
+
+    Args:
+        name: of the recipe.
+        told: the file that names it, if it is not the user: a file does not decide what is imported.
+
+    Raises:
+        DDFastError: there is no such recipe; or its module is not to be imported, cannot be, or does not hold it.
+    """
+    if ":" in name:
+        module = name.partition(":")[0]
+        if told is not None and module not in sys.modules:
+            why = f"it was made with a recipe of the module {module}, whose code a file does not start"
+            raise DDFastError(f"{told}: {why}; if you trust it, give --import {module}")
+        return _users_own(name)
     if name not in RECIPES:
-        raise DDFastError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+        own = "or one of your own, MODULE:FUNCTION"
+        raise DDFastError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, {own}")
     return RECIPES[name]()
 
 
-def build_teacher(config: TrainConfig, progress: Progress | None = None) -> Teacher:
-    """The configuration's teacher, on its device: trained on first use (digits), read from files, or random.
-
-    Raises:
-        DDFastError: a file is missing, unsafe or of other sizes than the configuration's.
-    """
-    teacher = config.teacher
-    if isinstance(teacher, DigitsTeacherConfig):
-        return load_or_train(config, progress)
-    assert isinstance(teacher, PretrainedTeacherConfig)
-    if teacher.random_weights:
-        return untrained_teacher(config).to(config.device)
-    if not teacher.weights:
-        raise DDFastError(
-            f"recipe {config.recipe} needs its teacher's files: --teacher.weights FILE --tokenizer.weights FILE "
-            "(or --teacher.random-weights to try it out)"
-        )
-    assert isinstance(config.tokenizer, VQTokenizerConfig)
-    sizes = _var_sizes(teacher) if isinstance(teacher, VARTeacherConfig) else _llamagen_sizes(teacher)
-    unsaid = ("mlp_ratio", "norm_eps", "rope_base", "token_num")
-    given = {name: value for name, value in vars(sizes).items() if name not in unsaid}
-    if isinstance(teacher, VARTeacherConfig):
-        given["patch_nums"] = tuple(teacher.patch_nums)
-        if not teacher.attn_l2_norm:
-            del given["num_heads"]
-    elif given["model_type"] == "t2i":
-        del given["num_classes"]
-    else:
-        del given["caption_dim"]
-    loaded = load_teacher(
-        teacher.weights,
-        config.tokenizer.weights or None,
-        dtype=getattr(torch, teacher.dtype),
-        defaults=_defaults(teacher),
-        **given,
-    )
-    return _with_captions(loaded, teacher).to(config.device)
-
-
-def untrained_teacher(config: TrainConfig) -> Teacher:
-    """The configuration's teacher with random weights drawn from its seed, for tests and profiling."""
-    teacher, tokenizer = config.teacher, config.tokenizer
-    seeds.seed_all(config.seed)
-    if isinstance(teacher, DigitsTeacherConfig):
-        assert isinstance(tokenizer, DigitsTokenizerConfig)
-        return untrained_digits_teacher(tokenizer, teacher)
-    assert isinstance(tokenizer, VQTokenizerConfig)
-    num_codes, code_dim = tokenizer.num_codes, tokenizer.code_dim
-    var = isinstance(teacher, VARTeacherConfig)
-    sizes = ConvSizes(
-        channels=tokenizer.channels,
-        multipliers=tuple(tokenizer.multipliers),
-        blocks=tokenizer.blocks,
-        latent_channels=tokenizer.code_dim if var else tokenizer.latent_channels,
-    )
-    made: Teacher
-    if isinstance(teacher, VARTeacherConfig):
-        vq = VARTokenizer(patch_nums=tuple(teacher.patch_nums), sizes=sizes, num_codes=num_codes, code_dim=code_dim)
-        made = VARTeacher(vq, _var_sizes(teacher), defaults=_defaults(teacher))
-    else:
-        assert isinstance(teacher, LlamaGenTeacherConfig)
-        flat = LlamaGenTokenizer(sizes=sizes, num_codes=num_codes, code_dim=code_dim)
-        made = LlamaGenTeacher(flat, _llamagen_sizes(teacher), defaults=_defaults(teacher))
-    assert isinstance(teacher, PretrainedTeacherConfig)
-    for name, parameter in made.named_parameters():
-        if not name.startswith("tokenizer."):
-            parameter.data = parameter.data.to(getattr(torch, teacher.dtype))
-    return _with_captions(made, teacher).eval().requires_grad_(False)
-
-
-def _defaults(teacher: PretrainedTeacherConfig) -> SamplingDefaults:
-    names = [field.name for field in dataclasses.fields(SamplingDefaults)]
-    return SamplingDefaults(**{name: getattr(teacher, name) for name in names})
-
-
-def _var_sizes(teacher: VARTeacherConfig) -> VARSizes:
-    return VARSizes(
-        num_classes=teacher.num_classes,
-        depth=teacher.depth,
-        embed_dim=64 * teacher.depth,
-        num_heads=teacher.depth,
-        shared_aln=teacher.shared_aln,
-        attn_l2_norm=teacher.attn_l2_norm,
-    )
-
-
-def _llamagen_sizes(teacher: PretrainedTeacherConfig) -> LlamaGenSizes:
-    assert isinstance(teacher, LlamaGenTeacherConfig)
-    return LlamaGenSizes(
-        dim=teacher.dim,
-        n_layer=teacher.n_layer,
-        n_head=teacher.n_head,
-        n_kv_head=teacher.n_kv_head or teacher.n_head,
-        ffn_dim=teacher.ffn_dim or 256 * -(-int(8 * teacher.dim / 3) // 256),
-        block_size=teacher.block_size,
-        model_type=teacher.model_type,
-        num_classes=teacher.num_classes,
-        cls_token_num=teacher.cls_token_num,
-        caption_dim=teacher.caption_dim,
-    )
-
-
-def _with_captions(made: Teacher, teacher: PretrainedTeacherConfig) -> Teacher:
-    """A text teacher with the captions that its training pairs cycle through."""
-    if isinstance(teacher, LlamaGenTeacherConfig) and teacher.model_type == "t2i":
-        assert isinstance(made, LlamaGenTeacher)
-        if teacher.captions:
-            give_captions(made, Path(teacher.captions))
-        elif teacher.random_weights or not teacher.weights:
-            made.captions = random_captions(8, teacher.cls_token_num, teacher.caption_dim)
-        else:
-            raise DDFastError("a text teacher needs --teacher.captions FILE: features made by `encode_captions`")
-    return made
-
-
-def give_captions(teacher: Teacher, captions: Path | Sequence[str], **encoding: Any) -> None:
-    """Set the captions that the samples of a text teacher cycle through; arguments and errors as of `captions_for`."""
-    made = captions_for(teacher, captions, **encoding)
-    assert isinstance(teacher, LlamaGenTeacher)
-    teacher.captions = made
-
-
-def captions_for(
-    teacher: Teacher, captions: Path | Sequence[str], *, encoder: str = "", device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Features [M, C, dim] and mask [M, C] of captions for a text teacher.
-
-    Args:
-        teacher: a text-conditional one.
-        captions: a file of features or of lines of text, or texts.
-        encoder: name or folder of the T5 that encodes texts; empty: the one that LlamaGen was trained with.
-        device: where it runs.
-
-    Raises:
-        DDFastError: the teacher takes class labels, a file cannot be read, the encoder is not there, or the features
-            are not this teacher's.
-    """
-    if not isinstance(teacher, LlamaGenTeacher) or teacher.num_classes:
-        expected = f"class labels, 0..{teacher.num_classes - 1}"
-        raise DDFastError(f"captions: have no effect: this {type(teacher).__name__} is conditioned on {expected}")
-    encoding: dict[str, Any] = {"length": teacher.sizes.cls_token_num, "device": device}
-    if encoder:
-        encoding["model"] = encoder
-    if isinstance(captions, Path):
-        made = read_captions(captions, **encoding)
-    else:
-        made = encode_captions([captions] if isinstance(captions, str) else list(captions), **encoding)
+def _users_own(name: str) -> TrainConfig:
+    module, _, function = name.partition(":")
     try:
-        teacher.check_condition(made)
-    except (TypeError, ValueError) as error:
-        source = captions if isinstance(captions, Path) else "captions"
-        raise DDFastError(f"{source}: {str(error).removeprefix('condition: ')}") from error
+        made = getattr(import_users(module), function)()
+    except AttributeError as error:
+        raise DDFastError(f"recipe {name!r}: {error}") from error
+    if not isinstance(made, TrainConfig):
+        raise DDFastError(f"recipe {name!r} returns a {type(made).__name__}, expected a ddfast.config.TrainConfig")
+    made.recipe = name
     return made
+
+
+def import_users(module: str) -> ModuleType:
+    """Import a module of the user's, found as `python -m` finds it: in the current folder too.
+
+    Raises:
+        DDFastError: there is none, or it fails.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever the user's module raises
+        raise DDFastError(f"cannot import {module}: {type(error).__name__}: {error}") from error

@@ -15,30 +15,13 @@ import torch
 import ddfast
 from ddfast import seeds
 from ddfast.config import TrainConfig
+from ddfast.evaluation.sources import SOURCES, sources_for, stream
 from ddfast.files import write_atomically
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import native
 from ddfast.pictures import decoded, grid
-from ddfast.sampling import sources_for, stream
-
-_ROWS = {
-    "teacher": ("teacher, AR decoding", "{n}"),
-    "ode_pairs": ("teacher, flow from noise (the training pairs)", "{n}"),
-    "ar_diffusion": ("AR-diffusion model (stage 1)", "{n} x 10"),
-    "student_1step": ("{method} student", "1"),
-    "student_2step": ("{method} student", "{two}"),
-    "teacher_involved": ("{method} student, teacher-involved", "2 + {quarter} AR"),
-    "skip_last": ("baseline skip-last", "{kept} AR"),
-    "independent_marginals": ("baseline onestep* (independent marginals)", "1"),
-}
-
-_PICTURES = {
-    "teacher": "teacher",
-    "student_1step": "{method}, 1 step",
-    "student_2step": "{method}, 2 steps",
-    "independent_marginals": "independent marginals",
-}
+from ddfast.runs import PICTURES
 
 
 def machine() -> dict[str, str]:
@@ -79,7 +62,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
+def quality_table(config: TrainConfig, metrics: dict[str, Any], student: Student) -> list[str]:
     """Lines of a Markdown table, a row per source of samples.
 
     Its form: docs/method.md section 18 (Published results).
@@ -90,12 +73,12 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
     head += [f"with image decoding, batch {batch}" for batch in batches]
     head += [f"speed-up over AR, batch {batch}" for batch in batches]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for key, (label, steps) in _ROWS.items():
-        if key not in metrics:
+    names = {"method": student.method.upper(), "two": student.two_steps, **_steps(metrics["num_groups"])}
+    for source in SOURCES.values():
+        row = metrics.get(source.name, {})
+        if not source.label or not row:
             continue
-        row = metrics[key]
-        names = {"method": metrics["method"].upper(), "two": "2" if metrics["method"] == "dd1" else "1 + 1 AR"}
-        cells = [label.format(**names), steps.format(**names, **_steps(metrics["num_groups"]))]
+        cells = [source.label.format(**names), source.steps.format(**names)]
         forms = {"frechet": ".2f", "class_accuracy": ".3f", "teacher_nll": ".3f", "pair_tv": ".3f"}
         cells += [format(row[name], form) if name in row else "" for name, form in forms.items()]
         for timing, scale, form in (
@@ -123,21 +106,23 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_report(config: TrainConfig, metrics: dict[str, Any], seconds: dict[str, float], path: Path) -> None:
+def write_report(
+    config: TrainConfig, metrics: dict[str, Any], student: Student, seconds: dict[str, float], path: Path
+) -> None:
     """The table, the pictures and what produced them.
 
     Args:
         config: the run's settings.
         metrics: content of metrics.json.
+        student: of the run.
         seconds: duration of every stage.
         path: the Markdown file.
     """
     text = [
-        f"# {config.method.upper()} on the recipe `{config.recipe}`",
+        f"# {student.method.upper()} on the recipe `{config.recipe}`",
         "",
-        "![samples](samples.png)",
-        "",
-        *quality_table(config, metrics),
+        *([f"![samples]({PICTURES})", ""] if student.teacher.has_decoder else []),
+        *quality_table(config, metrics, student),
         "",
         "## What produced it",
         "",
@@ -163,7 +148,9 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
     from matplotlib import pyplot
 
     classes = min(teacher.num_conditions, 10)
-    pictures = {source: title for source, title in _PICTURES.items() if source in sources_for(teacher, student)}
+    method = student.method.upper()
+    sources = sources_for(teacher, student)
+    pictures = {source.name: source.picture.format(method=method) for source in sources if source.picture}
     figure, axes = pyplot.subplots(1, len(pictures), figsize=(4.2 * len(pictures), 0.68 * classes + 0.5))
     for axis, (source, title) in zip(axes, pictures.items(), strict=True):
         batches = stream(
@@ -172,14 +159,13 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
             student,
             count=classes * columns,
             seed=seeds.derived(config.seed, 3_000_003),
-            point=config.dd1.point,
             classes=range(classes),
             batch_size=min(config.evaluation.batch_size, 64),
         )
         image = grid(torch.cat([decoded(batch, teacher) for batch in batches]), classes)
         height = (len(image) + 1) // classes
         axis.imshow(image.numpy(), interpolation="nearest")
-        axis.set_title(title.format(method=config.method.upper()))
+        axis.set_title(title)
         axis.set_xticks([])
         axis.set_yticks([label * height + height / 2 for label in range(classes)], range(classes))
         axis.tick_params(length=0)

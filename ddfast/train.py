@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ddfast import cli
 from ddfast.config import TrainConfig
 from ddfast.pipeline import train
+from ddfast.progress import progress_bar
 
 EXAMPLES = """  python -m ddfast.train --recipe digits --method dd1
   python -m ddfast.train --out runs/long --dd1.iterations 5000 --seed 1
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body(rest: list[str]) -> None:
         options = cli.parse("train", TrainConfig, rest, EXAMPLES)
         cli.check_effect(rest, {**cli.of_other_methods(options), **cli.of_other_weights(options)})
-        train(options, progress_bar=cli.progress_bar)
+        train(options, progress_bar=progress_bar)
 
     return cli.run("train", body, arguments)
 

@@ -12,16 +12,15 @@ import ddfast.hub
 from ddfast.cli import main
 from ddfast.errors import DDFastError
 from ddfast.hub import Generator
-from ddfast.models.captions import random_captions, save_captions
-from ddfast.models.digits import untrained_digits_teacher
-from ddfast.models.loading import flow_network_class, start_student
+from ddfast.models.llamagen.captions import random_captions, save_captions
+from ddfast.models.loading import start_student, student_class, untrained_teacher
 from ddfast.recipes import get_recipe
 
 
 def digits_teacher():
     config = get_recipe("digits")
     config.teacher.width, config.teacher.depth = 32, 1
-    return untrained_digits_teacher(config.tokenizer, config.teacher)
+    return untrained_teacher(config)
 
 
 TEACHERS = {"digits": digits_teacher, "var": var_teacher_like, "llamagen": llamagen_teacher_like}
@@ -239,7 +238,7 @@ def test_images_do_not_depend_on_the_batch():
 
 def test_the_teachers_part_takes_settings():
     teacher = var_teacher_like()
-    network = flow_network_class(teacher).from_teacher(teacher, head_width=16, head_depth=1).eval()
+    network = student_class(teacher, "dd2").from_teacher(teacher, head_width=16, head_depth=1).eval()
     made = Generator(teacher, network, point=1)
     labels = list(range(5)) * 8
     plain, guided = made.images(labels, steps=2), made.images(labels, steps=2, cfg_scale=30.0)
@@ -256,7 +255,7 @@ def test_a_text_generator_is_given_captions(tmp_path):
     images = loaded.images(captions=tmp_path / "captions.safetensors", steps=2)
     assert images.shape == (3, 3, 6, 6)
     torch.testing.assert_close(loaded.images(captions=(features, mask), steps=2, batch_size=2), images)
-    network = flow_network_class(teacher).from_teacher(teacher, head_width=16, head_depth=1).eval()
+    network = student_class(teacher, "dd2").from_teacher(teacher, head_width=16, head_depth=1).eval()
     assert Generator(teacher, network, point=1).images(captions=(features, mask), steps=3).shape == (3, 3, 6, 6)
     with pytest.raises(ValueError, match="conditioned on text: give captions"):
         loaded.images([0])

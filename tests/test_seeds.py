@@ -8,11 +8,13 @@ from ddfast import seeds
 from ddfast.config import DigitsTokenizerConfig, TrainConfig
 from ddfast.distill import stages
 from ddfast.distill.trainer import _step_seed
-from ddfast.models.captions import random_captions
-from ddfast.models.digits import digit_batch, train_tokenizer
+from ddfast.evaluation.sources import MEASURED, sample
+from ddfast.models.digits.data import digit_batch
+from ddfast.models.digits.tokenizer import train_tokenizer
+from ddfast.models.llamagen.captions import random_captions
+from ddfast.models.loading import untrained_teacher
 from ddfast.models.toy import ToyTeacher
-from ddfast.recipes import get_recipe, untrained_teacher
-from ddfast.sampling import SOURCES, sample
+from ddfast.recipes import get_recipe
 
 LARGE = [2**32, 2**32 + 7, 2**33, 2**48 + 7, 2**63, 2**64 - 1]
 
@@ -56,8 +58,8 @@ USES = {
     "toy": lambda seed: ToyTeacher(seed=seed).tables,
     "step": lambda seed: torch.tensor([_step_seed(seed, 3)]),
     **{
-        source: lambda seed, source=source: sample(source, ToyTeacher(), count=60, seed=seed, point=1).codes
-        for source in SOURCES
+        source: lambda seed, source=source: sample(source, ToyTeacher(), count=60, seed=seed).codes
+        for source in MEASURED
         if "student" not in source and source not in ("teacher_involved", "ar_diffusion")
     },
 }
@@ -83,7 +85,7 @@ def test_other_numbers_are_no_seeds(seed):
         with pytest.raises(ValueError, match=rf"seed: got {seed}, expected 0 to 2\^64 - 1"):
             call(seed)
     with pytest.raises(ValueError, match="seed: got"):
-        sample("teacher", ToyTeacher(), count=1, seed=seed, point=1)
+        sample("teacher", ToyTeacher(), count=1, seed=seed)
 
 
 @pytest.mark.parametrize("seed", [1.0, True, "1"])

@@ -12,10 +12,10 @@ import torch
 
 from ddfast.config import DD1Config, TrainConfig, TrajectoryConfig, update
 from ddfast.distill.stages import distill, match, tune
+from ddfast.evaluation.sources import sample
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
-from ddfast.sampling import sample
 from ddfast.trajectories.generate import generate_trajectories, store_settings
 from ddfast.trajectories.store import TrajectoryStore
 
@@ -44,7 +44,7 @@ def test_total_variation_from_the_exact_joint(tmp_path, seed):
     )
     distance = {
         source: teacher.total_variation(
-            sample(source, teacher, student, count=SAMPLES, seed=seed + 1000, point=2, batch_size=50_000).codes
+            sample(source, teacher, student, count=SAMPLES, seed=seed + 1000, batch_size=50_000).codes
         )
         for source in ("teacher", "ode_pairs", "student_1step", "student_2step", "independent_marginals")
     }
@@ -81,7 +81,7 @@ def test_dd2_of_one_token(tmp_path, seed, form, bound, fake_score):
     tune(config, teacher, guide, None, tmp_path)
     student = copy.deepcopy(guide)
     match(config, teacher, student, guide, tmp_path)
-    codes = sample("student_1step", teacher, student, count=SAMPLES, seed=seed + 1000, point=1, batch_size=50_000).codes
+    codes = sample("student_1step", teacher, student, count=SAMPLES, seed=seed + 1000, batch_size=50_000).codes
     distance = teacher.total_variation(codes)
     print(f"\nseed {seed}: one token, {form}, fake score by {fake_score}: {distance:.4f}")
     assert distance <= bound
@@ -97,7 +97,7 @@ def test_stage_1_of_dd2(tmp_path, seed):
         update(config.dd2.tune, {"optimizer": "muon", "learning_rate": 6e-3})
         tuned = network(teacher, seed)
         tune(config, teacher, tuned, None, tmp_path / loss)
-        samples = sample("ar_diffusion", teacher, tuned, count=50_000, seed=seed + 1000, point=1, batch_size=10_000)
+        samples = sample("ar_diffusion", teacher, tuned, count=50_000, seed=seed + 1000, batch_size=10_000)
         distance[loss] = teacher.total_variation(samples.codes)
     print(f"\nseed {seed}:", ", ".join(f"{loss} {value:.4f}" for loss, value in distance.items()))
     assert distance["gts"] <= 0.10
@@ -114,7 +114,7 @@ def test_dd2_of_four_tokens(tmp_path, seed):
         update(config.dd2.match, {"start_iterations": 2000, "iterations": 1000, "guidance_first": 200, **shared})
         student, guide = network(teacher, seed), network(teacher, seed + 1)
         match(config, teacher, student, guide if score_weight else None, tmp_path / str(score_weight))
-        made = sample("student_1step", teacher, student, count=SAMPLES, seed=seed + 1000, point=1, batch_size=50_000)
+        made = sample("student_1step", teacher, student, count=SAMPLES, seed=seed + 1000, batch_size=50_000)
         distance[score_weight] = teacher.total_variation(made.codes)
     print(f"\nseed {seed}: 1 step {distance[10.0]:.4f}, without the score distance {distance[0.0]:.4f}")
     assert distance[10.0] <= 0.09

@@ -27,9 +27,9 @@ from ddfast.distill.losses import (
 )
 from ddfast.distill.method import Batch, ExponentialMovingAverage, Method, Roles, scheduled_rate
 from ddfast.distill.monitor import Watcher
+from ddfast.models.autoregressive import Condition, SamplingDefaults
 from ddfast.models.flow_network import FlowNetwork
-from ddfast.models.llamagen import LlamaGenFlowNetwork
-from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+from ddfast.models.protocol import Teacher
 from ddfast.ops import codebook_posterior, flow_sample, nearest_code, velocity
 from ddfast.ops.forms import add_noise
 from ddfast.ops.geometry import codebook_geometry
@@ -54,8 +54,8 @@ class Adaptation(Method):
 
     def __init__(self, roles: Roles, config: AdaptConfig, held_out: Batch | None = None) -> None:
         super().__init__(roles)
-        if not isinstance(roles.student, LlamaGenFlowNetwork):
-            raise TypeError(f"student: got {type(roles.student).__name__}, expected a LlamaGenFlowNetwork")
+        if not isinstance(roles.student, FlowNetwork) or not roles.student.looks_up:
+            raise TypeError(f"student: got {type(roles.student).__name__}, expected a network that looks tokens up")
         self.student, self.config, self.held_out = roles.student, config, held_out
         self.networks = {"fit": roles.student, "tune": roles.student}
         self.total = config.iterations
@@ -285,7 +285,7 @@ class Matching(Method):
 
 def sampling_settings(teacher: Teacher, config: TuneConfig | MatchConfig) -> SamplingDefaults:
     """The teacher's own sampling settings, with what the configuration changes of them."""
-    changed = {name: getattr(config, name) for name in ("top_k", "top_p", "cfg_scale") if getattr(config, name) >= 0}
+    changed = config.sampling()
     return dataclasses.replace(teacher.defaults, **changed)
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ddfast import private_api
 from ddfast.config import OptimisationConfig
+from ddfast.models.autoregressive import Condition
 from ddfast.models.flow_network import FlowNetwork
-from ddfast.models.protocol import Condition, Teacher
+from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.schedule import warmup_cosine
 
@@ -90,8 +92,7 @@ class ExponentialMovingAverage:
     def update(self, network: nn.Module, step: int) -> None:
         """Move the average towards the network after its update number `step` (0-based)."""
         rate = min(self.decay, (step + 1) / (step + 10))
-        averages = list(self.average.values())
-        torch._foreach_lerp_(averages, list(network.parameters()), 1 - rate)
+        private_api.foreach_lerp_(list(self.average.values()), list(network.parameters()), 1 - rate)
 
     @contextlib.contextmanager
     def applied_to(self, network: nn.Module) -> Iterator[None]:

@@ -14,11 +14,12 @@ from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
 from ddfast.distill.method import Roles
 from ddfast.distill.trainer import from_noise, from_store, optimise
-from ddfast.models.digits import Progress
+from ddfast.models import families
 from ddfast.models.flow_network import FlowNetwork
-from ddfast.models.loading import flow_network_class, start_student
+from ddfast.models.loading import start_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
+from ddfast.progress import Progress
 from ddfast.trajectories.store import Trajectories
 
 Live = dict[str, Tensor]
@@ -41,6 +42,7 @@ def distill(
     seeds.seed_all(config.seed)
     if student is None:
         student = start_student(teacher)
+    student.point = config.dd1.point
     if config.dd1.split >= 0:
         student.split = config.dd1.split
     student = student.to(config.device, torch.float32).train().requires_grad_(True)
@@ -63,15 +65,21 @@ def distill(
 def new_network(config: TrainConfig, teacher: Teacher, *, from_teacher: bool = True) -> FlowNetwork:
     """A DD2 network of the configuration's size: the teacher's backbone, or one drawn anew, and a new head."""
     seeds.seed_all(config.seed)
-    dd2 = config.dd2
-    kind, sizes = flow_network_class(teacher), {"head_width": dd2.head_width, "head_depth": dd2.head_depth}
+    family, dd2 = families.of_teacher(teacher), config.dd2
+    kind, sizes = family.students["dd2"], {**family.sizes, "head_width": dd2.head_width, "head_depth": dd2.head_depth}
     network = kind.from_teacher(teacher, **sizes) if from_teacher else kind(teacher, **sizes)
+    assert isinstance(network, FlowNetwork)
     return network.to(config.device, torch.float32)
 
 
 def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
     """A student of the configuration's method before its training, to profile it."""
-    student = new_network(config, teacher) if config.method == "dd2" else start_student(teacher)
+    student: Student
+    if config.method == "dd2":
+        student = new_network(config, teacher)
+    else:
+        student = start_student(teacher)
+        student.point = config.dd1.point
     return student.to(config.device).eval()
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Protocol
@@ -19,11 +18,13 @@ from ddfast.config import OptimisationConfig
 from ddfast.distill.method import Batch, ExponentialMovingAverage, Method
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
+from ddfast.messages import warn
+from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import load_tensors, save_tensors
-from ddfast.models.digits import Progress
 from ddfast.models.official import UNFINISHED
-from ddfast.models.protocol import SamplingDefaults, Teacher
+from ddfast.models.protocol import Teacher
 from ddfast.ops import noise
+from ddfast.progress import Progress
 from ddfast.trajectories.store import Trajectories
 
 CHECKPOINT = UNFINISHED
@@ -117,7 +118,7 @@ def optimise(
                 if alarm and not alarmed:
                     alarmed = True
                     kept = run.keep(out / CHECKPOINT, out / ALARM_CHECKPOINT)
-                    print(f"warning: {stage}, step {run.step}: {alarm}; {kept} is kept", file=sys.stderr, flush=True)
+                    warn(f"{stage}, step {run.step}: {alarm}; {kept} is kept")
             if run.step % config.log_every == 0 or run.step == method.total:
                 rate = (run.step - first_step) / (time.perf_counter() - started)
                 line = {"stage": stage, "step": run.step, **{name: _number(value) for name, value in latest.items()}}

@@ -26,10 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddfast.models.llamagen import LlamaGenTeacher, rope_table
-from ddfast.models.protocol import Condition, Sampler, SamplingDefaults, Teacher, condition_size
+from ddfast import private_api
+from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
+from ddfast.models.decoding import Sampler
+from ddfast.models.llamagen.network import LlamaGenTeacher, rope_table
+from ddfast.models.protocol import Teacher
 from ddfast.models.transformer import TransformerTeacher
-from ddfast.models.var import VARTeacher
+from ddfast.models.var.network import VARTeacher
 from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS, flow_sample_reference
 
 
@@ -120,7 +123,7 @@ class PlainDecoder(ABC):
             condition_size(condition), teacher.num_tokens, dtype=torch.int64, device=teacher.codebook.device
         )
         # VAR has a graph per scale, and torch.compile by itself stops at eight.
-        limit = torch._dynamo.config.patch(recompile_limit=64) if self.compiled else contextlib.nullcontext()
+        limit = private_api.recompilations(64) if self.compiled else contextlib.nullcontext()
         with limit:
             self.begin(condition, stop)
             for group, (scale, (first, last)) in enumerate(zip(scales, pairwise(starts), strict=False)):
@@ -239,7 +242,7 @@ class _TokenDecoder(PlainDecoder):
         self.mask = mask
         if self.compiled:
             for tensor in (*self.keys, *self.values, self.mask, self.greedy):
-                torch._dynamo.mark_static_address(tensor)
+                private_api.mark_static_address(tensor)
 
     def logits(self, codes: Tensor, group: int) -> Tensor:
         if group == 0:
@@ -293,7 +296,7 @@ class _LlamaGenDecoder(_TokenDecoder):
         self.sizes = (sizes.n_layer, sizes.n_kv_head, sizes.dim // sizes.n_head)
         self.rope = rope_table(sizes, teacher.codebook.device)  # [C + N, K / 2, 2]
         if compile:
-            torch._dynamo.mark_static_address(self.rope)
+            private_api.mark_static_address(self.rope)
 
     def condition_tokens(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         teacher, embedding = self.teacher, cast(Any, self.teacher.cls_embedding)

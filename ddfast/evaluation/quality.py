@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ddfast import seeds
 from ddfast.config import TrainConfig
-from ddfast.evaluation.classifier import DigitsClassifier, load_or_train_classifier
+from ddfast.evaluation.sources import stream
 from ddfast.frechet import frechet_distance
-from ddfast.models.digits import DigitsTeacher, Progress, digit_batch
+from ddfast.models import families
 from ddfast.models.protocol import Teacher
-from ddfast.sampling import Samples, stream
+from ddfast.progress import Progress
+from ddfast.sampling import Samples
 from ddfast.trajectories.memory import fitting
 
 _LARGEST_PAIRED = 512
@@ -40,15 +41,15 @@ def pair_table_distance(codes: Tensor, reference: Tensor, num_codes: int) -> flo
 
 
 class Evaluator:
-    """Measures samples of one teacher's task against the teacher itself, and digits also against the real images.
+    """Measures samples of one teacher's task against the teacher itself, and where there is a classifier of its images
+    (digits), also against real ones.
 
     - teacher_nll: mean negative log-likelihood per token, in nats, under the teacher with its guidance and temperature
       but without top-k and top-p, so that every code has a finite likelihood.
     - pair_tv: `pair_table_distance` to fresh samples of the teacher; its floor is the teacher's own row. Only where the
       codebook is small enough for tables of pairs.
-    - frechet (digits): distance, in the features of a small classifier trained on the real digits, to rendered real
-      digits of the training split (as FID on ImageNet uses the training images).
-    - class_accuracy (digits): share of samples whose class the classifier recognises.
+    - frechet: distance, in the classifier's features, to real images (`Family.real_images`).
+    - class_accuracy: share of samples whose class the classifier recognises.
 
     Args:
         config: evaluation settings; the classifier is trained on first use and cached.
@@ -60,16 +61,15 @@ class Evaluator:
         self.teacher = teacher
         self.batch_size = config.evaluation.batch_size
         count = config.evaluation.samples
-        self.classifier: DigitsClassifier | None = None
-        if isinstance(teacher, DigitsTeacher):
-            self.classifier = load_or_train_classifier(progress)
-            images, _ = digit_batch("train", max(count, 5000), config.seed, number=10)
-            self.reference_features = self.classifier.features(images)
+        family = families.of_teacher(teacher)
+        self.classifier = family.feature_network(progress) if teacher.has_decoder else None
+        if self.classifier is not None:
+            self.reference_features = self.classifier.features(family.real_images(max(count, 5000), config.seed))
         self.reference_codes: Tensor | None = None
         if teacher.num_codes <= _LARGEST_PAIRED:
             # A seed of its own: the reference's draws are never those of the samples measured.
             seed = seeds.derived(config.seed, 1_000_003)
-            fresh = stream("teacher", teacher, count=count, seed=seed, point=1, batch_size=self.batch_size)
+            fresh = stream("teacher", teacher, count=count, seed=seed, batch_size=self.batch_size)
             self.reference_codes = torch.cat([batch.codes.cpu() for batch in fresh])
 
     @torch.no_grad()

@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ddfast import seeds
-from ddfast.evaluation.plain_decoding import plain_decoder
+from ddfast.evaluation.sources import sources_for
 from ddfast.models.decoding import release_graphs
-from ddfast.models.digits import Progress
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
-from ddfast.ops import noise
-from ddfast.sampling import draw_marginals, first_conditions, marginal_tables, sources_for
+from ddfast.progress import Progress
+from ddfast.sampling import Request, first_conditions
+
+IMAGE_DECODER = "image_decoder"
 
 _WARM_UP_ROUNDS = 2
 _ENOUGH_SECONDS = 20.0
@@ -30,7 +30,6 @@ def measure_speed(
     student: Student,
     *,
     batch_sizes: tuple[int, ...],
-    point: int,
     rounds: int = 7,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, float]]:
@@ -39,34 +38,31 @@ def measure_speed(
     Args:
         teacher, student: what is timed; guidance and filters are the teacher's defaults.
         batch_sizes: images per call.
-        point: t1, the point of the second step.
         rounds: repetitions after two that warm up; fewer for a source that takes more than 20 seconds in all.
         progress: called with rounds done, rounds in all, and the source.
 
     Returns:
-        {source: {batch size: seconds per image}} for "ar" (`Teacher.generate`), "ar_plain" (`plain_decoder`),
-        "student_1step", "student_2step", where they can be had "marginals" (one draw from tables made before), and
-        "image_decoder" (codes to pixels, which every other source leaves out).
+        {source: {batch size: seconds per image}} for the timed ones of `SOURCES` that can be had, where "teacher" is
+        `Teacher.generate`, "teacher_plain" `plain_decoder` and "independent_marginals" one draw from tables made
+        before; and where the teacher has a decoder, for `IMAGE_DECODER`: codes to pixels, which every other source
+        leaves out.
     """
     device = teacher.codebook.device
-    tables = None
-    if "independent_marginals" in sources_for(teacher):
-        tables = marginal_tables(teacher, seeds.generator(0, device), samples_per_class=500)
+    makers = {
+        source.name: source.maker(teacher, 0, samples_per_class=500)
+        for source in sources_for(teacher, student)
+        if source.timed
+    }
     result: dict[str, dict[int, float]] = {}
     turns = _WARM_UP_ROUNDS + rounds
     for number, batch in enumerate(batch_sizes):
-        index, condition = first_conditions(teacher, batch)
-        eps = noise(0, torch.arange(batch, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
+        index, _ = first_conditions(teacher, batch)
+        samples = torch.arange(batch, dtype=torch.int64)
+        request = Request(teacher=teacher, student=student, seed=0, number=samples, index=index)
         codes = torch.randint(teacher.num_codes, (batch, teacher.num_tokens), dtype=torch.int64, device=device)
-        sources: dict[str, Callable[[], Tensor]] = {
-            "ar": partial(teacher.generate, condition),
-            "ar_plain": partial(plain_decoder(teacher).generate, condition),
-            "student_1step": partial(student.sample, condition, eps),
-            "student_2step": partial(student.sample, condition, eps, **student.settings(2, point)),
-            "image_decoder": partial(teacher.decode, codes),
-        }
-        if tables is not None:
-            sources["marginals"] = partial(draw_marginals, tables, index)
+        sources: dict[str, Callable[[], Tensor]] = {name: partial(make, request) for name, make in makers.items()}
+        if teacher.has_decoder:
+            sources[IMAGE_DECODER] = partial(teacher.decode, codes)
         seconds: dict[str, list[float]] = {name: [] for name in sources}
         for turn in range(turns):
             for name, make in sources.items():

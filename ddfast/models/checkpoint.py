@@ -8,6 +8,7 @@ set of weights) costs nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -27,8 +28,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ddfast import private_api
 from ddfast.errors import DDFastError
 from ddfast.files import read_text, write_atomically
+from ddfast.messages import say
 
 INDEX_SUFFIX = ".index.json"
 """Of the file that tells in which of several files a tensor is (Hugging Face)."""
@@ -209,10 +212,11 @@ def _read_pytorch(path: Path, *, zipped: bool) -> Any:
             try:  # storages on the meta device are not read, and PyTorch notes where in the file they are
                 return _stored(torch.load(file, map_location="meta", weights_only=True), opened)
             except _NoPlaceError:  # before 2.12 it does so for fake tensors only, whose import takes seconds
-                from torch._subclasses.fake_tensor import FakeTensorMode
-
                 file.seek(0)
-                with torch.inference_mode(False), FakeTensorMode():
+                fake = private_api.fake_tensors()
+                if fake is None:
+                    return torch.load(file, map_location="cpu", weights_only=True)
+                with torch.inference_mode(False), fake:
                     return _stored(torch.load(file, map_location="cpu", weights_only=True), opened)
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # bytes that are no pickle of PyTorch at all
@@ -395,6 +399,25 @@ class _Undrawn(TorchFunctionMode):
 def cast_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A floating-point tensor in `dtype`; others, and with None all, as they are."""
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def one_dtype(tensors: Mapping[str, AnyTensor], source: object) -> torch.dtype | None:
+    """The widest floating-point type of a network's tensors where they have several; None where they have one.
+
+    Raises:
+        DDFastError: there is a type in which nothing is computed, such as float8.
+    """
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point}
+    strange = dtypes - {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+    if strange:
+        name = str(strange.pop()).removeprefix("torch.")
+        raise DDFastError(f"{source} holds {name} weights: convert them to float32, bfloat16 or float16 first")
+    if len(dtypes) < 2:
+        return None
+    widest = functools.reduce(torch.promote_types, dtypes)
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    say(f"{source} holds weights of several types ({names}): all are made {str(widest).removeprefix('torch.')}")
+    return widest
 
 
 def _header(config: dict[str, Any]) -> dict[str, str]:

@@ -14,18 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ddfast import private_api
+from ddfast.models.autoregressive import AutoRegressive, Condition
 from ddfast.ops import dispatch, draw_codes, sample_codes
 from ddfast.ops.common import compute_dtype
 from ddfast.ops.geometry import CodebookGeometry, codebook_geometry
-
-if TYPE_CHECKING:
-    from ddfast.models.protocol import Condition, Teacher
 
 Sampler: TypeAlias = Literal["multinomial", "greedy", "flow"]
 
@@ -95,7 +94,7 @@ class Inputs:
 class Decoding:
     """One decoding under way: `start`, then `step` for every group of the plan; `codes` [B, n] fills up."""
 
-    def __init__(self, teacher: Teacher, plan: Plan, inputs: Inputs) -> None:
+    def __init__(self, teacher: AutoRegressive, plan: Plan, inputs: Inputs) -> None:
         self.teacher, self.plan, self.inputs = teacher, plan, inputs
         self.starts = teacher.group_starts()
         device = teacher.codebook.device
@@ -178,10 +177,10 @@ class CudaGraphs:
         # Other threads (one that writes training pairs, say) may go on using the GPU.
         settings: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         # cuBLAS' workspaces are to lie in the graphs' own memory: others may free those that are there by now.
-        torch._C._cuda_clearCublasWorkspaces()
+        private_api.clear_cublas_workspaces()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, **settings):
             work()
-        torch._C._cuda_clearCublasWorkspaces()
+        private_api.clear_cublas_workspaces()
         return graph.replay
 
 
@@ -191,7 +190,7 @@ class GraphedDecoding:
     Holds its memory, the KV cache included, until it is dropped.
     """
 
-    def __init__(self, teacher: Teacher, plan: Plan, inputs: Inputs, geometry: CodebookGeometry | None) -> None:
+    def __init__(self, teacher: AutoRegressive, plan: Plan, inputs: Inputs, geometry: CodebookGeometry | None) -> None:
         graphs = CudaGraphs(teacher.codebook.device)
         self.inputs = inputs.clone()
         decoding = Decoding(teacher, plan, self.inputs)
@@ -230,11 +229,11 @@ class GraphedDecoding:
 KEPT_GRAPHS = 4
 """Shapes of decoding that a teacher keeps captured; the one not used for longest makes room."""
 
-_graphed: WeakKeyDictionary[Teacher, OrderedDict[Any, GraphedDecoding | None]] = WeakKeyDictionary()
+_graphed: WeakKeyDictionary[AutoRegressive, OrderedDict[Any, GraphedDecoding | None]] = WeakKeyDictionary()
 """Per teacher and what a graph depends on; None: met once, and not captured for that."""
 
 
-def decode(teacher: Teacher, plan: Plan, inputs: Inputs, *, graph: bool | None = None) -> Tensor:
+def decode(teacher: AutoRegressive, plan: Plan, inputs: Inputs, *, graph: bool | None = None) -> Tensor:
     """Codes int64 [B, n] of a plan; see `Teacher.generate` for `graph`."""
     # Compared with the codebook here, where a GPU is waited for anyway: no step can do that.
     geometry = codebook_geometry(teacher.codebook) if plan.sampler == "flow" else None
@@ -261,12 +260,12 @@ def decode(teacher: Teacher, plan: Plan, inputs: Inputs, *, graph: bool | None =
     return graphed.run(inputs)
 
 
-def release_graphs(teacher: Teacher) -> None:
+def release_graphs(teacher: AutoRegressive) -> None:
     """Give back the memory of a teacher's captured decodings; they are captured again when they are needed."""
     _graphed.pop(teacher, None)
 
 
-def _obstacle(teacher: Teacher, plan: Plan, inputs: Inputs) -> str:
+def _obstacle(teacher: AutoRegressive, plan: Plan, inputs: Inputs) -> str:
     """Why a decoding cannot be captured, or an empty string."""
     if not teacher.graphable:
         return f"{type(teacher).__name__} does not say that its steps can be captured (its attribute `graphable`)"

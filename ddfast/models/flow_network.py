@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.models.autoregressive import Condition
 from ddfast.models.layers import Linear, weights_dtype
-from ddfast.models.protocol import Condition, Teacher
+from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student, modulated
 from ddfast.models.transformer import TransformerNetwork, transformer_sizes
 from ddfast.ops import nearest_code
@@ -94,7 +95,15 @@ class FlowNetwork(Student):
         head_width, head_depth: of the velocity head.
         time: flow time at which the generator's head takes the noise; below 1 it starts less collapsed, because a
             guidance network at t=1 knows nothing but the mean.
+
+    Attributes:
+        looks_up: its teacher looks tokens up in a table, so that a network in the table's place has to learn it first
+            (`embedding_error`).
     """
+
+    method, paper, two_steps = "dd2", "[DD2, arXiv 2510.21003](https://arxiv.org/abs/2510.21003)", "1 + 1 AR"
+    starts_anywhere = False
+    looks_up: ClassVar[bool] = False
 
     def __init__(self, teacher: Teacher, *, head_width: int, head_depth: int, time: float = 1.0) -> None:
         super().__init__(teacher)
@@ -118,6 +127,10 @@ class FlowNetwork(Student):
     @abstractmethod
     def sizes_config(self) -> dict[str, Any]:
         """The backbone's part of `config`."""
+
+    def embedding_error(self) -> Tensor:
+        """Distance between the table of a teacher that `looks_up` and what stands in its place."""
+        raise TypeError(f"{type(self).__name__} reads embeddings: it has nothing to adapt")
 
     # What every network inherits ---------------------------------------------------------------------------------
 
@@ -173,7 +186,7 @@ class FlowNetwork(Student):
         codes = self.codebook[nearest_code(made[:, :border].contiguous(), self.codebook)]
         return codes if border == made.shape[1] else torch.cat((codes, made[:, border:]), dim=1)
 
-    def settings(self, steps: int, point: int) -> dict[str, Any]:
+    def settings(self, steps: int) -> dict[str, Any]:
         """k steps: one of the generator's, then the teacher makes the last k-1 groups again."""
         count = len(self.groups)
         if not 1 <= steps <= count + 1:

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ddfast.errors import DDFastError
 from ddfast.files import read_text
@@ -55,37 +55,34 @@ _WITHOUT_EFFECT = {
     "double_z", "using_sa", "using_mid_sa",
 }  # fmt: skip
 
-# Names that say of which network a state is; three of them are enough, so that an incomplete file is named as what it
-# is, with what it lacks.
-_SIGNS = {
-    ("var", "tokenizer"): ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight",
-                           "encoder.mid.block_1.conv1.weight", "quantize.embedding.weight", "quant_conv.weight"),
-    ("llamagen", "tokenizer"): ("encoder.conv_blocks.0.res.0.conv1.weight", "decoder.conv_blocks.0.res.0.conv1.weight",
-                                "encoder.mid.0.conv1.weight", "quantize.embedding.weight", "quant_conv.weight"),
-    ("var", "teacher"): ("word_embed.weight", "pos_1LC", "pos_start", "lvl_embed.weight", "class_emb.weight",
-                         "head_nm.ada_lin.1.weight", "blocks.0.ffn.fc1.weight"),
-    ("llamagen", "teacher"): ("tok_embeddings.weight", "output.weight", "norm.weight",
-                              "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight",
-                              "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"),
-    ("digits", "teacher"): ("class_embedding.weight", "position_embedding", "input.weight", "body.norm.weight",
-                            "head.weight"),
-}  # fmt: skip
-
-_FAMILY_NAMES = {"var": "VAR", "llamagen": "LlamaGen", "digits": "digits"}
+_MARKS = {
+    "dd2": ("velocity_head.",),
+    "dd1": ("final_layer_conti.linear.weight", "n_d_embed.weight", "data_embedding.weight"),
+}
+"""How names begin that a method's student has beside its teacher's."""
 
 
 class Kind(NamedTuple):
-    """What a set of weights is: a family, and "teacher", "student" (DD1), "network" (DD2) or "tokenizer"."""
+    """What a set of weights is: a family, its title, and "teacher", "tokenizer" or the method of a student."""
 
     family: str
+    title: str
     role: str
 
     def __str__(self) -> str:
-        family = _FAMILY_NAMES[self.family]
-        if self.role in ("teacher", "tokenizer"):
-            return f"a {family} {self.role}"
-        method = "DD1" if self.role == "student" else "DD2"
-        return f"a {method} student of a {family} teacher"
+        if self.is_student:
+            return f"a {self.role.upper()} student of a {self.title} teacher"
+        return f"a {self.title} {self.role}"
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is a student's, of whatever method."""
+        return self.role not in ("teacher", "tokenizer")
+
+
+Signs: TypeAlias = Mapping[Kind, tuple[str, ...]]
+"""Names that say of which network a state is; three of them are enough, so that an incomplete file is named as what it
+is, with what it lacks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,19 +132,19 @@ def checkpoint_file(given: str | Path) -> Path:
     raise DDFastError(f"no checkpoint at {path}: a folder, and {held}")
 
 
-def find_weights(content: Mapping[Any, Any], path: tuple[str, ...] = ()) -> list[Weights]:
+def find_weights(content: Mapping[Any, Any], signs: Signs, path: tuple[str, ...] = ()) -> list[Weights]:
     """Every set of weights in a checkpoint's content, whatever it is wrapped in, outermost first."""
     tensors = {_unwrapped(name): value for name, value in tensors_of(content).items()}
-    found = list(_sets(tensors, path)) if tensors else []
+    found = list(_sets(tensors, signs, path)) if tensors else []
     for name, value in content.items():
         if isinstance(value, Mapping):
-            found += find_weights(value, (*path, str(name)))
+            found += find_weights(value, signs, (*path, str(name)))
     return found
 
 
 def largest_set(content: Mapping[Any, Any], source: object) -> dict[str, AnyTensor]:
     """The tensors of a network that is none of ddfast's: the largest set in a checkpoint's content."""
-    found = find_weights(content)
+    found = find_weights(content, {})
     if not found:
         raise DDFastError(f"{source} holds no tensors")
     return max((one.tensors for one in found), key=len)
@@ -157,7 +154,7 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _sets(tensors: dict[str, AnyTensor], path: tuple[str, ...]) -> Iterator[Weights]:
+def _sets(tensors: dict[str, AnyTensor], signs: Signs, path: tuple[str, ...]) -> Iterator[Weights]:
     """The networks among tensors: under a common prefix, several side by side, or as they are."""
     groups: dict[str, dict[str, AnyTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -166,26 +163,22 @@ def _sets(tensors: dict[str, AnyTensor], path: tuple[str, ...]) -> Iterator[Weig
             groups[first][behind] = tensor
     rest, inside = dict(tensors), []
     for prefix, group in groups.items():
-        known = [one for one in _sets(group, (*path, prefix)) if one.kind] if len(group) > 2 else []
+        known = [one for one in _sets(group, signs, (*path, prefix)) if one.kind] if len(group) > 2 else []
         if known:
             inside += known
             rest = {name: value for name, value in rest.items() if not name.startswith(prefix + ".")}
-    kind = _kind_of(rest)
+    kind = _kind_of(rest, signs)
     if rest and (kind or not inside):
         yield Weights(kind, path, rest)
     yield from inside
 
 
-def _kind_of(tensors: Mapping[str, AnyTensor]) -> Kind | None:
-    for (family, role), signs in _SIGNS.items():
-        if sum(name in tensors for name in signs) < 3:
+def _kind_of(tensors: Mapping[str, AnyTensor], signs: Signs) -> Kind | None:
+    for kind, names in signs.items():
+        if sum(name in tensors for name in names) < 3:
             continue
-        if role == "teacher" and any(name.startswith("velocity_head.") for name in tensors):
-            return Kind(family, "network")
-        marks = ("final_layer_conti.linear.weight", "n_d_embed.weight", "data_embedding.weight")
-        if role == "teacher" and any(name in tensors for name in marks):
-            return Kind(family, "student")
-        return Kind(family, role)
+        methods = (method for method, marks in _MARKS.items() if any(name.startswith(marks) for name in tensors))
+        return kind._replace(role=next(methods, kind.role)) if kind.role == "teacher" else kind
     return None
 
 
@@ -206,7 +199,7 @@ def choose(
 
     Args:
         found: of `find_weights`.
-        wanted: "teacher", "tokenizer" or "student" (DD1's or DD2's).
+        wanted: "teacher", "tokenizer" or "student" (of any method).
         source: the file, for errors.
         family: whose weights are wanted; None: any.
         averaged: averaged weights rather than live ones.
@@ -216,8 +209,11 @@ def choose(
     Raises:
         DDFastError: there is none; the error says what there is.
     """
-    roles = ("student", "network") if wanted == "student" else (wanted,)
-    fitting = [one for one in found if one.kind and one.kind.role in roles and family in (None, one.kind.family)]
+
+    def fits(kind: Kind) -> bool:
+        return family in (None, kind.family) and (kind.is_student if wanted == "student" else kind.role == wanted)
+
+    fitting = [one for one in found if one.kind and fits(one.kind)]
     if not fitting:
         raise DDFastError(f"{source} {_what_is_there(found, wanted)}")
     order = {name: number for number, name in enumerate(_DOCUMENTED_ORDER)}
@@ -262,7 +258,7 @@ def _what_is_there(found: list[Weights], wanted: str) -> str:
     advice = "the transformer's file comes first, the tokenizer's second"
     if wanted == "student":
         advice = "load_teacher and load_tokenizer read it (--teacher, --tokenizer)"
-    elif kinds[0].role in ("student", "network"):
+    elif kinds[0].is_student:
         advice = "load_student(file, teacher) reads it (--student)"
     elif kinds[0].role == wanted:
         advice = "another family was asked for"
@@ -363,6 +359,11 @@ def part(config: dict[str, Any], names: set[str]) -> tuple[dict[str, Any], dict[
     """The settings with one of the names, and the others."""
     mine = {name: value for name, value in config.items() if name in names}
     return mine, {name: value for name, value in config.items() if name not in names}
+
+
+def only(said: Said, names: set[str]) -> Said:
+    """What one source says of some settings."""
+    return Said(said.where, {name: value for name, value in said.values.items() if name in names})
 
 
 def count(tensors: Iterable[str], pattern: str) -> int:

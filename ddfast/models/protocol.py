@@ -1,25 +1,24 @@
 """What ddfast asks of a teacher, and the one generation loop that every teacher shares.
 
-Dimensions: B batch, R rows (B, or 2B with guidance), N tokens, G tokens of one group, V codes, D code dimension.
+Dimensions: B batch, N tokens, V codes, D code dimension.
 """
 
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from abc import abstractmethod
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddfast.models.attention import group_levels, group_starts
+from ddfast.models.attention import group_levels
+from ddfast.models.autoregressive import AutoRegressive, Condition, SamplingDefaults, condition_size, on_device
 from ddfast.models.decoding import Inputs, Plan, Sampler, decode
 from ddfast.models.inputs import (
     as_codes,
     as_embeddings,
     as_uniform,
-    check_codes,
     check_labels,
     check_noise,
     check_options,
@@ -28,101 +27,22 @@ from ddfast.models.inputs import (
 from ddfast.ops import filter_logits
 from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS
 
-Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
-"""Class labels int64 [B], or text as (features [B, L, dim], mask [B, L])."""
 
-
-def condition_size(condition: Condition) -> int:
-    """B, the number of samples that a condition stands for."""
-    return len(condition if isinstance(condition, Tensor) else condition[0])
-
-
-def on_device(condition: Condition, device: torch.device) -> Condition:
-    """A condition moved to a device."""
-    if isinstance(condition, Tensor):
-        return condition.to(device)
-    features, mask = condition
-    return features.to(device), mask.to(device)
-
-
-def take(condition: Condition, rows: Tensor) -> Condition:
-    """The condition of some samples, int64 [m], of those that `condition` stands for."""
-    if isinstance(condition, Tensor):
-        return condition[rows]
-    features, mask = condition
-    return features[rows], mask[rows]
-
-
-@dataclass(kw_only=True, frozen=True)
-class SamplingDefaults:
-    """The sampling settings that a teacher is meant to be used with, and that its students learn to reproduce."""
-
-    cfg_scale: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-class Teacher(nn.Module, ABC):
+class Teacher(AutoRegressive):
     """An auto-regressive model over the codes of a VQ codebook.
 
-    A subclass sets the five attributes below and implements `begin`, `advance` and `logits` (and `encode` and `decode`
-    if it has a tokenizer); sampling, guidance and filtering are inherited.
+    A subclass sets the attributes of `AutoRegressive` and the two below, and implements `begin`, `advance` and `logits`
+    (and `encode` and `decode` if it has a tokenizer); sampling, guidance and filtering are inherited.
 
     Attributes:
-        codebook: float32 [V, D], the embeddings that the flow and the students work with.
-        groups: sizes of the positions decoded together (LlamaGen: 1 each; VAR: pn^2 per scale); they sum to n.
         num_classes: number of labels; the label `num_classes` stands for "no condition".
         defaults: sampling settings that `generate` uses where the caller gives none.
-        graphable: `begin` and `advance` may be captured as CUDA graphs: they neither wait for the device nor look at
-            the codes on the host nor keep them, and where all groups have one token, every step after the first reads
-            its position from the device and updates its state in place.
     """
 
-    codebook: Tensor
-    groups: tuple[int, ...]
     num_classes: int
     defaults: SamplingDefaults
-    graphable: bool = False
-
-    # What follows from the five ---------------------------------------------------------------------------------
-
-    @property
-    def num_tokens(self) -> int:
-        """n, the number of tokens of one image."""
-        return sum(self.groups)
-
-    @property
-    def num_codes(self) -> int:
-        """V, the size of the codebook."""
-        return self.codebook.shape[0]
-
-    @property
-    def code_dim(self) -> int:
-        """D, the dimension of a code's embedding."""
-        return self.codebook.shape[1]
-
-    def group_starts(self) -> list[int]:
-        """First token of every group, and n at the end: group k is `starts[k]:starts[k + 1]`."""
-        return group_starts(self.groups)
 
     # What a teacher implements -----------------------------------------------------------------------------------
-
-    @abstractmethod
-    def begin(self, condition: Condition, *, guided: bool) -> Any:
-        """Decoding state for `condition`; with `guided`, rows B..2B stand for the same samples without condition."""
-
-    @abstractmethod
-    def advance(self, state: Any, codes: Tensor) -> Tensor:
-        """Take in the codes decided since the last call and return the next group's logits, or what they are read off.
-
-        Args:
-            state: what `begin` returned; updated in place.
-            codes: int64 [B, m], whole groups; m = 0 in the first call unless there is a prefix.
-
-        Returns:
-            [R, G, V] of any floating type, unguided; hidden states [R, G, W] where `read_out` is overridden.
-        """
 
     @abstractmethod
     def logits(self, condition: Condition, codes: Tensor, *, unconditional: bool = False) -> Tensor:
@@ -154,18 +74,10 @@ class Teacher(nn.Module, ABC):
         """
         raise TypeError(f"{type(self).__name__} has no image tokenizer")
 
-    def read_out(self, hidden: Tensor) -> Tensor:
-        """Logits [R, G, V] of any floating type of what `advance` returned: here they are that already.
-
-        A teacher whose last layer is linear overrides it by that layer: guidance is then applied to the hidden states,
-        where it comes to the same up to rounding, and the layer runs for half of the rows.
-        """
-        return hidden
-
     @property
-    def has_linear_head(self) -> bool:
-        """Whether `read_out` is overridden."""
-        return type(self).read_out is not Teacher.read_out
+    def has_decoder(self) -> bool:
+        """Whether codes become images: `decode` is overridden."""
+        return type(self).decode is not Teacher.decode
 
     def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
         """Factor of guidance in one group, in `filter_logits`' sense (1: none); the same for all unless overridden."""
@@ -181,10 +93,6 @@ class Teacher(nn.Module, ABC):
         return index
 
     # What every teacher inherits ---------------------------------------------------------------------------------
-
-    def embed(self, codes: Tensor) -> Tensor:
-        """Embeddings [..., D] of integer codes [...]; embeddings pass through unchanged."""
-        return codes if codes.is_floating_point() else self.codebook[check_codes(codes, self.num_codes, waits=False)]
 
     def tokens(self, codes: Any, batch: int | None = None, *, waits: bool = True) -> Tensor:
         """Embeddings float32 [B, N, D] of whole sequences, from codes [B, N] or embeddings; what does not fit raises.

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.models.attention import group_levels, level_mask
+from ddfast.models.autoregressive import Condition, condition_size, on_device
 from ddfast.models.inputs import check_noise, check_options, known
 from ddfast.models.layers import Embedding, Linear, weights_dtype
-from ddfast.models.protocol import Condition, Teacher, condition_size, on_device
+from ddfast.models.protocol import Teacher
 from ddfast.models.transformer import Transformer, TransformerTeacher, transformer_sizes
 from ddfast.ops import nearest_code
 
@@ -36,10 +38,18 @@ class Student(nn.Module, ABC):
             not contained: it is no part of the student's parameters, state or device moves.
 
     Attributes:
+        method: that trains it, as files and commands call it.
+        paper: of the method.
+        two_steps: what a table calls its two steps.
+        starts_anywhere: a pass may start from any point of a trajectory, not from noise alone.
         split: group from which samples are the network's continuous values, not codes, where `sample` is not told;
             None: nowhere.
     """
 
+    method: ClassVar[str]
+    paper: ClassVar[str]
+    two_steps: ClassVar[str]
+    starts_anywhere: ClassVar[bool]
     codebook: Tensor
     level: Tensor
     split: int | None = None
@@ -77,8 +87,8 @@ class Student(nn.Module, ABC):
         """One pass: the first `point` groups of x [B, N, D] are kept, the others made from noise [B, N, D]."""
 
     @abstractmethod
-    def settings(self, steps: int, point: int) -> dict[str, Any]:
-        """Arguments of `sample` for a number of steps; `point` is t1, where a method has one."""
+    def settings(self, steps: int) -> dict[str, Any]:
+        """Arguments of `sample` for a number of steps."""
 
     @property
     @abstractmethod
@@ -97,6 +107,14 @@ class Student(nn.Module, ABC):
         student = cls(teacher, **config).to(teacher.codebook.device)
         student.start_from(teacher)
         return student
+
+    def header(self) -> dict[str, Any]:
+        """What its file says of it beside `config`."""
+        return {"split": self.split}
+
+    def read_header(self, header: Mapping[str, Any]) -> None:
+        """Take over what `header` wrote."""
+        self.split = header.get("split")
 
     @property
     def teacher(self) -> Teacher:
@@ -198,8 +216,14 @@ class DD1Student(Student):
 
     Args:
         teacher: as in `Student`.
+
+    Attributes:
+        point: t1, where the second of two steps starts; None: nobody has said.
     """
 
+    method, paper, two_steps = "dd1", "[DD1, arXiv 2412.17153](https://arxiv.org/abs/2412.17153)", "2"
+    starts_anywhere = True
+    point: int | None = None
     mask: Tensor | None
 
     def derive_buffers(self) -> None:
@@ -220,10 +244,22 @@ class DD1Student(Student):
     def continuous(self, hidden: Tensor, context: Any) -> Tensor:
         """The continuous head: [B, m, W] to [B, m, D]."""
 
-    def settings(self, steps: int, point: int) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
+        return {**super().header(), "point": self.point}
+
+    def read_header(self, header: Mapping[str, Any]) -> None:
+        super().read_header(header)
+        of_the_run = header.get("config", {}).get("dd1", {})  # files of before have it there alone
+        self.point = header.get("point") or of_the_run.get("point")
+
+    def settings(self, steps: int) -> dict[str, Any]:
         if steps not in (1, 2):
             raise ValueError(f"steps: got {steps}, expected 1 or 2 of a DD1 student")
-        return {"steps": (0, point) if steps == 2 else (0,)}
+        if steps == 1:
+            return {"steps": (0,)}
+        if self.point is None:
+            raise ValueError("steps: got 2, but nothing says where the second step starts; set the student's `point`")
+        return {"steps": (0, self.point)}
 
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """As `Student.predict`; position i sees the condition, the groups before i's and itself."""
@@ -300,10 +336,11 @@ class TransformerStudent(DD1Student):
         """Take over the teacher's weights.
 
         Position row 0 (the condition) is the teacher's row 0, rows 2.. are the teacher's rows 1.. (the positions that
-        predict the same tokens); row 1, the data/noise embedding and the continuous head have no counterpart.
+        predict the same tokens); row 1, the data/noise embedding and the continuous head have no counterpart. Of a
+        teacher that is no `TransformerTeacher`, nothing has.
         """
         if not isinstance(teacher, TransformerTeacher):
-            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a TransformerTeacher to start from")
+            return
         source = teacher.state_dict()
         own = self.state_dict()
         shared = {name: source[name] for name in own if name in source and name != "position_embedding"}

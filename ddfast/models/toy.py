@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ddfast import seeds
-from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+from ddfast.models.autoregressive import Condition, SamplingDefaults
+from ddfast.models.protocol import Teacher
 
 
 @dataclass

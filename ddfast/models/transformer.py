@@ -22,8 +22,9 @@ from ddfast.models.attention import (
     group_levels,
     group_starts,
 )
+from ddfast.models.autoregressive import Condition, SamplingDefaults
 from ddfast.models.layers import Embedding, LayerNorm, Linear
-from ddfast.models.protocol import Condition, SamplingDefaults, Teacher
+from ddfast.models.protocol import Teacher
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
 

@@ -16,6 +16,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.config import VQTokenizerConfig
 from ddfast.models.checkpoint import AnyTensor
 from ddfast.models.layers import Conv2d, GroupNorm
 
@@ -65,6 +66,16 @@ class ConvSizes:
     blocks: int = 2
     latent_channels: int = 256
     image_channels: int = 3
+
+    @classmethod
+    def configured(cls, tokenizer: VQTokenizerConfig, latent_channels: int) -> ConvSizes:
+        """The sizes that a recipe's tokenizer of random weights has."""
+        return cls(
+            channels=tokenizer.channels,
+            multipliers=tuple(tokenizer.multipliers),
+            blocks=tokenizer.blocks,
+            latent_channels=latent_channels,
+        )
 
     @classmethod
     def read(cls, tensors: Mapping[str, AnyTensor], naming: Naming) -> ConvSizes:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast import env
+from ddfast import env, private_api
 from ddfast.ops import dispatch, native
 
 library = torch.library.Library("ddfast", "DEF")
@@ -48,8 +48,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
             return op.compiled(*given) if floats else op(*given)
         if not torch.is_inference_mode_enabled():
             return op(first, *rest)
-        modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-        if modes or torch.autograd._profiler_enabled() or type(first) is not Tensor:
+        if private_api.is_watched() or type(first) is not Tensor:
             return op(first, *rest)
         return implementation(first, *rest)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ddfast import private_api
 from ddfast.ops import common
 
 _CHUNK = 1024
@@ -54,9 +55,8 @@ def codebook_geometry(codebook: Tensor, *, wait: bool = True) -> CodebookGeometr
     Raises:
         ValueError: the codebook has NaN or infinite values.
     """
-    storage = codebook.untyped_storage()
-    key = (storage._cdata, codebook.storage_offset(), codebook.shape, codebook.stride(), codebook.dtype)
-    version = -1 if codebook.is_inference() else codebook._version
+    memory, layout = private_api.storage_key(codebook), (codebook.storage_offset(), codebook.shape, codebook.stride())
+    key, version = (memory, *layout, codebook.dtype), private_api.writes(codebook)
     entry = _cache.get(key)
     if entry is not None and not entry[0].expired() and entry[1] == version:
         counted = not wait and version >= 0 and not codebook.is_cpu
@@ -65,7 +65,7 @@ def codebook_geometry(codebook: Tensor, *, wait: bool = True) -> CodebookGeometr
     for stale in [k for k, (reference, _, _) in list(_cache.items()) if reference.expired()]:
         _cache.pop(stale, None)
     geometry = _compute(codebook)
-    _cache[key] = (StorageWeakRef(storage), version, geometry)
+    _cache[key] = (StorageWeakRef(codebook.untyped_storage()), version, geometry)
     return geometry
 
 

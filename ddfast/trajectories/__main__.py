@@ -10,8 +10,10 @@ import torch
 
 from ddfast import cli, env
 from ddfast.config import TrainConfig
-from ddfast.pipeline import check_device, make_trajectories
-from ddfast.recipes import build_teacher
+from ddfast.models.loading import build_teacher
+from ddfast.pipeline import make_trajectories
+from ddfast.progress import progress_bar
+from ddfast.runs import check_device
 
 EXAMPLES = """  python -m ddfast.trajectories --recipe digits --count 20000 --out runs/digits
   torchrun --nproc-per-node 8 -m ddfast.trajectories --count 1200000 --out runs/many"""
@@ -40,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_device(options.device)
         if options.device == "cuda":  # under torchrun, each process takes a GPU of its own
             torch.cuda.set_device(env.local_rank_and_world_size()[0] % torch.cuda.device_count())
-        teacher = build_teacher(options, cli.progress_bar("teacher"))
-        store = make_trajectories(options, teacher, cli.progress_bar("trajectories"))
+        teacher = build_teacher(options, progress_bar("teacher"))
+        store = make_trajectories(options, teacher, progress_bar("trajectories"))
         print(f"{store.num_shards() * store.settings.shard_size} pairs in {store.path}")
 
     return cli.run("trajectories", body, arguments)

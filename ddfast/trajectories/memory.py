@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ddfast import env
 from ddfast.errors import DDFastError
-from ddfast.models.protocol import Condition, Teacher
+from ddfast.models.autoregressive import Condition
+from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 
 _SHARE = 0.8

@@ -10,9 +10,8 @@ from official import llamagen_teacher_like, var_teacher_like
 
 from ddfast.cli import main
 from ddfast.hub import Generator
-from ddfast.models.captions import random_captions, save_captions
-from ddfast.models.digits import untrained_digits_teacher
-from ddfast.models.loading import flow_network_class, start_student
+from ddfast.models.llamagen.captions import random_captions, save_captions
+from ddfast.models.loading import start_student, student_class, untrained_teacher
 from ddfast.recipes import get_recipe
 
 
@@ -52,11 +51,11 @@ def generators(tmp_path_factory) -> Path:
         "var": var_teacher_like(),
         "llamagen": llamagen_teacher_like(),
         "text": llamagen_teacher_like(model_type="t2i", cls_token_num=4),
-        "digits": untrained_digits_teacher(config.tokenizer, config.teacher),
+        "digits": untrained_teacher(config),
     }
     for name, teacher in teachers.items():
         Generator(teacher, start_student(teacher).eval(), point=2).save_pretrained(root / name)
-    network = flow_network_class(teachers["var"]).from_teacher(teachers["var"], head_width=16, head_depth=1)
+    network = student_class(teachers["var"], "dd2").from_teacher(teachers["var"], head_width=16, head_depth=1)
     Generator(teachers["var"], network.eval(), point=2).save_pretrained(root / "dd2")
     save_captions(root / "captions.safetensors", *random_captions(3, 4, 12))
     return root

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import ddfast
 from ddfast.convert import main
-from ddfast.models.exporting import export_teacher
+from ddfast.models.converting import export_teacher
 from ddfast.models.loading import load_student, load_teacher
 from ddfast.ops import nearest_code
 

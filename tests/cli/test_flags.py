@@ -93,7 +93,7 @@ def test_evaluate_keeps_the_runs_settings_but_for_typed_ones(here, tmp_path, gen
 
 
 def test_evaluate_takes_captions(here, generators, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddfast.pipeline.add_speed", lambda *_: None)
+    monkeypatch.setattr("ddfast.evaluation.protocol.add_speed", lambda *_: None)
     monkeypatch.setattr("ddfast.evaluate.quality_table", lambda *_: ["table"])
     flags = (
         "--captions",

@@ -10,10 +10,11 @@ from lpips_files import write_lpips
 from ddfast.config import update
 from ddfast.errors import DDFastError
 from ddfast.hub import Generator
-from ddfast.models.exporting import export_student, export_teacher
-from ddfast.models.loading import load_student, start_student
-from ddfast.pipeline import open_student, train
-from ddfast.recipes import RECIPES, build_teacher, get_recipe, untrained_teacher
+from ddfast.models.converting import export_student, export_teacher
+from ddfast.models.loading import build_teacher, load_student, start_student, untrained_teacher
+from ddfast.pipeline import train
+from ddfast.recipes import RECIPES, get_recipe
+from ddfast.runs import open_student
 from ddfast.sampling import sample_student
 
 PUBLISHED = [name for name in RECIPES if name != "digits"]
@@ -69,9 +70,9 @@ def test_training(name, tmp_path):
     again = train(tiny(name, tmp_path / "run"), progress_bar=silent)
     assert again == metrics
     # and what a user does next
-    opened, teacher, student = open_student(tmp_path / "run", "cpu", silent(""))
+    _, teacher, student = open_student(tmp_path / "run", "cpu", silent(""))
     assert student.split == config.dd1.split
-    samples = sample_student(teacher, student, count=3, seed=0, point=opened.dd1.point, steps=2)
+    samples = sample_student(teacher, student, count=3, seed=0, steps=2)
     generator = Generator.from_run(tmp_path / "run")
     assert str(tmp_path) not in generator.card["recipe"]
     images = generator.images([0, 1], steps=2)
@@ -99,8 +100,8 @@ def test_training_by_dd2(name, tmp_path):
     again = tiny(name, tmp_path / "run")
     again.method = "dd2"
     assert train(again, progress_bar=silent) == metrics
-    opened, teacher, student = open_student(tmp_path / "run", "cpu", silent(""))
-    samples = sample_student(teacher, student, count=3, seed=0, point=opened.dd1.point, steps=3)
+    _, teacher, student = open_student(tmp_path / "run", "cpu", silent(""))
+    samples = sample_student(teacher, student, count=3, seed=0, steps=3)
     assert samples.embeddings.shape == (3, teacher.num_tokens, 4)
     generator = Generator.from_run(tmp_path / "run")
     generator.save_pretrained(tmp_path / "hub")

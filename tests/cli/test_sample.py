@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddfast.errors import DDFastError
-from ddfast.models.captions import load_captions, random_captions, save_captions
+from ddfast.evaluation.sources import MEASURED, sample, stream
+from ddfast.models.llamagen.captions import load_captions, random_captions, save_captions
 from ddfast.models.loading import load_student, load_teacher
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.ops import nearest_code, noise
 from ddfast.pictures import new_target, pixels, save_samples
-from ddfast.sampling import SOURCES, Samples, sample, sample_student, stream
+from ddfast.sampling import Samples, sample_student
 from ddfast.trajectories import memory
 
 # Pictures ---------------------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ class Painter(ToyTeacher):
 
 
 def some(count: int, teacher: ToyTeacher, **settings: int):
-    return stream("teacher", teacher, count=count, seed=0, point=1, batch_size=settings.get("batch_size", 7))
+    return stream("teacher", teacher, count=count, seed=0, batch_size=settings.get("batch_size", 7))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -175,11 +176,12 @@ def test_a_batch_is_written_before_the_next_is_made(tmp_path):
     assert calls == [(done, 20, "") for done in (5, 10, 15, 20)]
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if source != "ar_diffusion"])
+@pytest.mark.parametrize("source", [source for source in MEASURED if source != "ar_diffusion"])
 def test_samples_depend_on_neither_batch_size_nor_count(source):
     teacher = ToyTeacher()
     student = TransformerStudent(teacher, width=16, depth=1, heads=2)
-    settings = {"seed": 5, "point": 1}
+    settings = {"seed": 5}
+    student.point = 1
     whole = sample(source, teacher, student, count=50, batch_size=50, **settings)
     for size in (1, 7, 49):
         parts = sample(source, teacher, student, count=50, batch_size=size, **settings)
@@ -193,7 +195,7 @@ def test_samples_depend_on_neither_batch_size_nor_count(source):
 
 def test_the_teachers_draws_have_its_distribution():
     teacher = ToyTeacher()
-    codes = sample("teacher", teacher, count=50_000, seed=3, point=1).codes
+    codes = sample("teacher", teacher, count=50_000, seed=3).codes
     assert teacher.total_variation(codes) < 0.06
 
 
@@ -440,4 +442,4 @@ def test_wrong_captions_are_refused(here, generators, tmp_path, t5, words, argum
 def test_a_text_student_in_code(generators):
     teacher = load_teacher(generators / "text")
     with pytest.raises(ValueError, match="conditioned on text: give captions"):
-        sample_student(teacher, load_student(generators / "text", teacher), count=1, seed=0, point=2)
+        sample_student(teacher, load_student(generators / "text", teacher), count=1, seed=0)

@@ -17,15 +17,15 @@ from ddfast.distill.dd2 import Adaptation, Matching, Tuning
 from ddfast.distill.lpips import LPIPS
 from ddfast.distill.method import Method, Roles
 from ddfast.distill.trainer import from_noise, optimise
-from ddfast.evaluation import classifier
 from ddfast.evaluation.quality import pair_table_distance
+from ddfast.evaluation.sources import draw_marginals, marginal_tables
 from ddfast.frechet import frechet_distance
 from ddfast.models import digits
+from ddfast.models.digits import classifier
 from ddfast.models.flow_network import TransformerFlowNetwork
-from ddfast.models.llamagen import LlamaGenFlowNetwork
+from ddfast.models.llamagen.network import LlamaGenFlowNetwork
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
-from ddfast.sampling import draw_marginals, marginal_tables
 
 STEPS = {"batch_size": 4, "warmup": 2, "log_every": 2, "checkpoint_every": 100}
 

@@ -6,13 +6,15 @@ import torch
 from ddfast.evaluation import speed
 from ddfast.evaluation.plain_decoding import PlainDecoder
 from ddfast.evaluation.quality import frechet_distance, pair_table_distance
+from ddfast.evaluation.sources import MEASURED, SOURCES, draw_marginals, marginal_tables, sample, sources_for, stream
 from ddfast.evaluation.speed import measure_speed
-from ddfast.models.digits import digit_batch
+from ddfast.models.digits.data import digit_batch
 from ddfast.models.flow_network import TransformerFlowNetwork
+from ddfast.models.loading import untrained_teacher
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
-from ddfast.recipes import get_recipe, untrained_teacher
-from ddfast.sampling import SOURCES, draw_marginals, marginal_tables, sample, sample_student, sources_for, stream
+from ddfast.recipes import get_recipe
+from ddfast.sampling import sample_student
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -35,9 +37,9 @@ def test_pair_table_distance():
 def test_marginals_are_left_out_where_they_would_take_hours():
     """A table takes thousands of the teacher's samples per class; ImageNet has a thousand."""
     toy = ToyTeacher()
-    assert "independent_marginals" in sources_for(toy)
+    assert "independent_marginals" in [source.name for source in sources_for(toy)]
     toy.num_classes = 10_000
-    assert "independent_marginals" not in sources_for(toy)
+    assert "independent_marginals" not in [source.name for source in sources_for(toy)]
 
 
 def test_marginals_are_right_and_independent():
@@ -57,28 +59,30 @@ def networks():
     config = get_recipe("digits")
     config.teacher.width, config.teacher.depth = 32, 1
     teacher = untrained_teacher(config)
-    return teacher, TransformerStudent.from_teacher(teacher).eval()
+    student = TransformerStudent.from_teacher(teacher).eval()
+    student.point = 5
+    return teacher, student
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", MEASURED)
 def test_every_source(source):
     teacher, student = networks()
     if source == "ar_diffusion":  # of another kind of network
         with pytest.raises(ValueError, match="student: got none of DD2's networks"):
-            sample(source, teacher, student, count=23, seed=1, point=5)
+            sample(source, teacher, student, count=23, seed=1)
         student = TransformerFlowNetwork.from_teacher(teacher)
-    made = sample(source, teacher, student, count=23, seed=1, point=5)
+    made = sample(source, teacher, student, count=23, seed=1)
     assert made.codes.shape == (23, 16)
     assert torch.equal(made.embeddings, teacher.codebook[made.codes])
     assert made.condition.tolist() == [index % 10 for index in range(23)]
-    again = sample(source, teacher, student, count=23, seed=1, point=5)
+    again = sample(source, teacher, student, count=23, seed=1)
     assert torch.equal(made.codes, again.codes)
-    assert not torch.equal(made.codes, sample(source, teacher, student, count=23, seed=2, point=5).codes)
+    assert not torch.equal(made.codes, sample(source, teacher, student, count=23, seed=2).codes)
 
 
 def test_skip_last_keeps_the_teachers_first_tokens():
     teacher, _ = networks()
-    skipped, whole = (sample(name, teacher, count=50, seed=1, point=5).codes for name in ("skip_last", "teacher"))
+    skipped, whole = (sample(name, teacher, count=50, seed=1).codes for name in ("skip_last", "teacher"))
     assert torch.equal(skipped[:, :12], whole[:, :12])
     assert not torch.equal(skipped[:, 12:], whole[:, 12:])
 
@@ -86,7 +90,7 @@ def test_skip_last_keeps_the_teachers_first_tokens():
 def test_student_samples_do_not_depend_on_the_batch_size():
     teacher, student = networks()
     parts, whole = (
-        sample_student(teacher, student, count=9, seed=1, point=5, steps=2, batch_size=size).codes for size in (4, 9)
+        sample_student(teacher, student, count=9, seed=1, steps=2, batch_size=size).codes for size in (4, 9)
     )
     assert (parts != whole).float().mean() < 0.02  # matrix products may round differently
 
@@ -101,17 +105,17 @@ def test_student_samples_do_not_depend_on_the_batch_size():
     ],
 )
 def test_errors(arguments, words):
-    settings = {"source": "teacher", "count": 2, "seed": 0, "point": 5, **arguments}
+    settings = {"source": "teacher", "count": 2, "seed": 0, **arguments}
     with pytest.raises(ValueError, match=words):
         sample(settings.pop("source"), networks()[0], **settings)
 
 
 def test_speed_has_every_source_and_batch_size():
     teacher, student = networks()
-    seconds = measure_speed(teacher, student, batch_sizes=(1, 8), point=5, rounds=3)
-    assert set(seconds) == {"ar", "ar_plain", "student_1step", "student_2step", "marginals", "image_decoder"}
+    seconds = measure_speed(teacher, student, batch_sizes=(1, 8), rounds=3)
+    assert set(seconds) == {"image_decoder", *(source.name for source in SOURCES.values() if source.timed)}
     assert all(value > 0 for row in seconds.values() for value in row.values())
-    assert seconds["ar"][8] < seconds["ar"][1]
+    assert seconds["teacher"][8] < seconds["teacher"][1]
 
 
 def test_speed_measures_a_slow_source_once(monkeypatch):
@@ -119,13 +123,14 @@ def test_speed_measures_a_slow_source_once(monkeypatch):
     calls = []
     monkeypatch.setattr(PlainDecoder, "generate", lambda *_: calls.append(time.sleep(0.02)))
     monkeypatch.setattr(speed, "_ENOUGH_SECONDS", 0.01)
-    seconds = measure_speed(teacher, student, batch_sizes=(2,), point=5, rounds=3)
+    seconds = measure_speed(teacher, student, batch_sizes=(2,), rounds=3)
     assert len(calls) == 1
-    assert 0.01 <= seconds["ar_plain"][2] < 1
+    assert 0.01 <= seconds["teacher_plain"][2] < 1
 
 
 def test_evaluator_tells_real_from_noise(tmp_path, monkeypatch):
-    from ddfast.evaluation import Evaluator, classifier
+    from ddfast.evaluation import Evaluator
+    from ddfast.models.digits import classifier
 
     monkeypatch.setenv("DDFAST_CACHE", str(tmp_path))
     config = get_recipe("digits")
@@ -136,7 +141,7 @@ def test_evaluator_tells_real_from_noise(tmp_path, monkeypatch):
     features = evaluator.classifier.features(images)
     assert (evaluator.classifier.logits(features).argmax(-1) == labels).double().mean() > 0.85
     assert frechet_distance(features, evaluator.reference_features) < 20
-    measured = evaluator.measure(sample("teacher", teacher, count=500, seed=5, point=5))
+    measured = evaluator.measure(sample("teacher", teacher, count=500, seed=5))
     assert set(measured) == {"frechet", "class_accuracy", "teacher_nll", "pair_tv"}
     assert measured["frechet"] > 50  # an untrained teacher
     assert 3 < measured["teacher_nll"] < 5  # near log 64
@@ -151,7 +156,7 @@ def test_measuring_batches_is_measuring_all():
     config, teacher = get_recipe("digits"), ToyTeacher()
     config.evaluation.samples = 300
     evaluator = Evaluator(config, teacher)
-    settings = {"count": 300, "seed": 4, "point": 1}
+    settings = {"count": 300, "seed": 4}
     whole = evaluator.measure(sample("teacher", teacher, **settings))
     assert set(whole) == {"teacher_nll", "pair_tv"}
     assert evaluator.measure(stream("teacher", teacher, batch_size=7, **settings)) == pytest.approx(whole)

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig
-from ddfast.models.digits import DigitsTeacher, untrained_digits_teacher
-from ddfast.models.llamagen import LlamaGenSizes, LlamaGenTeacher
-from ddfast.models.tokenizers import LlamaGenTokenizer, VARTokenizer
-from ddfast.models.var import VARSizes, VARStudent, VARTeacher
+from ddfast.models.digits.network import DigitsTeacher
+from ddfast.models.llamagen.network import LlamaGenSizes, LlamaGenTeacher
+from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
+from ddfast.models.loading import untrained_teacher
+from ddfast.models.var.network import VARSizes, VARStudent, VARTeacher
+from ddfast.models.var.tokenizer import VARTokenizer
 from ddfast.models.vqgan import ConvSizes
 from ddfast.recipes import get_recipe
 
@@ -52,4 +54,4 @@ def digits_like() -> DigitsTeacher:
     config = get_recipe("digits")
     assert isinstance(config.teacher, DigitsTeacherConfig) and isinstance(config.tokenizer, DigitsTokenizerConfig)
     config.teacher.width, config.teacher.depth = 32, 1
-    return untrained_digits_teacher(config.tokenizer, config.teacher)
+    return untrained_teacher(config)

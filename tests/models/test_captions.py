@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from ddfast.errors import DDFastError
-from ddfast.models.captions import encode_captions, left_padded, load_captions, random_captions, save_captions
 from ddfast.models.checkpoint import load_tensors
+from ddfast.models.llamagen.captions import encode_captions, left_padded, load_captions, random_captions, save_captions
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])

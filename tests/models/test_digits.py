@@ -1,8 +1,8 @@
 import torch
 
 from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TrainConfig
-from ddfast.models.digits import digit_batch, digit_images, load_or_train, untrained_digits_teacher
-from ddfast.models.loading import load_teacher
+from ddfast.models.digits.data import digit_batch, digit_images
+from ddfast.models.loading import build_teacher, load_teacher, untrained_teacher
 
 TINY = TrainConfig(
     tokenizer=DigitsTokenizerConfig(iterations=30, warmup=10, batch_size=64),
@@ -32,9 +32,9 @@ def test_rendering_is_reproducible_and_varied():
 def test_trained_once_then_read_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DDFAST_CACHE", str(tmp_path))
     calls = []
-    teacher = load_or_train(TINY, lambda done, total, text: calls.append(done))
+    teacher = build_teacher(TINY, lambda done, total, text: calls.append(done))
     assert len(calls) == 50
-    again = load_or_train(TINY, lambda done, total, text: calls.append(done))
+    again = build_teacher(TINY, lambda done, total, text: calls.append(done))
     assert len(calls) == 50
     images, labels = digit_batch("test", 8, seed=0)
     codes = teacher.encode(images)
@@ -46,7 +46,7 @@ def test_trained_once_then_read_from_the_cache(tmp_path, monkeypatch):
 
 
 def test_decoding_accepts_codes_and_embeddings():
-    teacher = untrained_digits_teacher(TINY.tokenizer, TINY.teacher)
+    teacher = untrained_teacher(TINY)
     codes = torch.randint(64, (3, 16))
     images = teacher.decode(codes)
     assert images.shape == (3, 1, 16, 16)

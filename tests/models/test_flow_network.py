@@ -4,10 +4,10 @@ from small import LABELS, build
 
 from ddfast.config import update
 from ddfast.models.flow_network import FlowNetwork, TransformerFlowNetwork, VelocityHead
-from ddfast.models.llamagen import LlamaGenFlowNetwork
-from ddfast.models.loading import flow_network_class, load_student, save_student
+from ddfast.models.llamagen.network import LlamaGenFlowNetwork
+from ddfast.models.loading import load_student, save_student, student_class, untrained_teacher
 from ddfast.models.toy import ToyTeacher
-from ddfast.recipes import get_recipe, untrained_teacher
+from ddfast.recipes import get_recipe
 
 GROUPS = [(1,) * 7, (1, 3, 5)]
 TINY = {"num_codes": 16, "code_dim": 4, "channels": 32, "multipliers": [1, 1], "blocks": 1, "latent_channels": 32}
@@ -31,7 +31,7 @@ def family(name: str):
     config = get_recipe(name)
     update(config, {"tokenizer": TINY, "teacher": {"random_weights": True, **FAMILIES[name]}})
     teacher = untrained_teacher(config)
-    network = flow_network_class(teacher).from_teacher(teacher, head_width=16, head_depth=2)
+    network = student_class(teacher, "dd2").from_teacher(teacher, head_width=16, head_depth=2)
     condition = teacher.condition_of(torch.tensor([0, 1]))
     return teacher, network, condition
 
@@ -128,13 +128,13 @@ def test_more_steps_are_the_teachers(case):
     teacher, network, condition = case
     noise = torch.randn(2, teacher.num_tokens, teacher.code_dim)
     count, starts = len(teacher.groups), teacher.group_starts()
-    one, three = network.sample(condition, noise), network.sample(condition, noise, **network.settings(3, point=1))
-    assert network.settings(1, point=1) == {}
+    one, three = network.sample(condition, noise), network.sample(condition, noise, **network.settings(3))
+    assert network.settings(1) == {}
     assert torch.equal(one[:, : starts[-3]], three[:, : starts[-3]])
     prefix = torch.cdist(one[:, : starts[-3]], teacher.codebook).argmin(-1)
     expected = teacher.generate(condition, sampler="flow", noise=noise, prefix=prefix)
     torch.testing.assert_close(three, teacher.codebook[expected])
-    everything = network.sample(condition, noise, **network.settings(count + 1, point=1))
+    everything = network.sample(condition, noise, **network.settings(count + 1))
     torch.testing.assert_close(everything, teacher.codebook[teacher.generate(condition, sampler="flow", noise=noise)])
 
 

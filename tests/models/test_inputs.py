@@ -6,8 +6,8 @@ import torch
 from golden import Case
 from official import digits_like, llamagen_teacher_like, randomised, var_teacher_like
 
-from ddfast.models.loading import flow_network_class, load_tokenizer, start_student
-from ddfast.models.protocol import SamplingDefaults
+from ddfast.models.autoregressive import SamplingDefaults
+from ddfast.models.loading import load_tokenizer, start_student, student_class
 from ddfast.models.toy import ToyTeacher
 
 TEACHERS = {"digits": digits_like, "var": var_teacher_like, "llamagen": llamagen_teacher_like, "toy": ToyTeacher}
@@ -25,7 +25,7 @@ def painter(request):
 
 
 def student_of(teacher, kind):
-    make = start_student if kind == "dd1" else flow_network_class(teacher).from_teacher
+    make = start_student if kind == "dd1" else student_class(teacher, "dd2").from_teacher
     if isinstance(teacher, ToyTeacher):
         return None
     return randomised(make(teacher))

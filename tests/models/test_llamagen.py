@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from golden import Case, as_latents
 from official import llamagen_teacher_like, randomised
 
-from ddfast.models.exporting import export_teacher
-from ddfast.models.llamagen import (
+from ddfast.models.converting import export_teacher
+from ddfast.models.llamagen.network import (
     LLAMAGEN_SIZES,
     LlamaGenSizes,
     LlamaGenStudent,
@@ -15,8 +15,8 @@ from ddfast.models.llamagen import (
     padded_mask,
     rope_table,
 )
+from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
 from ddfast.models.loading import load_student, load_teacher, load_tokenizer, start_student
-from ddfast.models.tokenizers import LlamaGenTokenizer
 from ddfast.models.vqgan import ConvSizes
 from ddfast.ops import filter_logits
 from ddfast.ops.decode_attention import rotated

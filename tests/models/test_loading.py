@@ -13,8 +13,9 @@ from official import llamagen_teacher_like, var_teacher_like
 
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import read_checkpoint, save_tensors
-from ddfast.models.exporting import export_student, export_teacher
-from ddfast.models.llamagen import LlamaGenTeacher
+from ddfast.models.converting import export_student, export_teacher
+from ddfast.models.llamagen.network import LlamaGenTeacher
+from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
 from ddfast.models.loading import (
     load_student,
     load_teacher,
@@ -24,9 +25,9 @@ from ddfast.models.loading import (
     start_student,
     student_class,
 )
-from ddfast.models.tokenizers import LlamaGenTokenizer, VARTokenizer
 from ddfast.models.toy import ToyTeacher
-from ddfast.models.var import VARTeacher
+from ddfast.models.var.network import VARTeacher
+from ddfast.models.var.tokenizer import VARTokenizer
 
 VAR, GPT, VAR_DD, GPT_DD = Case("var_teacher"), Case("llamagen_c2i"), Case("dd_var"), Case("dd_llamagen")
 SIZES = {"n_head": 4, "block_size": 16}
@@ -274,7 +275,7 @@ def test_own_and_official_files_say_the_same(tmp_path, make):
         assert torch.equal(loaded.decode(codes), teacher.decode(codes))
         for path in (tmp_path, tmp_path / "s.pth"):
             again = load_student(path, loaded)
-            assert type(again) is student_class(teacher)
+            assert type(again) is student_class(teacher, "dd1")
             assert torch.allclose(again.predict(label, noise, 1)[1], student.predict(label, noise, 1)[1], atol=1e-5)
             name, value = next(iter(live.items()))
             assert torch.equal(load_student(path, loaded, ema=False).state_dict()[name], value)
@@ -322,7 +323,8 @@ print(seconds, peak() - before)
 @pytest.mark.slow
 def test_loading_343_million_parameters(tmp_path):
     """LlamaGen-L: under 3 s, and under 1.2 times its size in memory."""
-    from ddfast.recipes import get_recipe, untrained_teacher
+    from ddfast.models.loading import untrained_teacher
+    from ddfast.recipes import get_recipe
 
     export_teacher(untrained_teacher(get_recipe("llamagen-l")), tmp_path / "c2i_L_256.pt", tmp_path / "vq.pt")
     size = sum(path.stat().st_size for path in tmp_path.iterdir())

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import storable
-from ddfast.models.exporting import export_teacher
+from ddfast.models.converting import export_teacher
 from ddfast.models.flow_network import TransformerFlowNetwork
-from ddfast.models.llamagen import rope_table
+from ddfast.models.llamagen.network import rope_table
 from ddfast.models.loading import load_student, load_teacher, load_tokenizer, save_student, save_teacher, start_student
 
 VAR, GPT, VAR_DD, GPT_DD = Case("var_teacher"), Case("llamagen_c2i"), Case("dd_var"), Case("dd_llamagen")

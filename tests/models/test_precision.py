@@ -5,7 +5,7 @@ import torch
 from golden import Case
 from official import digits_like, llamagen_teacher_like, randomised, var_teacher_like
 
-from ddfast.models.loading import flow_network_class, load_teacher, save_teacher, start_student
+from ddfast.models.loading import load_teacher, save_teacher, start_student, student_class
 from ddfast.models.toy import ToyTeacher
 
 TEACHERS = {
@@ -54,7 +54,7 @@ def inference(teacher):
         student.sample(condition, noise, steps=(0, 1)),
     )
     made["helped"] = student.sample(condition, noise, teacher_range=(1, 2), sampler="greedy")
-    network = randomised(flow_network_class(teacher).from_teacher(teacher, head_width=16, head_depth=1))
+    network = randomised(student_class(teacher, "dd2").from_teacher(teacher, head_width=16, head_depth=1))
     made["dd2"], made["ar"] = network.sample(condition, noise), network.sample_ar(condition, noise, steps=2)
     return made
 

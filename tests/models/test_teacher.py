@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ddfast.models import decoding
-from ddfast.models.protocol import SamplingDefaults, Teacher
+from ddfast.models.autoregressive import SamplingDefaults
+from ddfast.models.protocol import Teacher
 from ddfast.models.toy import ToyTeacher
 from ddfast.models.transformer import TransformerTeacher
 from ddfast.ops import draw_codes, filter_logits

@@ -8,8 +8,8 @@ from official import var_student_tensors, var_teacher_like
 from ddfast.errors import DDFastError
 from ddfast.models import attention
 from ddfast.models.loading import load_student, load_teacher, load_tokenizer, start_student
-from ddfast.models.tokenizers import VARTokenizer, phi_index
-from ddfast.models.var import VARSizes, VARTeacher
+from ddfast.models.var.network import VARSizes, VARTeacher
+from ddfast.models.var.tokenizer import VARTokenizer, phi_index
 from ddfast.models.vqgan import ConvSizes
 from ddfast.ops import filter_logits
 

@@ -3,21 +3,87 @@
 import doctest
 import importlib
 import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+from ddfast.cli import main
+from ddfast.models import families
+
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/adding-a-teacher.md"])
-def test_pages(page):
-    """All Python of a page, one block after the other."""
-    names: dict[str, object] = {"__name__": page}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert blocks
-    for code in blocks:
-        exec(compile(code, page, "exec"), names)
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of a page's blocks of code."""
+    return re.findall(r"```(python|sh)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def execute(page: str, folder: Path) -> list[str]:
+    """All Python of a page, one block after the other, and its commands; returns these.
+
+    Blocks that begin with the name of a file are in that file, all of them, before anything runs.
+    """
+    files, names, commands = defaultdict(str), {"__name__": page}, []
+    for _, code in blocks(page):
+        if file := re.match(r"# (\w+\.py)\n", code):
+            files[file[1]] += code
+    for name, code in files.items():
+        (folder / name).write_text(code)
+    for language, code in blocks(page):
+        if language == "python" and not re.match(r"# \w+\.py\n", code):
+            exec(compile(code, page, "exec"), names)
+        elif language == "sh":
+            commands += code.strip().splitlines()
+            for command in code.strip().splitlines():
+                name, *arguments = shlex.split(command)
+                assert name == "ddfast"
+                assert main(arguments) == 0, command
+    return commands
+
+
+def test_readme(tmp_path):
+    assert blocks("README.md")
+    assert not execute("README.md", tmp_path)
+
+
+def test_a_teacher_of_ones_own_reaches_every_command(tmp_path, monkeypatch, restored_families):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    ran = execute("docs/adding-a-teacher.md", tmp_path)
+    assert {command.split()[1] for command in ran} == {
+        "train",
+        "trajectories",
+        "sample",
+        "evaluate",
+        "profile",
+        "convert",
+    }
+    assert not (tmp_path / "runs/gru/samples.png").exists()
+    assert (tmp_path / "runs/gru-images/samples.png").exists()
+    assert "samples.png" not in (tmp_path / "runs/gru/report.md").read_text()
+    # A process that was not told to import the module does not, whatever a file says.
+    for arguments in (["sample", "--student", "runs/gru"], ["sample", "--student", "shared/gru"]):
+        command = [sys.executable, "-m", "ddfast", *arguments, "--format", "codes", "--to", "x"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "--import" in done.stderr
+    told = [*command, "--import", "my_teacher"]
+    done = subprocess.run(told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def restored_families():
+    """What a page registers is forgotten."""
+    before = dict(families._FAMILIES)
+    yield
+    families._FAMILIES.clear()
+    families._FAMILIES.update(before)
+    sys.modules.pop("my_teacher", None)
 
 
 @pytest.mark.parametrize("module", ["ddfast.ops.nearest_code", "ddfast.ops.noise"])

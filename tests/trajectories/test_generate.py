@@ -15,7 +15,8 @@ from small import build
 from ddfast.config import TrainConfig, TrajectoryConfig
 from ddfast.errors import DDFastError
 from ddfast.models.toy import ToyTeacher
-from ddfast.pipeline import claim_folder, make_trajectories
+from ddfast.pipeline import make_trajectories
+from ddfast.runs import claim_folder
 from ddfast.trajectories import memory
 from ddfast.trajectories.generate import generate_trajectories, store_settings
 from ddfast.trajectories.memory import free_bytes, largest_batch, sample_bytes

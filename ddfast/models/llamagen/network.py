@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention, Mix, SequenceMix, StepMix
+from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import as_codes, known
 from ddfast.models.layers import Embedding, Linear
-from ddfast.models.protocol import Condition, SamplingDefaults, Teacher, condition_size
+from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
+from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
-from ddfast.models.tokenizers import LlamaGenTokenizer, TokenizedTeacher
+from ddfast.models.tokenizers import TokenizedTeacher
 from ddfast.ops import nearest_code
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
@@ -520,6 +522,8 @@ class LlamaGenFlowNetwork(_LlamaGenNetwork, FlowNetwork):
         head_width, head_depth, time: as in `FlowNetwork`.
         sizes: of the transformer, by their official names; those left out are the teacher's.
     """
+
+    looks_up = True
 
     def __init__(
         self, teacher: LlamaGenTeacher, *, head_width: int = 1024, head_depth: int = 3, time: float = 1.0, **sizes: Any

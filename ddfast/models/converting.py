@@ -7,18 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 from ddfast.messages import say
-from ddfast.models.exporting import export_student, export_teacher, untold
-from ddfast.models.loading import (
-    load_teacher,
-    read_students,
-    save_student,
-    save_teacher,
-    student_from,
-    teacher_config,
-)
+from ddfast.models import families
+from ddfast.models.checkpoint import storable
+from ddfast.models.loading import load_teacher, read_students, save_student, save_teacher, student_from
 from ddfast.models.official import CONFIG_FILE, STUDENT_FILE, TEACHER_FILE, choose
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -120,7 +117,8 @@ def convert(
         for line in untold(source):
             say(line)
     else:
-        about_teacher = json.dumps(teacher_config(source), indent=2, default=list) + "\n"
+        family = families.of_teacher(source)
+        about_teacher = json.dumps({"family": family.name, **family.describe(source)}, indent=2, default=list) + "\n"
         save_teacher(to / TEACHER_FILE, source)
         write_atomically(to / CONFIG_FILE, about_teacher)
         if made is not None:
@@ -143,13 +141,57 @@ def _students(
         value = about[name]
         if value is not None and not least <= value <= most:
             raise DDFastError(f"--{name}: got {value}, expected a group in {least}..{most} of this teacher")
-    file, found, header = read_students(path)
+    file, found, header = read_students(path, teacher)
     chosen = choose(found, "student", file, averaged=ema, strict=not ema, silent=bool(header))
     made = student_from(chosen, file, header, teacher)
-    made.split = made.split if about["split"] is None else about["split"]
+    for name, value in about.items():
+        if value is not None and name not in made.header():
+            raise DDFastError(f"--{name}: has no effect: a {made.method.upper()} student has none")
+        if value is not None:
+            setattr(made, name, value)
     others = [one for one in found if one.kind == chosen.kind and not one.averaged]
     live = None
     if chosen.averaged and others:
         live = dict(student_from(choose(others, "student", file, silent=True), file, header, teacher).state_dict())
-    kept = {name: value for name, value in header.items() if name not in ("method", "student", "split")}
-    return made, live, {**kept, "point": kept.get("point") if about["point"] is None else about["point"]}
+    written = {"method", "student", *made.header()}
+    return made, live, {name: value for name, value in header.items() if name not in written}
+
+
+def export_teacher(teacher: Teacher, weights: Path, tokenizer: Path) -> None:
+    """Write a VAR or LlamaGen teacher and its tokenizer as two official checkpoints.
+
+    Raises:
+        DDFastError: the teacher is of another family, which has no official layout.
+    """
+    of_teacher, of_tokenizer = families.of_teacher(teacher).official_teacher(teacher)
+    _save(weights, of_teacher)
+    _save(tokenizer, of_tokenizer)
+
+
+def export_student(student: Student, weights: Path, *, live: dict[str, Tensor] | None = None) -> None:
+    """Write a VAR or LlamaGen student as an official checkpoint.
+
+    Args:
+        student: carries the averaged weights.
+        weights: the file.
+        live: the weights without averaging; None: the averaged ones stand in both places.
+
+    Raises:
+        DDFastError: the student is of another family, which has no official layout.
+    """
+    averaged = storable(student.state_dict())
+    current = averaged if live is None else storable(live)
+    _save(weights, families.of_teacher(student.teacher).official_student(student, averaged, current))
+
+
+def untold(teacher: Teacher) -> list[str]:
+    """What official checkpoints have no place for, and what the official code must be told to run this teacher."""
+    unusual = families.of_teacher(teacher).unusual(teacher)
+    other = [f"{name}={value}" for name, value in unusual.items()]
+    if not other:
+        return []
+    return [f"official files do not say it, so tell the official code (and ddfast): {', '.join(other)}"]
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(Path(path), lambda file: torch.save(content, file))

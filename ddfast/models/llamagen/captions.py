@@ -16,6 +16,8 @@ from ddfast import seeds
 from ddfast.errors import DDFastError
 from ddfast.files import read_text
 from ddfast.models.checkpoint import load_tensors, save_tensors
+from ddfast.models.llamagen.network import LlamaGenTeacher
+from ddfast.models.protocol import Teacher
 
 
 def left_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,3 +210,43 @@ def _problem(features: Tensor, mask: Tensor) -> str:
     if mask.dtype not in (torch.int64, torch.bool):
         return f"mask: got {mask.dtype}, expected torch.int64 or torch.bool"
     return _shape_problem(features, mask)
+
+
+def give_captions(teacher: Teacher, captions: Path | Sequence[str], **encoding: Any) -> None:
+    """Set the captions that the samples of a text teacher cycle through; arguments and errors as of `captions_for`."""
+    made = captions_for(teacher, captions, **encoding)
+    assert isinstance(teacher, LlamaGenTeacher)
+    teacher.captions = made
+
+
+def captions_for(
+    teacher: Teacher, captions: Path | Sequence[str], *, encoder: str = "", device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Features [M, C, dim] and mask [M, C] of captions for a text teacher.
+
+    Args:
+        teacher: a text-conditional one.
+        captions: a file of features or of lines of text, or texts.
+        encoder: name or folder of the T5 that encodes texts; empty: the one that LlamaGen was trained with.
+        device: where it runs.
+
+    Raises:
+        DDFastError: the teacher takes class labels, a file cannot be read, the encoder is not there, or the features
+            are not this teacher's.
+    """
+    if not isinstance(teacher, LlamaGenTeacher) or teacher.num_classes:
+        expected = f"class labels, 0..{teacher.num_classes - 1}"
+        raise DDFastError(f"captions: have no effect: this {type(teacher).__name__} is conditioned on {expected}")
+    encoding: dict[str, Any] = {"length": teacher.sizes.cls_token_num, "device": device}
+    if encoder:
+        encoding["model"] = encoder
+    if isinstance(captions, Path):
+        made = read_captions(captions, **encoding)
+    else:
+        made = encode_captions([captions] if isinstance(captions, str) else list(captions), **encoding)
+    try:
+        teacher.check_condition(made)
+    except (TypeError, ValueError) as error:
+        source = captions if isinstance(captions, Path) else "captions"
+        raise DDFastError(f"{source}: {str(error).removeprefix('condition: ')}") from error
+    return made

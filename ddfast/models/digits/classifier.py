@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ddfast import seeds
 from ddfast.env import cache_dir
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
-from ddfast.models.digits import NUM_CLASSES, Progress, digit_images, render
+from ddfast.models.digits.data import NUM_CLASSES, digit_images, render
 from ddfast.models.layers import Conv2d, Linear
+from ddfast.progress import Progress
 from ddfast.schedule import warmup_cosine
 
 _ITERATIONS = 1200

@@ -27,12 +27,14 @@ from ddfast.models.attention import (
     group_levels,
     group_starts,
 )
+from ddfast.models.autoregressive import Condition, SamplingDefaults, on_device
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import check_labels
 from ddfast.models.layers import Embedding, Linear
-from ddfast.models.protocol import Condition, SamplingDefaults, Teacher, on_device
+from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
-from ddfast.models.tokenizers import TokenizedTeacher, VARTokenizer
+from ddfast.models.tokenizers import TokenizedTeacher
+from ddfast.models.var.tokenizer import VARTokenizer
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
 from ddfast.ops.append_normed import append_normed

@@ -14,20 +14,14 @@ from torch.profiler import ProfilerActivity
 
 from ddfast.config import TrainConfig
 from ddfast.errors import DDFastError
-from ddfast.evaluation.speed import measure_speed
+from ddfast.evaluation.sources import SOURCES
+from ddfast.evaluation.speed import IMAGE_DECODER, measure_speed
 from ddfast.files import whole_file
-from ddfast.models.digits import Progress
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import noise
+from ddfast.progress import Progress
 from ddfast.sampling import first_conditions
-
-_LABELS = {
-    "ar_plain": "AR, plain PyTorch",
-    "ar": "AR, ddfast",
-    "student_1step": "1 step",
-    "student_2step": "2 steps",
-}
 
 
 def profile(
@@ -43,7 +37,7 @@ def profile(
     """Time AR decoding against the student and write a Chrome trace to `out/trace.json`.
 
     Args:
-        config: its evaluation's batch sizes and the student's point.
+        config: its evaluation's batch sizes.
         teacher, student: what is timed.
         out: folder of the trace.
         command: the command line to give to Nsight.
@@ -54,21 +48,22 @@ def profile(
         The lines of a table (milliseconds per image without and with image decoding, ratios to both AR decoders, peak
         memory) and what to run next.
     """
-    batches, point = config.evaluation.batch_sizes, config.dd1.point
-    seconds = measure_speed(teacher, student, batch_sizes=batches, point=point, rounds=rounds, progress=progress)
-    decoder = seconds.pop("image_decoder")
+    batches = config.evaluation.batch_sizes
+    labels = {source.name: source.profile for source in SOURCES.values() if source.profile}
+    seconds = measure_speed(teacher, student, batch_sizes=batches, rounds=rounds, progress=progress)
+    decoder = seconds.pop(IMAGE_DECODER, None)
     lines = []
-    for decoded in (False, True):
+    for decoded in (False, True) if decoder is not None else (False,):
         lines += ["", f"milliseconds per image, image decoding {'included' if decoded else 'excluded'}"]
-        lines.append(f"{'batch':>8s}  " + "  ".join(f"{label:>24s}" for label in _LABELS.values()))
+        lines.append(f"{'batch':>8s}  " + "  ".join(f"{label:>24s}" for label in labels.values()))
         for batch in batches:
-            values = [1e3 * (seconds[name][batch] + (decoder[batch] if decoded else 0)) for name in _LABELS]
+            values = [1e3 * (seconds[name][batch] + (decoder[batch] if decoded and decoder else 0)) for name in labels]
             plain, own = values[:2]
             cells = [f"{value:.3f} ({plain / value:.1f}x, {own / value:.1f}x)" for value in values]
             lines.append(f"{batch:8d}  " + "  ".join(f"{cell:>24s}" for cell in cells))
     device = teacher.codebook.device
     lines += ["", "(times as fast as plain PyTorch's AR decoding, as ddfast's)", f"peak memory: {_peak_memory(device)}"]
-    trace = _trace(teacher, student, batches[-1], point, out)
+    trace = _trace(teacher, student, batches[-1], out)
     lines += [f"Chrome trace: {trace} (chrome://tracing or ui.perfetto.dev)", "", "With Nsight on a GPU:"]
     command += "" if device.type == "cuda" else " --device cuda"
     lines.append(f"  nsys profile --trace=cuda,nvtx,osrt --output {shlex.quote(f'{out}/nsys')} {command}")
@@ -77,7 +72,7 @@ def profile(
     return lines
 
 
-def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path) -> Path:
+def _trace(teacher: Teacher, student: Student, batch: int, out: Path) -> Path:
     """One pass of every stage under torch.profiler, each in an NVTX range of its own.
 
     AR decoding stops after 16 groups: LlamaGen's 256 would make a trace of hundreds of megabytes of the same.
@@ -90,7 +85,7 @@ def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path
         "teacher AR": lambda: teacher.generate(condition, stop=stop),
         "teacher flow": lambda: teacher.generate(condition, sampler="flow", noise=eps, stop=stop),
         "student 1 step": lambda: student.sample(condition, eps),
-        "student 2 steps": lambda: student.sample(condition, eps, **student.settings(2, point)),
+        "student 2 steps": lambda: student.sample(condition, eps, **student.settings(2)),
     }
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     made: Tensor | None = None
@@ -98,9 +93,10 @@ def _trace(teacher: Teacher, student: Student, batch: int, point: int, out: Path
         for name, stage in stages.items():
             with nvtx.annotate(name), torch.profiler.record_function(name):
                 made = stage()
-        with nvtx.annotate("image decoding"), torch.profiler.record_function("image decoding"):
-            assert made is not None
-            teacher.decode(made)
+        if teacher.has_decoder:
+            with nvtx.annotate("image decoding"), torch.profiler.record_function("image decoding"):
+                assert made is not None
+                teacher.decode(made)
     path = out / "trace.json"
     try:
         with whole_file(path) as temporary:

@@ -1,0 +1,118 @@
+"""What decoding needs of a model: codes that are decided group by group, each given those before it.
+
+Dimensions: B batch, R rows (B, or 2B with guidance), N tokens, G tokens of one group, V codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.models.attention import group_starts
+from ddfast.models.inputs import check_codes
+
+Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""Class labels int64 [B], or text as (features [B, L, dim], mask [B, L])."""
+
+
+def condition_size(condition: Condition) -> int:
+    """B, the number of samples that a condition stands for."""
+    return len(condition if isinstance(condition, Tensor) else condition[0])
+
+
+def on_device(condition: Condition, device: torch.device) -> Condition:
+    """A condition moved to a device."""
+    if isinstance(condition, Tensor):
+        return condition.to(device)
+    features, mask = condition
+    return features.to(device), mask.to(device)
+
+
+def take(condition: Condition, rows: Tensor) -> Condition:
+    """The condition of some samples, int64 [m], of those that `condition` stands for."""
+    if isinstance(condition, Tensor):
+        return condition[rows]
+    features, mask = condition
+    return features[rows], mask[rows]
+
+
+@dataclass(kw_only=True, frozen=True)
+class SamplingDefaults:
+    """The sampling settings that a teacher is meant to be used with, and that its students learn to reproduce."""
+
+    cfg_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+class AutoRegressive(nn.Module, ABC):
+    """A model that decodes groups of tokens, one after the other, over the codes of a codebook.
+
+    Attributes:
+        codebook: float32 [V, D], the embeddings that the flow and the students work with.
+        groups: sizes of the positions decoded together (LlamaGen: 1 each; VAR: pn^2 per scale); they sum to n.
+        graphable: `begin` and `advance` may be captured as CUDA graphs: they neither wait for the device nor look at
+            the codes on the host nor keep them, and where all groups have one token, every step after the first reads
+            its position from the device and updates its state in place.
+    """
+
+    codebook: Tensor
+    groups: tuple[int, ...]
+    graphable: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """n, the number of tokens of one image."""
+        return sum(self.groups)
+
+    @property
+    def num_codes(self) -> int:
+        """V, the size of the codebook."""
+        return self.codebook.shape[0]
+
+    @property
+    def code_dim(self) -> int:
+        """D, the dimension of a code's embedding."""
+        return self.codebook.shape[1]
+
+    def group_starts(self) -> list[int]:
+        """First token of every group, and n at the end: group k is `starts[k]:starts[k + 1]`."""
+        return group_starts(self.groups)
+
+    @abstractmethod
+    def begin(self, condition: Condition, *, guided: bool) -> Any:
+        """Decoding state for `condition`; with `guided`, rows B..2B stand for the same samples without condition."""
+
+    @abstractmethod
+    def advance(self, state: Any, codes: Tensor) -> Tensor:
+        """Take in the codes decided since the last call and return the next group's logits, or what they are read off.
+
+        Args:
+            state: what `begin` returned; updated in place.
+            codes: int64 [B, m], whole groups; m = 0 in the first call unless there is a prefix.
+
+        Returns:
+            [R, G, V] of any floating type, unguided; hidden states [R, G, W] where `read_out` is overridden.
+        """
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Logits [R, G, V] of any floating type of what `advance` returned: here they are that already.
+
+        A model whose last layer is linear overrides it by that layer: guidance is then applied to the hidden states,
+        where it comes to the same up to rounding, and the layer runs for half of the rows.
+        """
+        return hidden
+
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether `read_out` is overridden."""
+        return type(self).read_out is not AutoRegressive.read_out
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Embeddings [..., D] of integer codes [...]; embeddings pass through unchanged."""
+        return codes if codes.is_floating_point() else self.codebook[check_codes(codes, self.num_codes, waits=False)]

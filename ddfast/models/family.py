@@ -1,0 +1,251 @@
+"""What ddfast knows of a family of teachers beside the networks themselves: its configuration and its files.
+
+A family is a folder in `ddfast/models` with `network.py`, `tokenizer.py` and `files.py`, or a class of the user's
+(docs/adding-a-teacher.md); `ddfast.models.families` lists them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ddfast.config import PretrainedTeacherConfig, TeacherConfig, TokenizerConfig, TrainConfig
+from ddfast.errors import DDFastError
+from ddfast.models.autoregressive import SamplingDefaults
+from ddfast.models.checkpoint import (
+    AnyTensor,
+    build_around,
+    cast_float,
+    load_state,
+    one_dtype,
+    read_checkpoint,
+    read_tensor,
+    save_tensors,
+)
+from ddfast.models.flow_network import TransformerFlowNetwork
+from ddfast.models.official import TOKENIZER, Said, count, largest_set
+from ddfast.models.protocol import Teacher
+from ddfast.models.student import Student, TransformerStudent
+from ddfast.models.tokenizers import ImageTokenizer
+from ddfast.progress import Progress
+
+Made = TypeVar("Made", bound=Teacher)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a teacher is built of.
+
+    Attributes:
+        tensors, source: the transformer's, or the whole teacher's, and their file.
+        header: what a file of ours says beside its tensors.
+        tokenizer, tokenizer_source: tensors and file of a tokenizer that is not among `tensors`.
+        config: what the user says.
+        stored, tokenizer_stored: what the files say about themselves.
+        dtype, defaults: as in `ddfast.load_teacher`.
+    """
+
+    tensors: Mapping[str, AnyTensor]
+    source: Path
+    header: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Mapping[str, AnyTensor] = dataclasses.field(default_factory=dict)
+    tokenizer_source: Path = Path()
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stored: list[Said] = dataclasses.field(default_factory=list)
+    tokenizer_stored: list[Said] = dataclasses.field(default_factory=list)
+    dtype: torch.dtype | None = None
+    defaults: SamplingDefaults | None = None
+
+    def around(
+        self, tokenizer: ImageTokenizer, make: Callable[[], Made], *, head: str, derived: tuple[str, ...]
+    ) -> Made:
+        """The teacher that `make` builds, around its tensors and its finished tokenizer.
+
+        Args:
+            tokenizer: of the teacher.
+            make: builds it.
+            head: name of its last layer's weight [V, W].
+            derived: as in `Family`.
+
+        Raises:
+            DDFastError: the tokenizer has another number of codes, or tensors do not fit.
+        """
+        codes, modelled = len(tokenizer.codebook()), self.tensors[head].shape[0]
+        if modelled != codes:
+            raise DDFastError(
+                f"{self.tokenizer_source} has {codes} codes, but {self.source} models {modelled}: they do not belong "
+                "together"
+            )
+        dtype = self.dtype or one_dtype(self.tensors, self.source)
+        own = {name: value for name, value in self.tensors.items() if not name.startswith(TOKENIZER)}
+        of_tokenizer = {TOKENIZER + name: value for name, value in tokenizer.state_dict().items()}
+        return build_around(make, own, self.source, derived=derived, dtype=dtype, beside=of_tokenizer)
+
+
+class FeatureNetwork(Protocol):
+    """A classifier of images in whose features Fréchet distances are taken."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, F] of images [B, C, H, W] in [0, 1]."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits of features [B, F]."""
+
+
+class Family(ABC):
+    """A family of teachers; of the user's own, `untrained` and the first four attributes are enough.
+
+    Attributes:
+        name: as files and commands call it.
+        teacher: class of its teachers. Each holds what rebuilds it: `teacher.config`, a `config`, and where it has a
+            tokenizer with settings, `teacher.tokenizer.config`, a `tokenizer_config`.
+        config: class of their configuration in recipes; one that derives from `PretrainedTeacherConfig` reads its
+            weights from files.
+        tokenizer_config: class of their tokenizers' configuration.
+        students: class of the student of every method.
+        sizes: arguments of these classes that the teacher does not give (`TransformerStudent`: width, depth, heads).
+        title: what messages call it; empty: its name.
+        signs: by role ("teacher", "tokenizer"), names of tensors that tell its files from others'; three are enough.
+        derived: buffers of official files that follow from the sizes: recomputed, not read.
+        tokenizer_file: example of the second official file of a teacher; empty: the teacher's file is all.
+    """
+
+    name: ClassVar[str]
+    teacher: ClassVar[type[Teacher]]
+    config: ClassVar[type[TeacherConfig]]
+    tokenizer_config: ClassVar[type[TokenizerConfig]] = TokenizerConfig
+    students: ClassVar[Mapping[str, type[Student]]] = {"dd1": TransformerStudent, "dd2": TransformerFlowNetwork}
+    sizes: ClassVar[Mapping[str, Any]] = {}
+    title: ClassVar[str] = ""
+    signs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    derived: ClassVar[tuple[str, ...]] = ()
+    tokenizer_file: ClassVar[str] = ""
+
+    # From a configuration ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def untrained(self, config: TrainConfig) -> Teacher:
+        """A teacher of the configuration's sizes with random weights, on the CPU."""
+
+    def build(self, config: TrainConfig, progress: Progress | None = None) -> Teacher:
+        """The configuration's teacher, on the CPU: here its file's tensors in an untrained one.
+
+        Args:
+            config: of a run.
+            progress: called while it is trained, where it is.
+
+        Raises:
+            DDFastError: the file is missing, unsafe or of other sizes than the configuration's.
+        """
+        assert isinstance(config.teacher, PretrainedTeacherConfig)
+        path = Path(config.teacher.weights)
+        made = self.untrained(config)
+        load_state(made, _read(largest_set(read_checkpoint(path)[0], path)), path)
+        return made.eval().requires_grad_(False)
+
+    def said(self, config: TeacherConfig) -> dict[str, Any]:
+        """What a configuration says of a teacher in official files, by official names."""
+        return {}
+
+    def conditioned(self, teacher: Teacher, config: TeacherConfig) -> Teacher:
+        """The teacher with what its conditions need beside its weights."""
+        return teacher
+
+    # From files and to them --------------------------------------------------------------------------------------
+
+    def read(self, parts: Parts) -> Teacher:
+        """The teacher of a file: here of one that `describe` describes.
+
+        Raises:
+            DDFastError: the file does not say how it was made, or its tensors do not fit.
+        """
+        if parts.config:
+            name = ", ".join(sorted(parts.config))
+            raise DDFastError(f"{name}: a {self.name} teacher's file holds its tokenizer and all of its settings")
+        try:
+            config = TrainConfig(
+                tokenizer=self.tokenizer_config(**parts.header["tokenizer"]),
+                teacher=self.config(**parts.header["teacher"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DDFastError(f"{parts.source} does not say how its {self.name} teacher was made ({error})") from error
+        made = self.untrained(config)
+        load_state(made, _read(parts.tensors), parts.source)
+        for name, parameter in made.named_parameters():
+            if not name.startswith("tokenizer."):
+                parameter.data = cast_float(parameter.data, parts.dtype)
+        made.defaults = parts.defaults or made.defaults
+        return made.eval().requires_grad_(False)
+
+    def read_tokenizer(self, parts: Parts) -> Any:
+        """The tokenizer alone of a file; `parts.tensors` are its own.
+
+        Raises:
+            DDFastError: there is none, or its tensors do not fit.
+        """
+        teacher: Any = self.read(parts)
+        if not hasattr(teacher, "tokenizer"):
+            raise DDFastError(f"{parts.source}: a {self.name} teacher has no tokenizer")
+        return teacher.tokenizer
+
+    def describe(self, teacher: Any) -> dict[str, Any]:
+        """What a teacher's file says beside its tensors, as `read` takes it."""
+        tokenizer = getattr(getattr(teacher, "tokenizer", None), "config", None)
+        if tokenizer is None:
+            tokenizer = TokenizerConfig(num_codes=teacher.num_codes, code_dim=teacher.code_dim)
+        return {"tokenizer": dataclasses.asdict(tokenizer), "teacher": dataclasses.asdict(teacher.config)}
+
+    def save(self, path: Path, teacher: Teacher) -> None:
+        """Write a teacher with its tokenizer and settings to one safetensors file, which `read` reads."""
+        save_tensors(path, teacher.state_dict(), {"family": self.name, **self.describe(teacher)})
+
+    def student_config(self, tensors: Mapping[str, AnyTensor], method: str, teacher: Teacher) -> dict[str, Any]:
+        """What rebuilds a student of which there are tensors alone; None, and what is left out: the teacher's."""
+        return {
+            "width": tensors["class_embedding.weight"].shape[1],
+            "depth": count(tensors, r"body\.blocks\.(\d+)\."),
+        }
+
+    def official_teacher(self, teacher: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contents of a teacher's two official checkpoints, transformer and tokenizer.
+
+        Raises:
+            DDFastError: the family has no official layout.
+        """
+        raise DDFastError(f"{type(teacher).__name__} has no official layout; only VAR and LlamaGen have")
+
+    def official_student(self, student: Any, averaged: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Any]:
+        """The content of a student's official checkpoint; errors as of `official_teacher`.
+
+        Args:
+            student: of the family.
+            averaged, live: its tensors.
+        """
+        raise DDFastError(f"{type(student).__name__} has no official layout; only VAR's and LlamaGen's have")
+
+    def unusual(self, teacher: Any) -> dict[str, Any]:
+        """Settings that official checkpoints have no place for, where they are not what the official code assumes."""
+        return {}
+
+    # For evaluation ----------------------------------------------------------------------------------------------
+
+    def feature_network(self, progress: Progress | None = None) -> FeatureNetwork | None:
+        """The classifier of the family's images; None: there is none, and no Fréchet distance is measured."""
+        return None
+
+    def real_images(self, count: int, seed: int) -> Tensor:
+        """Images [count, C, H, W] in [0, 1] that the samples are compared with, where there is a feature network."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.title or self.name
+
+
+def _read(tensors: Mapping[str, AnyTensor]) -> dict[str, Tensor]:
+    return {name: read_tensor(value) for name, value in tensors.items()}

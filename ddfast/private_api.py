@@ -1,0 +1,88 @@
+"""PyTorch's private names that ddfast uses, each looked up once; where one is missing, the slow public way is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _find(path: str) -> Any:
+    """The object at a dotted path below `torch`, None where there is none."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+_MODES = _find("_C._len_torch_dispatch_stack")
+_TRANSFORM = _find("_C._functorch.peek_interpreter_stack")
+_PROFILED = _find("autograd._profiler_enabled")
+_CLEAR_WORKSPACES = _find("_C._cuda_clearCublasWorkspaces")
+_LERP = _find("_foreach_lerp_")
+
+
+def is_watched() -> bool:
+    """Whether a mode, a functorch transform or a profiler may want to see an op; where nothing tells, it is assumed."""
+    if _MODES is None or _TRANSFORM is None or _PROFILED is None:
+        return True
+    return bool(_MODES()) or _TRANSFORM() is not None or _PROFILED()
+
+
+def writes(tensor: Tensor) -> int:
+    """How often a tensor was written to, as PyTorch counts it; -1 where it does not count."""
+    return -1 if tensor.is_inference() else getattr(tensor, "_version", -1)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """What identifies a tensor's memory as long as that lives."""
+    storage = tensor.untyped_storage()
+    return getattr(storage, "_cdata", storage.data_ptr())
+
+
+def clear_cublas_workspaces() -> None:
+    """Let cuBLAS ask for its workspaces anew; without the name, a graph uses those that are there."""
+    if _CLEAR_WORKSPACES is not None:
+        _CLEAR_WORKSPACES()
+
+
+def foreach_lerp_(targets: Sequence[Tensor], towards: Sequence[Tensor], rate: float) -> None:
+    """`lerp_` of many tensors, in few launches where that can be had."""
+    if _LERP is not None:
+        _LERP(targets, towards, rate)
+        return
+    for target, other in zip(targets, towards, strict=True):
+        target.lerp_(other, rate)
+
+
+@functools.lru_cache
+def _late(module: str, name: str) -> Any:
+    """A name of a module whose import takes seconds, looked up when it is first needed."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def fake_tensors() -> contextlib.AbstractContextManager[object] | None:
+    """A mode in which tensors have no memory; None where there is none."""
+    mode = _late("torch._subclasses.fake_tensor", "FakeTensorMode")
+    return None if mode is None else mode()
+
+
+def recompilations(limit: int) -> contextlib.AbstractContextManager[object]:
+    """Within, torch.compile makes up to so many variants of a function before it falls back to eager mode."""
+    config = _late("torch._dynamo", "config")
+    return contextlib.nullcontext() if config is None else config.patch(recompile_limit=limit)
+
+
+def mark_static_address(tensor: Tensor) -> None:
+    """Promise that a tensor stays where it is: a CUDA graph then reads it there; without the name, it is copied."""
+    mark = _late("torch._dynamo", "mark_static_address")
+    if mark is not None:
+        mark(tensor)
