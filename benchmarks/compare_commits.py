@@ -4,7 +4,7 @@ python benchmarks/compare_commits.py main HEAD
 python benchmarks/compare_commits.py main HEAD --allow-header format --keep compared
 
 Each revision is checked out into a work tree of its own and does the work below by its commands and `ddfast.hub` alone,
-in one thread, with a cache of its own: it trains its own teacher. Five minutes each on a core of an AMD EPYC. Both run
+in one thread, with a cache of its own: it trains its own teacher. Five minutes each, on a core. Both run
 under this interpreter and its compiled modules: a change to csrc/ or kernels/ is not seen. What measures time, the
 commit and Chrome traces are not compared.
 """
