@@ -13,6 +13,7 @@ import pytest
 
 from ddfast.cli import main
 from ddfast.models import families
+from ddfast.ops import dispatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,23 +46,19 @@ def execute(page: str, folder: Path) -> list[str]:
     return commands
 
 
-def test_readme(tmp_path):
-    assert blocks("README.md")
-    assert not execute("README.md", tmp_path)
+@pytest.mark.parametrize("page", ["README.md", "docs/adding-an-op.md"])
+def test_pages(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "KERNELS", dict(dispatch.KERNELS))  # a page adds an op, for other tests there is none
+    assert any(language == "python" for language, _ in blocks(page))
+    assert not execute(page, tmp_path)
 
 
 def test_a_teacher_of_ones_own_reaches_every_command(tmp_path, monkeypatch, restored_families):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     ran = execute("docs/adding-a-teacher.md", tmp_path)
-    assert {command.split()[1] for command in ran} == {
-        "train",
-        "trajectories",
-        "sample",
-        "evaluate",
-        "profile",
-        "convert",
-    }
+    everything = {"train", "trajectories", "sample", "evaluate", "profile", "convert"}
+    assert {command.split()[1] for command in ran} == everything
     assert not (tmp_path / "runs/gru/samples.png").exists()
     assert (tmp_path / "runs/gru-images/samples.png").exists()
     assert "samples.png" not in (tmp_path / "runs/gru/report.md").read_text()

@@ -194,11 +194,76 @@ def test_every_recipe_builds_afresh(name):
     assert first.dd1 is not second.dd1
 
 
+SECTIONS = {
+    "Every op": None,
+    "A kernel for the CPU": "cpu",
+    "A kernel in Triton": "triton",
+    "A kernel in CUDA C++": "cuda",
+}
+"""Of docs/adding-an-op.md: what an op of a backend has (None: every op)."""
+
+ELSEWHERE: dict[tuple[str, str], tuple[str, str] | None] = {
+    # flow_sample's kernels filter what they read, so that they are sample_codes' too.
+    ("sample_codes", "csrc/OP.h"): ("csrc/flow_sample.h", "int64_t sample_codes("),
+    ("sample_codes", "csrc/variant.cpp"): ("csrc/variant.cpp", "flow_sample, sample_codes"),
+    ("sample_codes", "tests/native/test_OP.py"): ("tests/native/test_flow_sample.py", "kernels.sample_codes("),
+    ("sample_codes", "kernels/OP.py"): ("kernels/flow_sample.py", "def flow_sample("),
+    ("sample_codes", "kernels/OP.h"): ("kernels/flow_sample.h", "sample_codes"),
+    ("sample_codes", "kernels/OP.cu"): ("kernels/flow_sample.cu", "sample_codes"),
+    ("sample_codes", "CMakeLists.txt"): ("CMakeLists.txt", "kernels/flow_sample.cu"),
+    ("sample_codes", "tests/cuda/emulated.cpp"): ("tests/cuda/emulated.cpp", "kernels/flow_sample.cu"),
+    ("sample_codes", "tests/cuda/test_OP.py"): ("tests/cuda/test_flow_sample.py", "sample_codes"),
+    # The table of the instruction sets says posterior_forward.
+    ("codebook_posterior", "csrc/kernels.h"): ("csrc/kernels.h", "posterior_forward)("),
+    ("codebook_posterior", "tests/native/test_OP.py"): (
+        "tests/native/test_codebook_posterior.py",
+        "kernels.posterior_forward(",
+    ),
+    # One function for all instruction sets, as its bits must be the same.
+    ("noise", "csrc/OP.h"): ("csrc/noise.cpp", "void noise("),
+    ("noise", "csrc/kernels.h"): ("csrc/kernels.h", "void noise("),
+    ("noise", "csrc/variant.cpp"): ("CMakeLists.txt", "csrc/noise.cpp"),
+    # Missing.
+    ("noise", "tests/cuda/emulated.cpp"): None,
+    ("noise", "tests/cuda/test_OP.py"): None,
+    ("noise", "benchmarks/test_gpu_kernels.py"): None,
+    ("activate", "tests/native/test_OP.py"): None,
+    ("decode_attention", "tests/native/test_OP.py"): None,
+    ("draw_codes", "tests/native/test_OP.py"): None,
+}
+"""(op, file that the page names) -> the file and the text that stand for it, or None where there is none yet."""
+
+
+def files_of_an_op(op: str) -> Iterator[tuple[str, str, str]]:
+    """(file as the page names it, file, text in it), by docs/adding-an-op.md."""
+    page = (ROOT / "docs" / "adding-an-op.md").read_text()
+    for section in page.split("\n## ")[1:]:
+        title, body = section.split("\n", 1)
+        backend = SECTIONS.get(title, "no backend")
+        if backend is None or backend in dispatch.KERNELS[op]:
+            for file, text in re.findall(r"^\d+\. `(\S+)`, `(.+?)`:", body, re.MULTILINE):
+                yield file, file.replace("OP", op), text.replace("OP", op)
+
+
 @pytest.mark.parametrize("op", sorted(dispatch.KERNELS))
 def test_an_op_has_one_name_everywhere(op):
-    assert (PACKAGE / "ops" / f"{op}.py").exists()
-    assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
-    assert "cpu" not in dispatch.KERNELS[op] or op in (ROOT / "csrc" / "bindings.cpp").read_text()
+    """The page's files are there under the op's name and hold it; what is elsewhere is listed, and nothing more."""
+    missing = {
+        (op, named)
+        for named, file, text in files_of_an_op(op)
+        if not (ROOT / file).is_file() or text not in (ROOT / file).read_text()
+    }
+    assert missing == {key for key in ELSEWHERE if key[0] == op}
+    for file, text in filter(None, map(ELSEWHERE.get, missing)):
+        assert text in (ROOT / file).read_text(), f"{text!r} is not in {file}"
+
+
+def test_the_page_names_files_for_every_op_and_backend():
+    page = (ROOT / "docs" / "adding-an-op.md").read_text()
+    assert all(f"\n## {title}\n" in page for title in SECTIONS)
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. `", page, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(list(files_of_an_op("nearest_code"))) >= 20
 
 
 FACTORIES = {
