@@ -62,7 +62,7 @@ def in_this_process(cache: Path, *arguments: object) -> int:
 
 
 def prepare(cache: Path) -> None:
-    """A classifier of three updates where `train` and `evaluate` look for theirs, whose training takes half a minute."""
+    """A classifier of three updates where `train` and `evaluate` look for theirs, which takes half a minute."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDFAST_CACHE", str(cache))
         patch.setattr(classifier, "_ITERATIONS", 3)

@@ -1,8 +1,10 @@
+import functools
 import time
 
 import pytest
 import torch
 
+from ddfast import sampling
 from ddfast.evaluation import speed
 from ddfast.evaluation.plain_decoding import PlainDecoder
 from ddfast.evaluation.quality import frechet_distance, pair_table_distance
@@ -61,7 +63,9 @@ def networks():
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source(source):
+def test_every_source(source, monkeypatch):
+    # How good the tables are is another test's business.
+    monkeypatch.setattr(sampling, "marginal_tables", functools.partial(marginal_tables, samples_per_class=100))
     teacher, student = networks()
     if source == "ar_diffusion":  # of another kind of network
         with pytest.raises(ValueError, match="student: got none of DD2's networks"):
@@ -124,6 +128,7 @@ def test_speed_measures_a_slow_source_once(monkeypatch):
     assert 0.01 <= seconds["ar_plain"][2] < 1
 
 
+@pytest.mark.full
 def test_evaluator_tells_real_from_noise(tmp_path, monkeypatch):
     from ddfast.evaluation import Evaluator, classifier
 
