@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard constraints/*.txt) $(wildcard csrc/* kernels/*)
 
-.PHONY: help demo test lint types bench gpu-check clean
+.PHONY: help demo test test-all lint types bench gpu-check clean
 
 help:
 	@echo "make demo    install into $(VENV), then distil the digits teacher (minutes on 2 cores): runs/digits/report.md"
-	@echo "make test    install into $(VENV), then run the tests"
+	@echo "make test    install into $(VENV), then run the tests but those that take minutes by nature"
+	@echo "make test-all  as make test, and those too"
 	@echo "make lint    ruff check and format check"
 	@echo "make types   mypy"
 	@echo "make bench   the benchmarks"
@@ -30,9 +31,14 @@ demo: $(STAMP)
 	$(BIN)/python -m ddfast.train --recipe digits --method dd1
 
 # A process per core, a file of tests in one process: tests of one file share what they trained; tests/conftest.py puts the
-# longest files first.
+# longest files first and says what was left out.
+PYTEST := $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not full"
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

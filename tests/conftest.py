@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, share))
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -19,9 +20,59 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, deadline=None)
 settings.load_profile("repeatable")
 
-LONGEST = ("tests/test_toy_quality.py", "tests/ops/test_flow_sample.py")
-"""Minutes each: where several processes share the files, these must not come last."""
+LONGEST = (
+    "tests/test_toy_quality.py",
+    "tests/test_toy_quality_dd2.py",
+    "tests/kernels/test_compile.py",
+    "tests/kernels/test_launches.py",
+    "tests/cli/test_commands.py",
+    "tests/ops/test_flow_sample.py",
+    "tests/distill/test_dd2.py",
+    "tests/cli/test_recipes.py",
+    "tests/cli/test_dd2_commands.py",
+    "tests/cuda/test_flow_sample.py",
+    "tests/evaluation/test_quality.py",
+)
+"""Half a minute and more each, in this order: where several processes share the files, these must not come last."""
+
+LEFT_OUT = {
+    "full": "minutes by nature; make test-all runs them",
+    "slow": "more seeds and cases; pytest -m 'slow or not slow' runs them",
+}
+"""Markers that a run may deselect, and what its last lines say of that."""
+
+left_out = dict.fromkeys(LEFT_OUT, 0)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+def pytest_deselected(items: list) -> None:
+    for item in items:
+        for marker in LEFT_OUT:  # under one of them; `slow` are left out by `make test-all` too
+            if item.get_closest_marker(marker) and not (marker == "full" and item.get_closest_marker("slow")):
+                left_out[marker] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of pytest-xdist's processes each has collected everything: what one of them says is what there is to say."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.option.keyword:  # what a name leaves out is no news
+        return
+    for marker, reason in LEFT_OUT.items():
+        if left_out[marker]:
+            terminalreporter.write_line(f"left out: {left_out[marker]} tests marked {marker} ({reason})")

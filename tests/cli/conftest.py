@@ -1,11 +1,11 @@
-"""Commands run in processes of their own, with a cache of the module's own, or (`here`) in this one."""
+"""Commands run in this process (`run`, `here`), or in processes of their own (`process`); all with one cache."""
 
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from commands import command
+from commands import command, in_this_process, prepare
 from official import llamagen_teacher_like, var_teacher_like
 
 from ddfast.cli import main
@@ -15,16 +15,37 @@ from ddfast.models.loading import start_student, student_class, untrained_teache
 from ddfast.recipes import get_recipe
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("cache")
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(cache) -> dict[str, str]:
     return {**os.environ, "DDFAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
-def run(environment):
-    def call(*arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, cwd=cwd)
+def run(cache, capsys):
+    """A command in this process; fails unless it ends with the code."""
+
+    def call(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        done = subprocess.CompletedProcess(arguments, in_this_process(cache, *arguments), *capsys.readouterr())
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return call
+
+
+@pytest.fixture
+def process(environment):
+    """As `run`, in a process of its own: `python -m ddfast.COMMAND`."""
+
+    def call(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command(*arguments), env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 

@@ -1,4 +1,7 @@
-"""The commands as a user runs them, at tiny sizes."""
+"""The commands as a user runs them, at tiny sizes.
+
+`process` where it is the process that is tested: of every command at least once (`convert`: tests/cli/test_convert.py).
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TINY, command, refused
+from commands import TINY, command, in_this_process, refused
 from safetensors.torch import load_file
 
 SIZES = [
@@ -22,11 +25,9 @@ SIZES = [
 
 
 @pytest.fixture(scope="module")
-def finished(environment, tmp_path_factory) -> Path:
+def finished(cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    # As `ddfast train` is: everywhere else the tests use `python -m ddfast.train`.
-    whole = [sys.executable, "-m", "ddfast", "train", "--out", str(out), *SIZES]
-    subprocess.run(whole, env=environment, check=True, capture_output=True)
+    assert in_this_process(cache, "train", "--out", out, *SIZES) == 0
     return out
 
 
@@ -87,8 +88,11 @@ def test_killed_twice_and_run_again_is_the_same_run(environment, finished, tmp_p
     kill(arguments, environment, (out / "trajectories" / "shard-000002.safetensors").exists)
     kill(arguments, environment, (out / "checkpoint.safetensors").exists)
     assert not (out / "student.safetensors").exists()
-    resumed = [*arguments, "--resume", "--trajectories.batch-size=20"]  # no matter to pairs that are there
+    # As `ddfast train` is: everywhere else the tests use `python -m ddfast.train`.
+    resumed = [sys.executable, "-m", "ddfast", "train", "--out", str(out), *SIZES, "--resume"]
+    resumed += ["--trajectories.batch-size=20"]  # no matter to pairs that are there
     subprocess.run(resumed, env=environment, check=True, capture_output=True)
+    assert shlex.join(["python", *command("train", *resumed[4:])[1:]]) in (out / "report.md").read_text()
     for shard in sorted((finished / "trajectories").glob("shard-*.safetensors")):
         assert (out / "trajectories" / shard.name).read_bytes() == shard.read_bytes()
     ours, whole = load_file(out / "student.safetensors"), load_file(finished / "student.safetensors")
@@ -120,8 +124,8 @@ def test_interrupted_it_says_how_to_go_on(environment, tmp_path):
     assert "Traceback" not in errors
 
 
-def test_trajectories_extend(run, tmp_path):
-    assert "100 pairs in" in run("trajectories", "--out", tmp_path, "--count=80", *SIZES).stdout
+def test_trajectories_extend(run, process, tmp_path):
+    assert "100 pairs in" in process("trajectories", "--out", tmp_path, "--count=80", *SIZES).stdout
     first = (tmp_path / "trajectories" / "shard-000000.safetensors").read_bytes()
     assert "150 pairs in" in run("trajectories", "--out", tmp_path, "--count=150", *SIZES).stdout
     assert (tmp_path / "trajectories" / "shard-000000.safetensors").read_bytes() == first
@@ -148,9 +152,10 @@ def test_a_damaged_shard_is_named(environment, run, finished, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["grid", "files", "codes"])
-def test_sample(run, finished, tmp_path, form):
+def test_sample(run, process, finished, tmp_path, form):
     target = tmp_path / "made"
-    run("sample", "--student", finished, "--steps=2", "--classes=1,3", "--count=6", "--format", form, "--to", target)
+    call = process if form == "codes" else run
+    call("sample", "--student", finished, "--steps=2", "--classes=1,3", "--count=6", "--format", form, "--to", target)
     if form == "codes":
         codes = load_file(target.with_name("made.safetensors"))
         assert codes["codes"].shape == (6, 16)
@@ -168,8 +173,8 @@ def test_sample_with_the_teachers_help(run, finished, tmp_path):
     assert not torch.equal(without, with_help)
 
 
-def test_evaluate(run, finished, tmp_path):
-    done = run(
+def test_evaluate(process, finished, tmp_path):
+    done = process(
         "evaluate", "--student", finished, "--json", tmp_path / "e.json", "--evaluation.samples=150",
         "--evaluation.batch-sizes", "2",
     )  # fmt: skip
@@ -177,8 +182,8 @@ def test_evaluate(run, finished, tmp_path):
     assert set(json.loads((tmp_path / "e.json").read_text())["teacher"]["seconds_per_image"]) == {"2"}
 
 
-def test_profile(run, tmp_path):
-    done = run("profile", "--random-weights", "--out", tmp_path, "--rounds=2", *SIZES)
+def test_profile(process, tmp_path):
+    done = process("profile", "--random-weights", "--out", tmp_path, "--rounds=2", *SIZES)
     assert "image decoding excluded" in done.stdout
     own = shlex.join(["python", *command("profile", "--random-weights", "--out", tmp_path, "--rounds=2", *SIZES)[1:]])
     nsight = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith(("nsys ", "ncu "))]
@@ -188,8 +193,8 @@ def test_profile(run, tmp_path):
     assert {"teacher AR", "student 1 step", "image decoding"} <= {event.get("name") for event in events}
 
 
-def test_doctor(run):
-    text = run("doctor").stdout
+def test_doctor(process):
+    text = process("doctor").stdout
     for word in ("torch", "CPU kernels", "DDFAST_BACKEND", "flow_sample", "float32 tensors on cuda"):
         assert word in text
 
@@ -258,18 +263,13 @@ def test_an_unknown_flag_is_bad_usage(run, tmp_path):
     assert "--speeed" in run("train", "--speeed=3", "--out", tmp_path / "x", code=2).stderr
 
 
-def test_one_entry_point(environment):
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "ddfast", *arguments], env=environment, capture_output=True, text=True
-        )
-
-    assert "trajectories" in call("--help").stdout
-    assert call("doctor").returncode == 0
-    assert "--dd1.iterations" in call("train", "--help").stdout
-    unknown = call("fly")
-    assert unknown.returncode == 2
-    assert "unknown command 'fly'; known: train" in unknown.stderr
+def test_one_entry_point(environment, here):
+    call = [sys.executable, "-m", "ddfast", "--help"]
+    assert "trajectories" in subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
+    assert here("doctor")[0] == 0
+    code, _, errors = here("fly")
+    assert code == 2
+    assert "unknown command 'fly'; known: train" in errors
 
 
 def test_debug_shows_the_traceback(run):

@@ -1,12 +1,14 @@
 """`ddfast convert` as a user runs it, on the golden checkpoints."""
 
+import contextlib
+import io
 import json
 import subprocess
-import sys
 
 import matplotlib.image
 import pytest
 import torch
+from commands import command, refused
 from golden import Case
 from official import llamagen_teacher_like, var_teacher_like
 from safetensors.torch import load_file
@@ -26,18 +28,23 @@ GIVEN = {
 }  # fmt: skip
 
 
-def convert(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", "ddfast.convert", *map(str, arguments)]
-    done = subprocess.run(call, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+def convert(*arguments: object) -> str:
+    """What it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main([str(argument) for argument in arguments]) == 0
+    return said.getvalue()
 
 
 @pytest.mark.parametrize("family", GIVEN)
 def test_there_and_back(tmp_path, family):
     teacher_case, student_case = (VAR, VAR_DD) if family == "var" else (GPT, GPT_DD)
     ours, back, again = tmp_path / "ours", tmp_path / "official", tmp_path / "again"
-    assert "model.safetensors: " in convert(*GIVEN[family], "--to", ours).stdout
+    if family == "var":
+        call = command("convert", *GIVEN[family], "--to", ours)
+        said = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    else:
+        said = convert(*GIVEN[family], "--to", ours)
+    assert "model.safetensors: " in said
     convert("--teacher", ours, "--to", back, "--form", "official")  # the student in the folder goes along
     extra = [] if family == "var" else ["--n-head", 4, "--image-size", 64]
     convert("--teacher", back / "teacher.pth", "--tokenizer", back / "tokenizer.pth", "--student", back / "student.pth",
@@ -59,7 +66,7 @@ def test_there_and_back(tmp_path, family):
         student_case.check(**{name: live})
 
 
-def test_a_converted_folder_is_sampled(tmp_path):
+def test_a_converted_folder_is_sampled(run, tmp_path):
     """Teacher alone, one step, two steps, and the teacher in between, as the official scripts run them."""
     folder = tmp_path / "dd"
     convert(*GIVEN["var"], "--point", 2, "--split", 2, "--to", folder)
@@ -71,9 +78,8 @@ def test_a_converted_folder_is_sampled(tmp_path):
         "combined": ["--teacher-steps=1", "--guidance.top-k=1", "--point=1"],
         "images": ["--steps=2", "--format=files"],
     }.items():
-        call = [sys.executable, "-m", "ddfast.sample", "--student", str(folder), "--count=4", "--classes=1,7"]
-        target = ["--to", str(tmp_path / name)] + ([] if name == "images" else ["--format=codes"])
-        subprocess.run([*call, *options, *target], check=True, capture_output=True)
+        target = ["--to", tmp_path / name] + ([] if name == "images" else ["--format=codes"])
+        run("sample", "--student", folder, "--count=4", "--classes=1,7", *options, *target)
         if name != "images":
             made[name] = load_file(tmp_path / f"{name}.safetensors")["codes"]
     teacher = load_teacher(folder)
@@ -93,13 +99,11 @@ def test_a_converted_folder_is_sampled(tmp_path):
     assert (pixels - expected).abs().max() <= 1.01 / 255
 
 
-def test_nothing_is_overwritten_and_errors_are_one_line(tmp_path):
+def test_nothing_is_overwritten_and_errors_are_one_line(run, tmp_path):
     convert(*GIVEN["var"], "--to", tmp_path / "a")
-    done = convert(*GIVEN["var"], "--to", tmp_path / "a", code=1)
-    (line,) = done.stderr.strip().splitlines()
-    assert "config.json, model.safetensors, student.safetensors exists; choose another folder" in line
-    (line,) = convert("--teacher", tmp_path / "none.pth", "--to", tmp_path / "b", code=1).stderr.strip().splitlines()
-    assert "no checkpoint at" in line
+    words = "config.json, model.safetensors, student.safetensors exists; choose another folder"
+    refused(run, words, "convert", *GIVEN["var"], "--to", tmp_path / "a")
+    refused(run, "no checkpoint at", "convert", "--teacher", tmp_path / "none.pth", "--to", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TINY, command, refused
+from commands import TINY, command, in_this_process, refused
 from safetensors.torch import load_file
 
 SIZES = [
@@ -23,9 +23,11 @@ SIZES = [
 
 
 @pytest.fixture(scope="module")
-def finished(environment, tmp_path_factory) -> Path:
+def finished(cache, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("work")
-    subprocess.run(command("train", *SIZES), env=environment, check=True, capture_output=True, cwd=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert in_this_process(cache, "train", *SIZES) == 0
     return folder / "runs" / "digits-dd2"  # not DD1's default folder
 
 
@@ -45,7 +47,7 @@ def test_train_writes_everything(finished):
     assert "| AR-diffusion model (stage 1) | 16 x 10 |" in report
 
 
-def test_killed_in_every_stage_and_run_again_is_the_same_run(environment, finished, tmp_path):
+def test_killed_in_every_stage_and_run_again_is_the_same_run(environment, run, finished, tmp_path):
     out = tmp_path / "killed"
     arguments = command("train", "--out", out, *SIZES)
     checkpoint, tuned = out / "checkpoint.safetensors", out / "ar-diffusion.safetensors"
@@ -56,7 +58,7 @@ def test_killed_in_every_stage_and_run_again_is_the_same_run(environment, finish
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not (out / "student.safetensors").exists()
-    subprocess.run(arguments, env=environment, check=True, capture_output=True)
+    run("train", "--out", out, *SIZES)
     for name in ("student.safetensors", "guidance.safetensors", "ar-diffusion.safetensors"):
         ours, theirs = load_file(out / name), load_file(finished / name)
         assert all((value == theirs[key]).all() for key, value in ours.items()), name
@@ -88,7 +90,7 @@ def test_a_start_from_the_teacher_needs_no_stage_1(run, tmp_path):
     assert "stage 1" not in done.stdout
 
 
-def test_starting_from_a_dd1_student(run, environment, tmp_path):
+def test_starting_from_a_dd1_student(run, tmp_path):
     run("train", "--out", tmp_path / "dd1", *TINY, "--dd1.iterations=10", "--dd1.batch-size=16")
     done = run("train", "--out", tmp_path / "dd2", *SIZES, "--init", f"dd1:{tmp_path / 'dd1'}")
     assert "DD2 student" in done.stdout

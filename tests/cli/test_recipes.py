@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import few_marginals
 from lpips_files import write_lpips
 
 from ddfast.config import update
@@ -50,6 +51,12 @@ def tiny(name: str, out: Path, **teacher: object):
         update(config, values)
     update(config, {"out": str(out), "teacher": {"random_weights": True, **teacher}})
     return config
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    with few_marginals():
+        yield
 
 
 def silent(title):

@@ -1,9 +1,10 @@
+import functools
 import time
 
 import pytest
 import torch
 
-from ddfast.evaluation import speed
+from ddfast.evaluation import sources, speed
 from ddfast.evaluation.plain_decoding import PlainDecoder
 from ddfast.evaluation.quality import frechet_distance, pair_table_distance
 from ddfast.evaluation.sources import MEASURED, SOURCES, draw_marginals, marginal_tables, sample, sources_for, stream
@@ -65,7 +66,10 @@ def networks():
 
 
 @pytest.mark.parametrize("source", MEASURED)
-def test_every_source(source):
+def test_every_source(source, monkeypatch):
+    # How good the tables are is another test's business.
+    few = functools.partial(marginal_tables, samples_per_class=100)
+    monkeypatch.setattr(sources, "marginal_tables", lambda teacher, generator, **_: few(teacher, generator))
     teacher, student = networks()
     if source == "ar_diffusion":  # of another kind of network
         with pytest.raises(ValueError, match="student: got none of DD2's networks"):
@@ -128,6 +132,7 @@ def test_speed_measures_a_slow_source_once(monkeypatch):
     assert 0.01 <= seconds["teacher_plain"][2] < 1
 
 
+@pytest.mark.full
 def test_evaluator_tells_real_from_noise(tmp_path, monkeypatch):
     from ddfast.evaluation import Evaluator
     from ddfast.models.digits import classifier

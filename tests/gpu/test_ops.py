@@ -1,4 +1,7 @@
-"""Every op's GPU kernels against the references, on a GPU if there is one, else in Triton's interpreter at small sizes.
+"""Every op's GPU kernels against the references on a GPU.
+
+Without one, Triton's interpreter runs a case or two of each, so that these tests themselves keep working: what they say
+of the formulas, tests/ops says there of every dtype and size.
 
 pytest tests/gpu -m gpu
 """
@@ -18,9 +21,10 @@ from ddfast.ops.flow_sample import SOLVERS
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 BACKENDS = [name for name in ("triton", "cuda") if name in dispatch.available()]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [1, 7, 33, 4095, 16385] if GPU else [1, 33]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16][: None if GPU else 1]
+SIZES = [1, 7, 33, 4095, 16385] if GPU else [33]
 ROWS = 1000 if GPU else 5
+FILTERS = [{"top_k": 900, "top_p": 0.95}, {"top_k": 5}, {"top_p": 0.8}, {}][: None if GPU else 1]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +51,7 @@ def float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [1, 8, 32, 33, 64])
+@pytest.mark.parametrize("dim", [8, 1, 32, 33, 64][: None if GPU else 1])
 @pytest.mark.parametrize("num_codes", SIZES)
 def test_nearest_code(backend, num_codes, dim, dtype):
     x, codebook = moved(torch.randn(ROWS, dim), torch.randn(num_codes, dim), dtype=dtype)
@@ -64,7 +68,7 @@ def test_nearest_code_ties_go_to_the_lowest_index(backend, cosine):
     assert ops.nearest_code(x, codebook, cosine=cosine, backend=backend).tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 900, "top_p": 0.95}], ids=str)
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_codes", SIZES)
 def test_filter_logits(backend, num_codes, dtype, filters):
@@ -84,8 +88,8 @@ def test_filter_logits(backend, num_codes, dtype, filters):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_codes", "dim"), [(1, 3), (33, 1), (512, 8), (512, 32), (4095, 64)][: None if GPU else 4])
-@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize(("num_codes", "dim"), [(33, 1), (1, 3), (512, 8), (512, 32), (4095, 64)][: None if GPU else 1])
+@pytest.mark.parametrize("draws", [3, 1][: None if GPU else 1])
 def test_codebook_posterior(backend, num_codes, dim, dtype, draws):
     log_probs, noise, codebook = problem(ROWS, num_codes, dim, support=0.5, seed=3)
     t = 0.1 + 0.9 * torch.rand(draws, ROWS)
@@ -105,10 +109,10 @@ def test_codebook_posterior(backend, num_codes, dim, dtype, draws):
     assert ((grad.cpu().double() - exact_grad).abs() <= 10 * tolerance * (1 + gain)).all()
 
 
-@pytest.mark.parametrize("solver", sorted(SOLVERS))
-@pytest.mark.parametrize("support", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("solver", sorted(SOLVERS)[: None if GPU else 1])
+@pytest.mark.parametrize("support", [0.3, 0.0, 1.0][: None if GPU else 1])
 @pytest.mark.parametrize(
-    ("num_codes", "dim"), [(1, 3), (64, 4), (512, 32), (4095, 8), (16385, 64)][: None if GPU else 2]
+    ("num_codes", "dim"), [(64, 4), (1, 3), (512, 32), (4095, 8), (16385, 64)][: None if GPU else 1]
 )
 def test_flow_sample(backend, num_codes, dim, support, solver):
     log_probs, noise, codebook = moved(*problem(ROWS, num_codes, dim, support=support, seed=4))
@@ -131,7 +135,7 @@ def test_sample_codes(backend, dtype):
     assert (codes != apart).sum() <= 0.002 * ROWS + 1
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 900, "top_p": 0.95}], ids=str)
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("num_codes", SIZES)
 def test_draw_codes(num_codes, filters):
     rows = ROWS // 4 + 1
@@ -151,7 +155,7 @@ def test_draw_codes(num_codes, filters):
 @pytest.mark.parametrize(
     ("rows", "heads", "kv_heads", "length", "dim"),
     [(3, 2, 2, 9, 24), (2, 4, 1, 33, 6), (2, 16, 16, 1025, 64), (24, 16, 16, 257, 64), (70, 16, 4, 300, 128)][
-        : None if GPU else 2
+        : None if GPU else 1
     ],
 )
 def test_decode_attention(rows, heads, kv_heads, length, dim, dtype):
@@ -191,7 +195,7 @@ def test_a_position_outside_the_cache_is_marked_and_not_written(index):
 @pytest.mark.parametrize("variant", ["LlamaGen", "VAR", "VAR, nothing added", "LayerNorm"])
 @pytest.mark.parametrize(
     ("rows", "length", "width"),
-    [(3, 1, 96), (2, 5, 33), (128, 1, 1024), (32, 256, 1536), (3, 700, 64), (2, 2, 20_000)][: None if GPU else 2],
+    [(3, 1, 96), (2, 5, 33), (128, 1, 1024), (32, 256, 1536), (3, 700, 64), (2, 2, 20_000)][: None if GPU else 1],
 )
 def test_add_norm(rows, length, width, variant, dtype):
     x, branch = moved(*torch.randn(2, rows, length, width), dtype=dtype)
@@ -217,7 +221,7 @@ def test_add_norm(rows, length, width, variant, dtype):
 @pytest.mark.parametrize(
     ("rows", "length", "heads", "dim", "start"),
     [(2, 1, 16, 64, 0), (3, 4, 3, 6, 1), (2, 256, 16, 64, 424), (16, 169, 24, 64, 255), (5, 7, 2, 1000, 3)][
-        : None if GPU else 2
+        : None if GPU else 1
     ],
 )
 def test_append_normed(rows, length, heads, dim, start, dtype):
@@ -237,7 +241,7 @@ def test_append_normed(rows, length, heads, dim, start, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["gelu", "silu"])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("count", [1, 1023, 2 * 2816, 3_000_001][: None if GPU else 2])
+@pytest.mark.parametrize("count", [1023, 1, 2 * 2816, 3_000_001][: None if GPU else 1])
 def test_activate(count, gated, kind, dtype):
     x, times = moved(4 * torch.randn(count), torch.randn(count), dtype=dtype)
     ours = ops.activate(x, times if gated else None, kind=kind, backend="triton").double().cpu()

@@ -11,6 +11,7 @@ import pytest
 from ddfast.ops import dispatch
 
 
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_every_op_launches():
     """A compile error here is one that only a launch's own arguments bring about, such as a size of 1."""

@@ -42,9 +42,14 @@ def test_guidance_shapes_and_dtypes(backend, dtype):
 
 
 def test_frequencies_are_the_distribution(backend, interpreted):
-    count = 2000 if interpreted else 50_000
+    count = 50_000
     logits = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -1.0]).expand(count, 5)
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    if interpreted:  # slow; the same codes have the same frequencies
+        logits, uniform = logits[:300], uniform[:300]
+        codes, same = (draw_codes(logits, uniform, top_k=3, backend=name) for name in (backend, "reference"))
+        assert torch.equal(codes, same)
+        return
     share = draw_codes(logits, uniform, top_k=3, backend=backend).bincount(minlength=5) / count
     assert (share - filter_logits(logits[0], top_k=3).exp()).abs().max() < 5 * (0.25 / count) ** 0.5
 

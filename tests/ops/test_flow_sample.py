@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
+from tiles import use_tile
 from truth import flow_codes, problem
 
 import ddfast
@@ -16,9 +17,12 @@ from ddfast.ops.geometry import codebook_geometry
 
 @functools.cache
 def exact(rows: int, num_codes: int, dim: int, peak: float, support: float, seed: int) -> torch.Tensor:
-    """Thousands of Heun steps in other coordinates, in float64; shared by the backends that are held against it."""
+    """Hundreds of Heun steps in other coordinates, in float64; shared by the backends that are held against it.
+
+    The codes are those of 2500 steps.
+    """
     log_probs, noise, codebook = problem(rows, num_codes, dim, peak=peak, support=support, seed=seed)
-    return torch.from_numpy(flow_codes(log_probs.numpy(), noise.numpy(), codebook.numpy(), 2500))
+    return torch.from_numpy(flow_codes(log_probs.numpy(), noise.numpy(), codebook.numpy(), 600))
 
 
 def agreement(codes: torch.Tensor, truth: torch.Tensor) -> float:
@@ -28,11 +32,12 @@ def agreement(codes: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("num_codes", "dim", "peak", "support"), [(64, 4, 2.0, 1.0), (256, 8, 1.0, 0.4), (512, 32, 3.0, 0.3)]
 )
-def test_exact_map(backend, num_codes, dim, peak, support, interpreted):
+def test_exact_map(backend, num_codes, dim, peak, support, interpreted, monkeypatch):
     """The default solver against a float64 integration that shares nothing with it."""
     log_probs, noise, codebook = problem(500, num_codes, dim, peak=peak, support=support, seed=1)
     truth = exact(500, num_codes, dim, peak, support, 1)
     if interpreted:
+        use_tile(monkeypatch, 128, min(num_codes, 256))
         log_probs, noise, truth = log_probs[:250], noise[:250], truth[:250]
     codes, x = flow_sample(log_probs.float(), noise.float(), codebook.float(), backend=backend)
     assert agreement(codes, truth) >= 0.99
@@ -40,9 +45,12 @@ def test_exact_map(backend, num_codes, dim, peak, support, interpreted):
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
-def test_every_solver_converges(backend, solver, interpreted):
+def test_every_solver_converges(backend, solver, interpreted, monkeypatch):
+    if interpreted:
+        use_tile(monkeypatch, 128, 64)
+    rows = 128 if interpreted else 300
     log_probs, noise, codebook = problem(300, 64, 4, seed=2)
-    truth = exact(300, 64, 4, 2.0, 1.0, 2)
+    log_probs, noise, truth = log_probs[:rows], noise[:rows], exact(300, 64, 4, 2.0, 1.0, 2)[:rows]
     log_probs, noise, codebook = log_probs.float(), noise.float(), codebook.float()
     evaluations = 200 if interpreted else 400
     coarse, fine = (
@@ -55,7 +63,7 @@ def test_every_solver_converges(backend, solver, interpreted):
 
 def test_higher_order_is_worth_it():
     log_probs, noise, codebook = problem(3000, 64, 4, seed=3)
-    exact, _ = flow_sample(log_probs, noise, codebook, steps=1000)
+    exact, _ = flow_sample(log_probs, noise, codebook, steps=400)
     wrong = [
         (flow_sample(log_probs, noise, codebook, steps=10, solver=solver)[0] != exact).sum()
         for solver in ("euler", "dpm2m", "dpm3m")
@@ -63,9 +71,11 @@ def test_higher_order_is_worth_it():
     assert wrong[0] > 2 * wrong[1] > 2 * wrong[2]
 
 
-def test_frequencies(backend, interpreted):
+def test_frequencies(backend, interpreted, monkeypatch):
     """Pushed-forward noise has the distribution asked for: chi-square over V=64 codes, 50,000 noises."""
     draws = 5_000 if interpreted else 50_000
+    if interpreted:
+        use_tile(monkeypatch, 512, 64)
     log_probs, _, codebook = (tensor.float() for tensor in problem(1, 64, 4, peak=1.0, seed=4))
     noise = ddfast.noise(11, torch.arange(draws), (4,))
     codes, _ = flow_sample(log_probs.expand(draws, 64), noise, codebook, backend=backend)

@@ -13,7 +13,14 @@ from ddfast.ops.geometry import codebook_geometry
 
 B, V, D = 5, 37, 4
 SAMPLERS = ("filter_logits", "draw_codes", "sample_codes")
-NUMBERS = {"nearest_code", "filter_logits", "draw_codes", "sample_codes", "flow_sample", "codebook_posterior"}
+READS = {
+    "nearest_code": ("x", "codebook"),
+    "filter_logits": ("logits", "uncond"),
+    "draw_codes": ("logits", "uncond", "uniform"),
+    "sample_codes": ("logits", "uncond", "noise", "codebook"),
+    "flow_sample": ("log_probs", "noise", "codebook"),
+    "codebook_posterior": ("x", "t", "log_probs", "codebook"),
+}
 
 
 def tensors():
@@ -52,7 +59,7 @@ def call(op, a, *, backend, **settings):
     return calls[op]()
 
 
-RUNS = [(op, backend) for op in sorted(NUMBERS) for backend in backends_of(op)]
+RUNS = [(op, backend) for op in sorted(READS) for backend in backends_of(op)]
 
 
 def assert_close(found, expected):
@@ -65,8 +72,7 @@ def assert_close(found, expected):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("op", "runs_on"), RUNS)
-@pytest.mark.parametrize("name", ["logits", "uncond", "noise", "codebook", "uniform", "log_probs", "x", "t"])
+@pytest.mark.parametrize(("op", "runs_on", "name"), [(op, by, name) for op, by in RUNS for name in READS[op]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_dtypes(op, runs_on, name, dtype):
     """One input in a reduced precision, the others in float32: every backend computes what the reference does.
@@ -192,15 +198,7 @@ def test_an_edited_codebook_is_seen(runs_on, how):
 
 @pytest.mark.parametrize(("op", "runs_on"), RUNS)
 def test_values_that_cannot_be(op, runs_on):
-    reads = {
-        "nearest_code": ("x", "codebook"),
-        "filter_logits": ("logits", "uncond"),
-        "draw_codes": ("logits", "uncond", "uniform"),
-        "sample_codes": ("logits", "uncond", "noise", "codebook"),
-        "flow_sample": ("log_probs", "noise", "codebook"),
-        "codebook_posterior": ("x", "t", "log_probs", "codebook"),
-    }[op]
-    for name in reads:
+    for name in READS[op]:
         for value in (math.nan, math.inf):
             a = tensors()
             a[name].view(-1)[2] = value

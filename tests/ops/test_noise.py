@@ -42,7 +42,11 @@ def test_a_sample_depends_on_seed_and_index_alone(backend):
     assert not torch.equal(batch[41], ddfast.noise(4, 41, (7, 3), backend=backend))
 
 
-def test_is_standard_normal(backend):
+def test_is_standard_normal(backend, interpreted):
+    if interpreted:  # slow; the same bits have the same distribution
+        some = ddfast.noise(5, torch.arange(100), (101,), backend=backend)
+        assert torch.equal(some, ddfast.noise(5, torch.arange(100), (101,), backend="reference"))
+        return
     values = ddfast.noise(5, torch.arange(2000), (101,), backend=backend)
     assert values.isfinite().all()
     assert kstest(values.flatten().double().numpy(), "norm").pvalue > 1e-3
