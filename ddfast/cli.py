@@ -219,11 +219,12 @@ def check_effect(arguments: Sequence[str], ignored: Mapping[str, str]) -> None:
 
 def of_other_methods(options: TrainConfig) -> dict[str, str]:
     """Flags of training that have no effect with a recipe and a method, for `check_effect`."""
-    ignored = {
-        field.name: f"--method {options.method} has settings of its own"
-        for field in dataclasses.fields(options)
-        if isinstance(getattr(options, field.name), MethodConfig) and field.name != options.method
-    }
+    fields = (field.name for field in dataclasses.fields(options))
+    methods = [name for name in fields if isinstance(getattr(options, name), MethodConfig)]
+    ignored = {}
+    if options.method in methods:  # another one is refused by its name
+        why = f"--method {options.method} has settings of its own"
+        ignored = {name: why for name in methods if name != options.method}
     if options.method == "dd1" and not options.init.startswith(DD1_PREFIX):  # that one says what it is for
         ignored["init"] = "only --method dd2 starts from anything but the teacher"
     network = families.of_config(options.teacher).students["dd2"]

@@ -180,6 +180,8 @@ def test_a_batch_is_written_before_the_next_is_made(tmp_path):
 def test_samples_depend_on_neither_batch_size_nor_count(source):
     teacher = ToyTeacher()
     student = TransformerStudent(teacher, width=16, depth=1, heads=2)
+    for parameter in student.parameters():  # large enough that samples depend on their noise
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))
     settings = {"seed": 5}
     student.point = 1
     whole = sample(source, teacher, student, count=50, batch_size=50, **settings)
