@@ -22,7 +22,8 @@ EXAMPLES = """  python -m ddfast.profile --recipe digits --random-weights
   python -m ddfast.profile --student runs/digits --evaluation.batch-sizes 1 16 64 256"""
 
 
-_OF_A_RUN = ("recipe", "config", "method", "seed", "tokenizer", "teacher", "trajectories", "dd1", "dd2")
+_NOT_OF_A_RUN = ("out", "device", "evaluation", "resume", "init")
+_OF_A_RUN = ("config", *(field.name for field in dataclasses.fields(TrainConfig) if field.name not in _NOT_OF_A_RUN))
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -265,10 +265,15 @@ def read_students(weights: str | Path, teacher: Teacher) -> tuple[Path, list[Wei
     path = path / STUDENT_FILE if (path / STUDENT_FILE).is_file() else checkpoint_file(path)
     content, header = read_checkpoint(path)
     found = find_weights(content, families.signs())
-    if "student" in header and not any(one.kind and one.kind.is_student for one in found):
-        # Networks of a user's own: what they are, the header says, and no name of a tensor.
+    if "method" in header:  # whatever the names of its tensors say
+        method = header["method"]
+        found = [
+            dataclasses.replace(one, kind=one.kind._replace(role=method)) if one.kind and one.kind.is_student else one
+            for one in found
+        ]
+    if "method" in header and not any(one.kind for one in found):  # networks of a user's own
         family = families.of_teacher(teacher)
-        kind = Kind(family.name, str(family), header.get("method", "dd1"))
+        kind = Kind(family.name, str(family), header["method"])
         tensors = tensors_of(content)
         averaged = {n.removeprefix(AVERAGE): value for n, value in tensors.items() if n.startswith(AVERAGE)}
         live = {name: value for name, value in tensors.items() if not name.startswith(AVERAGE)}

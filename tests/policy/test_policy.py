@@ -73,6 +73,13 @@ def test_imports_point_downwards(path):
         assert layer(module) <= own, f"{name_of(path)} imports {module}"
 
 
+def test_the_page_has_the_layers():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", page, re.MULTILINE)
+    told = {int(number) - 1: set(re.findall(r"`([\w.]+)`", names)) for number, names in rows}
+    assert told == dict(enumerate(LAYERS))
+
+
 def test_no_modules_import_each_other_in_a_circle():
     """Imports of types alone count too: what needs another's names belongs above it."""
     waiting = {name_of(path): imports(path) & NAMES for path in MODULES if path != PACKAGE / "__init__.py"}
