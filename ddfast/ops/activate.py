@@ -54,7 +54,7 @@ def activate_reference(x: Tensor, times: Tensor | None, kind: str) -> Tensor:
 def _activate(x: Tensor, times: Tensor | None, kind: str, backend: str) -> Tensor:
     chosen = common.backend_of("activate", backend, x)
     if chosen == "reference" or x.numel() == 0:
-        return activate_reference(x, times, kind)
+        return activate_reference(x, times, kind).contiguous()  # as `_fake` says
     x = x.contiguous()
     times = None if times is None else times.contiguous()
     out = torch.empty_like(x)

@@ -137,7 +137,7 @@ def _add_norm(
     chosen = common.backend_of("add_norm", backend, x)
     if chosen == "reference" or x.numel() == 0:
         total, normed = add_norm_reference(x, branch, gate, weight, bias, eps, rms)
-        return (x.new_empty(0) if branch is None else total), normed
+        return (x.new_empty(0) if branch is None else total.contiguous()), normed.contiguous()  # as `_fake` says
     total, normed = _fake(x, branch)
     native.triton("add_norm").add_norm(x.contiguous(), branch, gate, weight, bias, eps, rms, total, normed)
     return total, normed

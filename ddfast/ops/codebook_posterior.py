@@ -176,7 +176,7 @@ def _codebook_posterior_backward(
         t, codes, g, mean = t.to(dtype)[..., None], codebook.to(dtype), grad.to(dtype), x0_hat.to(dtype)
         weights = _log_weights(x.to(dtype), t, log_probs.to(dtype), codes).softmax(-1)
         along_g = g @ codes.T - (mean * g).sum(-1, keepdim=True)
-        return ((1 - t) / t.square() * ((weights * along_g) @ codes)).to(x.dtype)
+        return ((1 - t) / t.square() * ((weights * along_g) @ codes)).to(x.dtype).contiguous()
     rows = _Rows(x, t, log_probs, codebook)
     g, mean, norm = common.float_rows(grad), common.float_rows(x0_hat), log_norm.reshape(-1).contiguous()
     out = torch.empty_like(rows.x)

@@ -65,6 +65,23 @@ def test_opcheck(op, run_by):
     torch.library.opcheck(getattr(torch.ops.ddfast, op).default, schemas(run_by)[op])
 
 
+def strided(value: object) -> object:
+    """A tensor with its dimensions in another order in memory, so that what keeps strides is found out."""
+    if not isinstance(value, torch.Tensor) or value.ndim < 2:
+        return value
+    return value.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_(value.requires_grad)
+
+
+IN_PLACE = ("decode_attention", "append_normed")
+"""Their caches are written to where they are."""
+
+
+@pytest.mark.parametrize(("op", "run_by"), [run for run in RUNS if run[0] not in IN_PLACE])
+def test_results_have_the_strides_that_a_compiler_is_told(op, run_by):
+    arguments = tuple(strided(value) for value in schemas(run_by)[op])
+    torch.library.opcheck(getattr(torch.ops.ddfast, op).default, arguments)
+
+
 def attention_and_cache(a: dict[str, torch.Tensor]) -> torch.Tensor:
     keys, values = a["keys"].clone(), a["values"].clone()
     out = ops.decode_attention(a["qkv"], keys, values, a["position"], rope=a["rope"])
