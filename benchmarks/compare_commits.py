@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tomli_w
+import tomllib
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -228,7 +229,10 @@ def tensors(path: Path) -> Entries:
     """A safetensors file: its tensors, and the keys of its header."""
     with safe_open(path, framework="pt") as file:
         values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        return {"safetensors tensors": values, "safetensors headers": dict(file.metadata() or {})}
+        header: dict[str, Any] = dict(file.metadata() or {})
+        if "config" in header:
+            header["config"] = json.loads(header["config"])
+        return {"safetensors tensors": values, "safetensors headers": flat(header)}
 
 
 def pickled(path: Path) -> Entries:
@@ -255,6 +259,11 @@ def losses(path: Path) -> Entries:
     return {path.name: flat({f"line {number}": line for number, line in enumerate(made, 1)})}
 
 
+def settings(path: Path) -> Entries:
+    """A TOML file."""
+    return {".toml settings": flat(tomllib.loads(path.read_text()))}
+
+
 def lines(path: Path) -> Entries:
     """A text, line by line."""
     made = untimed(path.read_text()).splitlines()
@@ -263,6 +272,7 @@ def lines(path: Path) -> Entries:
 
 READERS: dict[str, Callable[[Path], Entries]] = {
     ".safetensors": tensors, ".pth": pickled, ".png": pixels, ".json": figures, ".jsonl": losses,
+    ".toml": settings,
 }  # fmt: skip
 
 

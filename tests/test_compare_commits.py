@@ -102,7 +102,7 @@ def text(name: str, old: str, new: str):
         (text("metrics.json", "speedup_vs_ar", "speedup"), [
             "run/metrics.json: teacher.speedup.1: only after", "run/metrics.json: teacher.speedup_vs_ar.1: only before",
         ]),
-        (text("config.toml", "0", "1"), ["run/config.toml: line 1: 'seed = 0' became 'seed = 1'"]),
+        (text("config.toml", "0", "1"), ["run/config.toml: seed: 0 became 1"]),
         (text("report.md", "3.141", "3.142"), ["run/report.md: line 5: "]),
         (lambda folder: (folder / "student.pth").unlink(), ["student.pth: only before"]),
         (lambda folder: (folder / "more.txt").write_text(""), ["more.txt: only after"]),
