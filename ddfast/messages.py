@@ -13,7 +13,7 @@ def first_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Print one line, from the first process only."""
+    """Print a message, from the first process only."""
     if first_process():
         print(text, flush=True)
 

@@ -29,7 +29,7 @@ from ddfast.models.checkpoint import (
     save_tensors,
 )
 from ddfast.models.flow_network import TransformerFlowNetwork
-from ddfast.models.official import TOKENIZER, Said, count, largest_set
+from ddfast.models.official import TOKENIZER, Said, checkpoint_file, count, largest_set
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student, TransformerStudent
 from ddfast.models.tokenizers import ImageTokenizer
@@ -144,7 +144,7 @@ class Family(ABC):
             DDFastError: the file is missing, unsafe or of other sizes than the configuration's.
         """
         assert isinstance(config.teacher, PretrainedTeacherConfig)
-        path = Path(config.teacher.weights)
+        path = checkpoint_file(config.teacher.weights)
         made = self.untrained(config)
         load_state(made, _read(largest_set(read_checkpoint(path)[0], path)), path)
         return made.eval().requires_grad_(False)

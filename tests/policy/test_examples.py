@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import ddfast
 from ddfast.cli import main
 from ddfast.models import families
 from ddfast.ops import dispatch
@@ -63,13 +65,14 @@ def test_a_teacher_of_ones_own_reaches_every_command(tmp_path, monkeypatch, rest
     assert (tmp_path / "runs/gru-images/samples.png").exists()
     assert "samples.png" not in (tmp_path / "runs/gru/report.md").read_text()
     # A process that was not told to import the module does not, whatever a file says.
+    environment = {**os.environ, "PYTHONPATH": str(Path(ddfast.__file__).parents[1])}
     for arguments in (["sample", "--student", "runs/gru"], ["sample", "--student", "shared/gru"]):
         command = [sys.executable, "-m", "ddfast", *arguments, "--format", "codes", "--to", "x"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 1
         assert "--import" in done.stderr
     told = [*command, "--import", "my_teacher"]
-    done = subprocess.run(told, capture_output=True, text=True)
+    done = subprocess.run(told, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -89,3 +92,36 @@ def test_docstrings(module):
     result = doctest.testmod(importlib.import_module(module), extraglobs={"torch": __import__("torch")})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+PAGES = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    """Names with dots, and imports, of any block or sentence."""
+    text = (ROOT / page).read_text()
+    names = set(re.findall(r"(?<![\w.])ddfast(?:\.[a-zA-Z]\w*)+(?![\w/])", text))
+    for module, imported in re.findall(r"from (ddfast[\w.]*) import ([\w, ]+)", text):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    placeholders = {name for name in names if name.rpartition(".")[2].isupper()}  # ddfast.COMMAND
+    for name in sorted(names - placeholders):
+        assert found(name), name
+
+
+def found(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return bool(module) and found(module) and hasattr(resolved(module), attribute)
+    return True
+
+
+def resolved(name: str) -> object:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        module, _, attribute = name.rpartition(".")
+        return getattr(resolved(module), attribute)
