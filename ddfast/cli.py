@@ -156,7 +156,7 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
     file = read_toml(Path(known.config)) if known.config else {}
     told = Path(known.config) if known.config and not known.recipe else None
     recipe = get_recipe(known.recipe or file.get("recipe", "digits"), told=told)
-    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(TrainConfig)}
     default = kind(**values)
     update(default, file)
     description = _description(command, examples, "--config FILE reads TOML; ")
@@ -227,7 +227,7 @@ def of_other_methods(options: TrainConfig) -> dict[str, str]:
         ignored = {name: why for name in methods if name != options.method}
     if options.method == "dd1" and not options.init.startswith(DD1_PREFIX):  # that one says what it is for
         ignored["init"] = "only --method dd2 starts from anything but the teacher"
-    network = families.of_config(options.teacher).students["dd2"]
+    network = families.of_config(options.teacher).students.get("dd2")
     if not getattr(network, "looks_up", False):
         ignored["dd2.adapt"] = "only networks of teachers that look their tokens up (LlamaGen) are adapted"
     return ignored
@@ -238,7 +238,7 @@ def of_other_weights(options: TrainConfig) -> dict[str, str]:
     ignored, teacher = {}, options.teacher
     if getattr(teacher, "random_weights", False):
         ignored = dict.fromkeys(("teacher.weights", "tokenizer.weights"), "--teacher.random-weights draws them")
-    elif hasattr(teacher, "weights"):
+    elif hasattr(teacher, "weights") and families.of_config(teacher).tokenizer_file:
         sizes = (field.name.replace("_", "-") for field in dataclasses.fields(options.tokenizer))
         ignored = {f"tokenizer.{name}": "the tokenizer's file decides" for name in sizes if name != "weights"}
     return ignored
@@ -254,7 +254,7 @@ def overlay(target: Any, options: Any, table: str, arguments: Sequence[str]) -> 
 
 def _import_users(arguments: list[str]) -> list[str]:
     """Import the modules of `--import MODULE`; returns the other arguments."""
-    importing = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    importing = argparse.ArgumentParser(prog="ddfast", add_help=False, allow_abbrev=False)
     importing.add_argument("--import", dest="modules", action="append", default=[])
     known, rest = importing.parse_known_args(arguments)
     for module in known.modules:

@@ -131,6 +131,10 @@ class SamplingSettings:
         return {name: value for name, value in values.items() if value is not None}
 
 
+_UNSAID = {"cfg_scale": -1.0, "top_k": -1, "top_p": -1.0}
+"""What stood for None in these settings before: a training that was interrupted then goes on."""
+
+
 @dataclass(kw_only=True)
 class TargetConfig(SamplingSettings):
     """Whose distribution a stage learns: the teacher's, with settings of its own or with others.
@@ -139,9 +143,12 @@ class TargetConfig(SamplingSettings):
     """
 
     def __post_init__(self) -> None:
-        for name, value in self.sampling().items():
-            if value < 0:
+        for name in _UNSAID:
+            value = getattr(self, name)
+            if value is not None and value < 0:
                 setattr(self, name, None)
+        positive = self.temperature is None or self.temperature >= 0
+        _require(positive, "temperature", self.temperature, "at least 0")
 
 
 @dataclass(kw_only=True)
@@ -599,6 +606,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise DDFastError(f"{path} is not TOML: {error}") from error
 
 
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as TOML and JSON hold it: tuples as lists, paths as texts, nothing for None."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
 def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
     """Set a configuration's fields from nested tables and validate it.
 
@@ -627,13 +647,19 @@ def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
 
 def _kind(target: Any, name: str) -> type:
     """The type of a field that may also be None."""
-    hint = get_type_hints(type(target))[name]
-    kind = next(kind for kind in get_args(hint) if kind is not type(None))
-    return get_origin(kind) or kind
+    try:
+        hint = get_type_hints(type(target))[name]
+    except NameError:  # names that are there for a type checker alone
+        return object
+    kind = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+    kind = get_origin(kind) or kind
+    return kind if isinstance(kind, type) else object
 
 
 def _fits(value: object, kind: type) -> bool:
     """Whether a TOML value can stand for a field of this type."""
+    if kind is object:
+        return True
     if isinstance(value, bool):
         return kind is bool
     if issubclass(kind, Path):
@@ -641,10 +667,6 @@ def _fits(value: object, kind: type) -> bool:
     if kind is float:
         return isinstance(value, (int, float))
     return isinstance(value, list if kind is tuple else kind)
-
-
-_UNSAID = {"cfg_scale": -1.0, "top_k": -1, "top_p": -1.0}
-"""What stood for None in these settings before: a training that was interrupted then goes on."""
 
 
 def config_hash(*parts: Any) -> str:

@@ -161,6 +161,8 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
                 image tokenizer (`codes` needs none).
             DDFastError: captions cannot be read or encoded, or a batch does not fit in memory.
         """
+        if not self.teacher.has_decoder:
+            raise TypeError(f"{type(self.teacher).__name__} has no image tokenizer: `codes` gives the samples' codes")
         condition = self._condition(classes, captions, guidance)
         return self._sampled(condition, self.teacher.decode, steps, seed, first_index, batch_size, guidance)
 

@@ -21,10 +21,10 @@ from ddfast.files import write_atomically
 from ddfast.messages import say
 from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
 from ddfast.models.flow_network import FlowNetwork
-from ddfast.models.loading import build_teacher, load_student, save_student
+from ddfast.models.loading import build_teacher, check_student, load_student, save_student
 from ddfast.models.official import STUDENT_FILE
 from ddfast.models.protocol import Teacher
-from ddfast.models.student import Student
+from ddfast.models.student import DD1Student, Student
 from ddfast.progress import Progress, ProgressBar
 from ddfast.report import machine, quality_table, write_pictures, write_report
 from ddfast.runs import (
@@ -71,6 +71,7 @@ def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
 
     with stages.timed("teacher"):
         teacher = build_teacher(config, progress_bar("teacher"))
+    check_student(teacher, config.method)
     student = METHODS[config.method](config, teacher, stages, progress_bar)
     if (out / METRICS_JSON).exists():
         say(f"evaluation: {out / METRICS_JSON} exists, skipped")
@@ -96,7 +97,10 @@ def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
         store = make_trajectories(config, teacher, progress_bar("trajectories"))
     if (out / STUDENT_FILE).exists():
         say(f"student: {out / STUDENT_FILE} exists, skipped")
-        return load_student(out, teacher)
+        student = load_student(out, teacher)
+        assert isinstance(student, DD1Student)
+        student.point = student.point or config.dd1.point
+        return student
     with stages.timed("distillation"):
         trajectories = store.load(config.trajectories.count)
         student, live = distill(config, teacher, trajectories, out, progress=progress_bar("distillation"))

@@ -25,6 +25,7 @@ from ddfast.config import (
     VQTokenizerConfig,
 )
 from ddfast.errors import DDFastError
+from ddfast.models import families
 from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 
 
@@ -225,9 +226,11 @@ def get_recipe(name: str, *, told: Path | None = None) -> TrainConfig:
     Raises:
         DDFastError: there is no such recipe; or its module is not to be imported, cannot be, or does not hold it.
     """
+    if not isinstance(name, str):
+        raise DDFastError(f"recipe: got {name!r}, expected a name")
     if ":" in name:
         module = name.partition(":")[0]
-        if told is not None and module not in sys.modules:
+        if told is not None and module not in _trusted():
             why = f"it was made with a recipe of the module {module}, whose code a file does not start"
             raise DDFastError(f"{told}: {why}; if you trust it, give --import {module}")
         return _users_own(name)
@@ -237,12 +240,22 @@ def get_recipe(name: str, *, told: Path | None = None) -> TrainConfig:
     return RECIPES[name]()
 
 
+_IMPORTED: set[str] = set()
+"""Modules that the user asked for."""
+
+
+def _trusted() -> set[str]:
+    """Modules whose functions a file may name: those that the user imported, by option or to register a family."""
+    return _IMPORTED | {type(family).__module__ for family in families.registered()}
+
+
 def _users_own(name: str) -> TrainConfig:
     module, _, function = name.partition(":")
+    recipe = import_users(module)
     try:
-        made = getattr(import_users(module), function)()
-    except AttributeError as error:
-        raise DDFastError(f"recipe {name!r}: {error}") from error
+        made = getattr(recipe, function)()
+    except Exception as error:  # whatever the user's function raises
+        raise DDFastError(f"recipe {name!r}: {type(error).__name__}: {error}") from error
     if not isinstance(made, TrainConfig):
         raise DDFastError(f"recipe {name!r} returns a {type(made).__name__}, expected a ddfast.config.TrainConfig")
     made.recipe = name
@@ -258,6 +271,8 @@ def import_users(module: str) -> ModuleType:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return importlib.import_module(module)
+        made = importlib.import_module(module)
+        _IMPORTED.add(module)
+        return made
     except Exception as error:  # whatever the user's module raises
         raise DDFastError(f"cannot import {module}: {type(error).__name__}: {error}") from error

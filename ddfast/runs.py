@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import re
 import time
@@ -15,7 +14,7 @@ import nvtx
 import tomli_w
 import torch
 
-from ddfast.config import TrainConfig, read_toml, update
+from ddfast.config import TrainConfig, plain, read_toml, update
 from ddfast.distill.trainer import CHECKPOINT
 from ddfast.errors import DDFastError
 from ddfast.files import read_text, write_atomically
@@ -49,6 +48,8 @@ def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
         raise DDFastError(f"--student {folder}: {where}; `ddfast train` and `ddfast convert` make it")
     config, teacher = open_teacher(folder, device, progress)
     student = load_student(folder, teacher)
+    if isinstance(student, DD1Student) and student.point is None and (folder / CONFIG).exists():
+        student.point = config.dd1.point
     if isinstance(student, DD1Student) and student.point is None:
         student.point = max(len(teacher.groups) // 2, 1)
         where = f"nothing says where the student's second step starts: point {student.point} is assumed"
@@ -101,7 +102,7 @@ def claim_folder(config: TrainConfig) -> None:
         theirs, wanted = _said(read_toml(path)), _said(mine)
         different = [
             f"{name} is {theirs.get(name)!r}, not {wanted.get(name)!r}"
-            for name in {**wanted, **theirs}
+            for name in {**wanted, **{name: None for name in theirs if _LEFT.fullmatch(name)}}
             if name not in LOCATION and theirs.get(name) != wanted.get(name)
         ]
         if different:
@@ -109,22 +110,6 @@ def claim_folder(config: TrainConfig) -> None:
     elif config.resume:
         raise DDFastError(f"--resume: no run in {out}; leave --resume out to start one")
     write_atomically(path, tomli_w.dumps(mine))
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as TOML and JSON can hold it."""
-    values = dataclasses.asdict(config)
-    values["out"] = str(values["out"])
-    return _listed(values)
-
-
-def _listed(values: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as the lists that TOML and JSON read back, and nothing for None, which TOML has no word for."""
-    return {
-        name: _listed(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if value is not None
-    }
 
 
 class Stages:
@@ -154,10 +139,17 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DDFastError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
+_LEFT = re.compile(r"dd2\.(tune|match)\.(cfg_scale|temperature|top_k|top_p)")
+"""Settings that may be left to the teacher."""
+
+
 def _said(values: dict[str, Any]) -> dict[str, Any]:
     """Settings as {"a.b": value}, without those left to the teacher: negative ones, as files of before say it."""
-    left = re.compile(r"dd2\.(tune|match)\.(cfg_scale|top_k|top_p)")
-    return {name: value for name, value in _flat(values).items() if not (left.fullmatch(name) and value < 0)}
+
+    def left(name: str, value: Any) -> bool:
+        return _LEFT.fullmatch(name) is not None and isinstance(value, (int, float)) and value < 0
+
+    return {name: value for name, value in _flat(values).items() if not left(name, value)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

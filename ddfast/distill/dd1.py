@@ -23,6 +23,8 @@ def check_point(config: DD1Config, teacher: Teacher) -> None:
         raise ValueError(f"point: got {config.point}, expected a trajectory point in 1..{groups - 1}")
     if config.split > groups:
         raise ValueError(f"split: got {config.split}, expected a group in 0..{groups}, or -1 for none")
+    if config.lpips_vgg and not teacher.has_decoder:
+        raise ValueError(f"lpips_vgg: got a file, but {type(teacher).__name__} has no image tokenizer")
 
 
 class DD1(Method):

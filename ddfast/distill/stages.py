@@ -16,7 +16,7 @@ from ddfast.distill.method import Roles
 from ddfast.distill.trainer import from_noise, from_store, optimise
 from ddfast.models import families
 from ddfast.models.flow_network import FlowNetwork
-from ddfast.models.loading import start_student
+from ddfast.models.loading import start_student, student_class
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
 from ddfast.progress import Progress
@@ -66,7 +66,10 @@ def new_network(config: TrainConfig, teacher: Teacher, *, from_teacher: bool = T
     """A DD2 network of the configuration's size: the teacher's backbone, or one drawn anew, and a new head."""
     seeds.seed_all(config.seed)
     family, dd2 = families.of_teacher(teacher), config.dd2
-    kind, sizes = family.students["dd2"], {**family.sizes, "head_width": dd2.head_width, "head_depth": dd2.head_depth}
+    kind, sizes = (
+        student_class(teacher, "dd2"),
+        {**family.sizes, "head_width": dd2.head_width, "head_depth": dd2.head_depth},
+    )
     network = kind.from_teacher(teacher, **sizes) if from_teacher else kind(teacher, **sizes)
     assert isinstance(network, FlowNetwork)
     return network.to(config.device, torch.float32)
@@ -74,11 +77,13 @@ def new_network(config: TrainConfig, teacher: Teacher, *, from_teacher: bool = T
 
 def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
     """A student of the configuration's method before its training, to profile it."""
+    kind = student_class(teacher, config.method)
     student: Student
-    if config.method == "dd2":
+    if issubclass(kind, FlowNetwork):
         student = new_network(config, teacher)
     else:
-        student = start_student(teacher)
+        student = kind.from_teacher(teacher, **families.of_teacher(teacher).sizes)
+    if isinstance(student, DD1Student):
         student.point = config.dd1.point
     return student.to(config.device).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ddfast.config import TeacherConfig, TrainConfig
@@ -49,6 +50,11 @@ def register_family(family: Family) -> None:
     for attribute in ("name", "teacher", "config"):
         if not hasattr(family, attribute):
             raise TypeError(f"family: {type(family).__name__} has no attribute {attribute}")
+    if not re.fullmatch(r"[\w.-]+", family.name):
+        raise ValueError(f"family: got the name {family.name!r}, expected letters, digits, points and dashes")
+    for role, marks in family.signs.items():
+        if len(marks) < 3:
+            raise ValueError(f"family: got {len(marks)} signs of a {role}, expected none or at least three")
     there = _FAMILIES.get(family.name)
     if there is not None and type(there).__module__.startswith("ddfast.models."):
         raise ValueError(f"family: the name {family.name!r} is that of a family of ddfast's; choose another")
@@ -58,6 +64,11 @@ def register_family(family: Family) -> None:
 def names() -> list[str]:
     """Of all families."""
     return list(_FAMILIES)
+
+
+def registered() -> list[Family]:
+    """The families of the user's own."""
+    return [family for family in _FAMILIES.values() if not type(family).__module__.startswith("ddfast.")]
 
 
 def named(name: str, source: object) -> Family:
@@ -93,5 +104,11 @@ def signs() -> Signs:
     return {
         Kind(family.name, str(family), role): marks
         for family in _FAMILIES.values()
+        if recognised_as(family) == family.name
         for role, marks in family.signs.items()
     }
+
+
+def recognised_as(family: Family) -> str | None:
+    """The first family that has the same files; None: no names of tensors tell the family's."""
+    return next((name for name, one in _FAMILIES.items() if family.signs and one.signs == family.signs), None)

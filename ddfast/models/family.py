@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ddfast.config import PretrainedTeacherConfig, TeacherConfig, TokenizerConfig, TrainConfig
+from ddfast.config import PretrainedTeacherConfig, TeacherConfig, TokenizerConfig, TrainConfig, plain, update
 from ddfast.errors import DDFastError
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import (
@@ -99,7 +99,7 @@ class FeatureNetwork(Protocol):
 
 
 class Family(ABC):
-    """A family of teachers; of the user's own, `untrained` and the first four attributes are enough.
+    """A family of teachers; of the user's own, `untrained` and `name`, `teacher`, `config` and `sizes` are enough.
 
     Attributes:
         name: as files and commands call it.
@@ -145,9 +145,23 @@ class Family(ABC):
         """
         assert isinstance(config.teacher, PretrainedTeacherConfig)
         path = checkpoint_file(config.teacher.weights)
+        content, header = read_checkpoint(path)
+        self._check_settings(config, header, path)
         made = self.untrained(config)
-        load_state(made, _read(largest_set(read_checkpoint(path)[0], path)), path)
+        load_state(made, _read(largest_set(content, path)), path)
         return made.eval().requires_grad_(False)
+
+    def _check_settings(self, config: TrainConfig, header: Mapping[str, Any], path: Path) -> None:
+        """Raise where a file of ours says that its teacher was made in another way than the recipe does."""
+        if header.get("family", self.name) != self.name:
+            raise DDFastError(f"{path} is a teacher of the family {header['family']!r}, the recipe's is {self.name!r}")
+        for table, settings in (("tokenizer", config.tokenizer), ("teacher", config.teacher)):
+            mine = _settings(settings)
+            for name, value in header.get(table, {}).items():
+                if name in mine and mine[name] != value and name not in _FREE:
+                    raise DDFastError(
+                        f"{path} was made with {name} {value!r}, the recipe has {mine[name]!r} (--{table}.{name})"
+                    )
 
     def said(self, config: TeacherConfig) -> dict[str, Any]:
         """What a configuration says of a teacher in official files, by official names."""
@@ -170,17 +184,19 @@ class Family(ABC):
             raise DDFastError(f"{name}: a {self.name} teacher's file holds its tokenizer and all of its settings")
         try:
             config = TrainConfig(
-                tokenizer=self.tokenizer_config(**parts.header["tokenizer"]),
-                teacher=self.config(**parts.header["teacher"]),
+                tokenizer=_configured(self.tokenizer_config, parts.header["tokenizer"]),
+                teacher=_configured(self.config, parts.header["teacher"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DDFastError(f"{parts.source} does not say how its {self.name} teacher was made ({error})") from error
+        except (KeyError, TypeError, ValueError, DDFastError) as error:
+            lacks = f"{parts.source} does not say how its {self.name} teacher was made ({error})"
+            raise DDFastError(f"{lacks}; where a recipe says it, give the file as --teacher.weights") from error
         made = self.untrained(config)
         load_state(made, _read(parts.tensors), parts.source)
         for name, parameter in made.named_parameters():
             if not name.startswith("tokenizer."):
-                parameter.data = cast_float(parameter.data, parts.dtype)
-        made.defaults = parts.defaults or made.defaults
+                parameter.data = cast_float(parameter.data, parts.dtype or parts.tensors[name].dtype)
+        stored = parts.header.get("defaults")
+        made.defaults = parts.defaults or (SamplingDefaults(**stored) if stored else made.defaults)
         return made.eval().requires_grad_(False)
 
     def read_tokenizer(self, parts: Parts) -> Any:
@@ -199,7 +215,11 @@ class Family(ABC):
         tokenizer = getattr(getattr(teacher, "tokenizer", None), "config", None)
         if tokenizer is None:
             tokenizer = TokenizerConfig(num_codes=teacher.num_codes, code_dim=teacher.code_dim)
-        return {"tokenizer": dataclasses.asdict(tokenizer), "teacher": dataclasses.asdict(teacher.config)}
+        if not isinstance(getattr(teacher, "config", None), self.config):
+            name = f"{type(teacher).__name__}.config"
+            raise DDFastError(f"{name}: expected the {self.config.__name__} that it was made with (ddfast.Family)")
+        described = {"tokenizer": _settings(tokenizer), "teacher": _settings(teacher.config)}
+        return described | {"defaults": dataclasses.asdict(teacher.defaults)}
 
     def save(self, path: Path, teacher: Teacher) -> None:
         """Write a teacher with its tokenizer and settings to one safetensors file, which `read` reads."""
@@ -245,6 +265,25 @@ class Family(ABC):
 
     def __str__(self) -> str:
         return self.title or self.name
+
+
+_PLACES = ("weights", "random_weights")
+"""Settings that say where weights come from: they are no business of whoever gets the file."""
+
+_FREE = (*_PLACES, "dtype", *(field.name for field in dataclasses.fields(SamplingDefaults)))
+"""Settings in which a recipe may differ from the file of its teacher's weights."""
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in plain(config).items() if name not in _PLACES}
+
+
+def _configured(kind: Any, values: dict[str, Any]) -> Any:
+    """A configuration with values as JSON holds them."""
+    required = [field.name for field in dataclasses.fields(kind) if field.default is field.default_factory]
+    made = kind(**{name: values[name] for name in required})
+    update(made, values)
+    return made
 
 
 def _read(tensors: Mapping[str, AnyTensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from ddfast.models import families
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import build_around, cast_float, one_dtype, read_checkpoint, save_tensors, tensors_of
 from ddfast.models.family import Family, Parts
+from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.official import (
     AVERAGE,
     STUDENT_FILE,
@@ -34,7 +35,8 @@ from ddfast.models.official import (
     stored_settings,
 )
 from ddfast.models.protocol import Teacher
-from ddfast.models.student import DD1Student, Student
+from ddfast.models.student import DD1Student, Student, TransformerStudent
+from ddfast.models.transformer import transformer_sizes
 from ddfast.progress import Progress
 
 
@@ -77,14 +79,17 @@ def load_teacher(
     if own is not None:
         if tokenizer is not None:
             raise DDFastError(f"tokenizer {tokenizer}: a {own.name} teacher's file holds its tokenizer")
+        _check_live(ema, path)
         if family not in (None, own.name):
             raise DDFastError(f"{path} is a {own} teacher; family={family!r} was asked for")
         parts = Parts(tensors=tensors_of(content), source=path, header=header, config=config, dtype=dtype)
         return own.read(dataclasses.replace(parts, defaults=defaults))
     found = find_weights(content, families.signs())
-    network = _named_family(found, family) or choose(found, "teacher", path, family=family, averaged=ema, strict=ema)
+    wanted = family or (header.get("family") if "defaults" in header else None)
+    seen_as = wanted and families.recognised_as(families.named(wanted, path))
+    network = _named_family(found, family) or choose(found, "teacher", path, family=seen_as, averaged=ema, strict=ema)
     assert network.kind is not None
-    kind = families.named(network.kind.family, path)
+    kind = families.named(wanted or network.kind.family, path)
     stored = stored_settings(content, header, path)
     if "defaults" in header and defaults is None:
         defaults = SamplingDefaults(**header["defaults"])
@@ -105,13 +110,18 @@ def load_teacher(
         needed = f"a {kind.name} teacher needs its tokenizer's file as the second argument"
         raise DDFastError(f"{path}: {needed} ({kind.tokenizer_file}; --tokenizer)")
     assert tokens.kind is not None
-    if tokens.kind.family != kind.name:
+    if tokens.kind.family != network.kind.family:
         raise DDFastError(f"{tokens_path} is {tokens.kind}, but {path} is {network.kind}: give this family's tokenizer")
     return kind.read(
         dataclasses.replace(
             parts, tokenizer=tokens.tensors, tokenizer_source=tokens_path, tokenizer_stored=of_tokens
         )
     )  # fmt: skip
+
+
+def _check_live(ema: bool, path: Path) -> None:
+    if ema:
+        raise DDFastError(f"{path} holds live weights alone; ema=True asks for the averaged ones")
 
 
 def _of_our_file(header: dict[str, Any], path: Path) -> Family | None:
@@ -123,12 +133,15 @@ def _of_our_file(header: dict[str, Any], path: Path) -> Family | None:
     return None if family.tokenizer_file else family
 
 
-def _named_family(found: list[Weights], family: str | None) -> Weights | None:
-    """The largest set of weights where the user names the family of tensors that tell none."""
-    if family is None or not found or any(one.kind for one in found):
+def _named_family(found: list[Weights], name: str | None) -> Weights | None:
+    """The largest set of weights where the user names the family of tensors that tell none, or that none can tell."""
+    if name is None or not found:
+        return None
+    family = families.named(name, "")
+    if family.signs and any(one.kind for one in found):
         return None
     largest = max(found, key=lambda one: len(one.tensors))
-    return dataclasses.replace(largest, kind=Kind(family, str(families.named(family, "")), "teacher"))
+    return dataclasses.replace(largest, kind=Kind(name, str(family), "teacher"))
 
 
 def load_tokenizer(path: str | Path, *, ema: bool = False, **config: Any) -> Any:
@@ -147,6 +160,7 @@ def load_tokenizer(path: str | Path, *, ema: bool = False, **config: Any) -> Any
     content, header = read_checkpoint(path)
     own = _of_our_file(header, path)
     if own is not None:
+        _check_live(ema, path)
         parts = Parts(tensors=tensors_of(content), source=path, header=header, config=config)
         return own.read_tokenizer(parts)
     found = choose(find_weights(content, families.signs()), "tokenizer", path, averaged=ema, strict=ema)
@@ -208,14 +222,35 @@ def _in_dtype(teacher: Teacher, dtype: str) -> Teacher:
 
 
 def student_class(teacher: Teacher, method: str) -> type[Student]:
-    """The kind of student that learns from a teacher by a method."""
-    return families.of_teacher(teacher).students[method]
+    """The kind of student that learns from a teacher by a method.
+
+    Raises:
+        DDFastError: the teacher's family has none.
+    """
+    family = families.of_teacher(teacher)
+    if method not in family.students:
+        known = ", ".join(family.students)
+        raise DDFastError(f"family {family.name} has no students of the method {method!r}; known: {known}")
+    return family.students[method]
+
+
+def check_student(teacher: Teacher, method: str) -> None:
+    """Raise unless a teacher's family has students of a method, and says how large they are: before hours of work.
+
+    Raises:
+        DDFastError: it has none, or does not say it.
+    """
+    kind, sizes = student_class(teacher, method), families.of_teacher(teacher).sizes
+    if issubclass(kind, (TransformerStudent, TransformerFlowNetwork)):
+        try:
+            transformer_sizes(teacher, *(sizes.get(name) for name in ("width", "depth", "heads")))
+        except ValueError as error:
+            raise DDFastError(f"{error}: `sizes` of the family ({families.of_teacher(teacher).name})") from error
 
 
 def start_student(teacher: Teacher) -> DD1Student:
     """A new DD1 student that starts from its teacher's weights."""
-    family = families.of_teacher(teacher)
-    made = family.students["dd1"].from_teacher(teacher, **family.sizes)
+    made = student_class(teacher, "dd1").from_teacher(teacher, **families.of_teacher(teacher).sizes)
     assert isinstance(made, DD1Student)
     return made
 
@@ -233,7 +268,8 @@ def save_student(
     """
     tensors = {AVERAGE + name: value for name, value in student.state_dict().items()}
     tensors |= live or {}
-    header = {"method": student.method, "student": student.config, **student.header()}
+    family = families.of_teacher(student.teacher).name
+    header = {"method": student.method, "family": family, "student": student.config, **student.header()}
     save_tensors(Path(path), tensors, {**header, **config})
 
 
@@ -264,21 +300,19 @@ def read_students(weights: str | Path, teacher: Teacher) -> tuple[Path, list[Wei
     path = Path(weights)
     path = path / STUDENT_FILE if (path / STUDENT_FILE).is_file() else checkpoint_file(path)
     content, header = read_checkpoint(path)
-    found = find_weights(content, families.signs())
-    if "method" in header:  # whatever the names of its tensors say
-        method = header["method"]
-        found = [
-            dataclasses.replace(one, kind=one.kind._replace(role=method)) if one.kind and one.kind.is_student else one
-            for one in found
-        ]
-    if "method" in header and not any(one.kind for one in found):  # networks of a user's own
-        family = families.of_teacher(teacher)
-        kind = Kind(family.name, str(family), header["method"])
-        tensors = tensors_of(content)
-        averaged = {n.removeprefix(AVERAGE): value for n, value in tensors.items() if n.startswith(AVERAGE)}
-        live = {name: value for name, value in tensors.items() if not name.startswith(AVERAGE)}
-        sets = ((averaged, (AVERAGE.rstrip("."),)), (live, ()))
-        found = [Weights(kind, place, tensors) for tensors, place in sets if tensors]
+    if "method" not in header:
+        return path, find_weights(content, families.signs()), header
+    tensors, family = tensors_of(content), families.of_teacher(teacher)
+    if header.get("family", family.name) != family.name and header["family"] in families.names():
+        family = families.named(header["family"], path)
+    elif "family" not in header:  # of before: the names of its tensors tell
+        kinds = (one.kind for one in find_weights(content, families.signs()) if one.kind and one.kind.is_student)
+        family = next((families.named(kind.family, path) for kind in kinds), family)
+    averaged = {name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)}
+    live = {name: value for name, value in tensors.items() if not name.startswith(AVERAGE)}
+    sets = ((averaged, (AVERAGE.rstrip("."),)), (live, ()))
+    kind = Kind(family.name, str(family), header["method"])
+    found = [Weights(kind, place, tensors) for tensors, place in sets if tensors]
     return path, found, header
 
 
@@ -311,8 +345,10 @@ def student_from(
 
 
 def _learns_from(kind: type[Student], family: str) -> bool:
-    """Whether students of a kind are those that a family's files are recognised as."""
-    return kind in families.named(family, kind.__name__).students.values()
+    """Whether students of a kind are those, or derive from those, that a family's files are recognised as."""
+    if family not in families.names():  # a teacher that nobody registered: its students are any teacher's
+        return True
+    return any(issubclass(kind, one) for one in families.named(family, "").students.values())
 
 
 def _student_config(chosen: Weights, family: Family, teacher: Teacher, path: Path) -> dict[str, Any]:

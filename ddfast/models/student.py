@@ -249,8 +249,10 @@ class DD1Student(Student):
 
     def read_header(self, header: Mapping[str, Any]) -> None:
         super().read_header(header)
-        of_the_run = header.get("config", {}).get("dd1", {})  # files of before have it there alone
-        self.point = header.get("point") or of_the_run.get("point")
+        self.point = header.get("point")
+        settings = header.get("config")
+        if self.point is None and isinstance(settings, dict):  # files of before have it there alone
+            self.point = settings.get("dd1", {}).get("point")
 
     def settings(self, steps: int) -> dict[str, Any]:
         if steps not in (1, 2):
