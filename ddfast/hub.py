@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import ddfast
+from ddfast.config import plain
 from ddfast.errors import DDFastError
 from ddfast.files import read_text, whole_folder, write_atomically
 from ddfast.models.autoregressive import Condition, condition_size, on_device, take
@@ -33,7 +34,7 @@ from ddfast.ops import nearest_code, noise
 from ddfast.progress import silent
 from ddfast.report import quality_table
 from ddfast.runs import CONFIG as RUN_CONFIG
-from ddfast.runs import LOCATION, METRICS_JSON, STAGES, open_student, plain, read_json
+from ddfast.runs import LOCATION, METRICS_JSON, STAGES, open_student, read_json
 from ddfast.sampling import condition_index
 from ddfast.trajectories.memory import fitting, largest_sampling_batch
 

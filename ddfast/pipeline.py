@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddfast import env
-from ddfast.config import DD1_PREFIX, TrainConfig
+from ddfast.config import DD1_PREFIX, TrainConfig, plain
 from ddfast.distill.dd1 import check_point
 from ddfast.distill.stages import adapt, distill, match, new_network, tune
 from ddfast.distill.trainer import CHECKPOINT, METRICS
@@ -24,7 +24,7 @@ from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.loading import build_teacher, check_student, load_student, save_student
 from ddfast.models.official import STUDENT_FILE
 from ddfast.models.protocol import Teacher
-from ddfast.models.student import DD1Student, Student
+from ddfast.models.student import Student
 from ddfast.progress import Progress, ProgressBar
 from ddfast.report import machine, quality_table, write_pictures, write_report
 from ddfast.runs import (
@@ -40,7 +40,7 @@ from ddfast.runs import (
     Stages,
     check_device,
     claim_folder,
-    plain,
+    complete,
     read_json,
 )
 from ddfast.trajectories.generate import generate_trajectories, store_settings
@@ -97,9 +97,8 @@ def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
         store = make_trajectories(config, teacher, progress_bar("trajectories"))
     if (out / STUDENT_FILE).exists():
         say(f"student: {out / STUDENT_FILE} exists, skipped")
-        student = load_student(out, teacher)
-        assert isinstance(student, DD1Student)
-        student.point = student.point or config.dd1.point
+        student: Student = load_student(out, teacher)
+        complete(student, config)
         return student
     with stages.timed("distillation"):
         trajectories = store.load(config.trajectories.count)

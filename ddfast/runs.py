@@ -48,13 +48,19 @@ def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
         raise DDFastError(f"--student {folder}: {where}; `ddfast train` and `ddfast convert` make it")
     config, teacher = open_teacher(folder, device, progress)
     student = load_student(folder, teacher)
-    if isinstance(student, DD1Student) and student.point is None and (folder / CONFIG).exists():
-        student.point = config.dd1.point
+    if (folder / CONFIG).exists():
+        complete(student, config)
     if isinstance(student, DD1Student) and student.point is None:
         student.point = max(len(teacher.groups) // 2, 1)
         where = f"nothing says where the student's second step starts: point {student.point} is assumed"
         say(f"{folder}: {where} (--point of `ddfast convert` and `ddfast sample`)")
     return config, teacher, student
+
+
+def complete(student: Student, config: TrainConfig) -> None:
+    """Tell a student whose file does not say it where its second step starts: where its run's settings say."""
+    if isinstance(student, DD1Student) and student.point is None:
+        student.point = config.dd1.point
 
 
 def open_teacher(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher]:

@@ -158,7 +158,7 @@ def stream_student(
         def make(request: Request) -> Tensor:
             return request.by_student(**settings)
 
-    return batches(make, teacher, student, count=count, seed=seed, classes=classes, batch_size=batch_size)
+    return batches(lambda: make, teacher, student, count=count, seed=seed, classes=classes, batch_size=batch_size)
 
 
 def _settings(teacher: Teacher, student: Student, steps: int, teacher_steps: int, guidance: Guidance) -> dict[str, Any]:
@@ -229,15 +229,15 @@ def condition_index(teacher: Teacher, classes: Sequence[int] | None = None) -> T
     return torch.tensor(numbers, dtype=torch.int64)
 
 
-def first_conditions(teacher: Teacher, count: int) -> tuple[Tensor, Condition]:
-    """The first `count` conditions, from the first again where there are fewer: index int64 [B], and what it means."""
-    labels = condition_index(teacher)
-    index = labels[torch.arange(count, dtype=torch.int64) % len(labels)].to(teacher.codebook.device)
-    return index, teacher.condition_of(index)
+def first_request(teacher: Teacher, student: Student, count: int) -> Request:
+    """The first `count` samples of seed 0, with the conditions in turn."""
+    labels, number = condition_index(teacher), torch.arange(count, dtype=torch.int64)
+    index = labels[number % len(labels)].to(teacher.codebook.device)
+    return Request(teacher=teacher, student=student, seed=0, number=number, index=index)
 
 
 def batches(
-    make: Callable[[Request], Tensor],
+    prepare: Callable[[], Callable[[Request], Tensor]],
     teacher: Teacher,
     student: Student | None,
     *,
@@ -246,9 +246,11 @@ def batches(
     classes: Sequence[int] | None,
     batch_size: int,
 ) -> Iterator[Samples]:
-    """What `make` makes of requests, batch by batch; what can be refused is refused at once.
+    """What a maker makes of requests, batch by batch; what can be refused is refused at once, before it is prepared.
 
-    Arguments and errors as of `stream_student`.
+    Args:
+        prepare: gives the maker, before the first batch.
+        teacher, student, count, seed, classes, batch_size: as in `stream_student`; errors too.
     """
     labels = condition_index(teacher, classes)
     if count < 1:
@@ -256,11 +258,11 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     seeds.check_seed(seed)
-    return _batches(make, teacher, student, count, seed, labels, batch_size)
+    return _batches(prepare, teacher, student, count, seed, labels, batch_size)
 
 
 def _batches(
-    make: Callable[[Request], Tensor],
+    prepare: Callable[[], Callable[[Request], Tensor]],
     teacher: Teacher,
     student: Student | None,
     count: int,
@@ -271,6 +273,7 @@ def _batches(
     device = teacher.codebook.device
     size = math.ceil(count / math.ceil(count / batch_size))  # of all but the last
     try:
+        make = prepare()
         for start in range(0, count, size):
             number = torch.arange(start, min(start + size, count), dtype=torch.int64)
             index = labels[number % len(labels)].to(device)

@@ -19,9 +19,8 @@ from ddfast.evaluation.speed import IMAGE_DECODER, measure_speed
 from ddfast.files import whole_file
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
-from ddfast.ops import noise
 from ddfast.progress import Progress
-from ddfast.sampling import first_conditions
+from ddfast.sampling import first_request
 
 
 def profile(
@@ -78,8 +77,8 @@ def _trace(teacher: Teacher, student: Student, batch: int, out: Path) -> Path:
     AR decoding stops after 16 groups: LlamaGen's 256 would make a trace of hundreds of megabytes of the same.
     """
     device = teacher.codebook.device
-    _, condition = first_conditions(teacher, batch)
-    eps = noise(0, torch.arange(batch, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
+    request = first_request(teacher, student, batch)
+    condition, eps = request.condition, request.noise
     stop = teacher.group_starts()[min(len(teacher.groups), 16)]
     stages = {  # no comma in a name: ncu's range filter reads it as a separator
         "teacher AR": lambda: teacher.generate(condition, stop=stop),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -225,8 +226,8 @@ def stream(
         raise ValueError(f"source: got {source!r}, expected one of {', '.join(MEASURED)}")
     if student is None and SOURCES[source].by_student:
         raise ValueError("student: got None, expected a student for this source")
-    made = batches(
-        SOURCES[source].maker(teacher, seed),
+    return batches(
+        partial(SOURCES[source].maker, teacher, seed),
         teacher,
         student,
         count=count,
@@ -234,4 +235,3 @@ def stream(
         classes=classes,
         batch_size=batch_size,
     )
-    return made

@@ -15,7 +15,7 @@ from ddfast.models.decoding import release_graphs
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.progress import Progress
-from ddfast.sampling import Request, first_conditions
+from ddfast.sampling import first_request
 
 IMAGE_DECODER = "image_decoder"
 
@@ -56,9 +56,7 @@ def measure_speed(
     result: dict[str, dict[int, float]] = {}
     turns = _WARM_UP_ROUNDS + rounds
     for number, batch in enumerate(batch_sizes):
-        index, _ = first_conditions(teacher, batch)
-        samples = torch.arange(batch, dtype=torch.int64)
-        request = Request(teacher=teacher, student=student, seed=0, number=samples, index=index)
+        request = first_request(teacher, student, batch)
         codes = torch.randint(teacher.num_codes, (batch, teacher.num_tokens), dtype=torch.int64, device=device)
         sources: dict[str, Callable[[], Tensor]] = {name: partial(make, request) for name, make in makers.items()}
         if teacher.has_decoder:

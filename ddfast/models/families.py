@@ -56,7 +56,7 @@ def register_family(family: Family) -> None:
         if len(marks) < 3:
             raise ValueError(f"family: got {len(marks)} signs of a {role}, expected none or at least three")
     there = _FAMILIES.get(family.name)
-    if there is not None and type(there).__module__.startswith("ddfast.models."):
+    if there is not None and there not in registered():
         raise ValueError(f"family: the name {family.name!r} is that of a family of ddfast's; choose another")
     _FAMILIES[family.name] = family
 

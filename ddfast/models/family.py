@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddfast.config import PretrainedTeacherConfig, TeacherConfig, TokenizerConfig, TrainConfig, plain, update
 from ddfast.errors import DDFastError
@@ -27,6 +27,7 @@ from ddfast.models.checkpoint import (
     read_checkpoint,
     read_tensor,
     save_tensors,
+    storable,
 )
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.official import TOKENIZER, Said, checkpoint_file, count, largest_set
@@ -160,7 +161,8 @@ class Family(ABC):
             for name, value in header.get(table, {}).items():
                 if name in mine and mine[name] != value and name not in _FREE:
                     raise DDFastError(
-                        f"{path} was made with {name} {value!r}, the recipe has {mine[name]!r} (--{table}.{name})"
+                        f"{path} was made with {name} {value!r}, the recipe has {mine[name]!r} "
+                        f"(--{table}.{name.replace('_', '-')})"
                     )
 
     def said(self, config: TeacherConfig) -> dict[str, Any]:
@@ -192,9 +194,8 @@ class Family(ABC):
             raise DDFastError(f"{lacks}; where a recipe says it, give the file as --teacher.weights") from error
         made = self.untrained(config)
         load_state(made, _read(parts.tensors), parts.source)
-        for name, parameter in made.named_parameters():
-            if not name.startswith("tokenizer."):
-                parameter.data = cast_float(parameter.data, parts.dtype or parts.tensors[name].dtype)
+        for name, parameter in network_parameters(made):
+            parameter.data = cast_float(parameter.data, parts.dtype or parts.tensors[name].dtype)
         stored = parts.header.get("defaults")
         made.defaults = parts.defaults or (SamplingDefaults(**stored) if stored else made.defaults)
         return made.eval().requires_grad_(False)
@@ -249,9 +250,15 @@ class Family(ABC):
         """
         raise DDFastError(f"{type(student).__name__} has no official layout; only VAR's and LlamaGen's have")
 
-    def unusual(self, teacher: Any) -> dict[str, Any]:
-        """Settings that official checkpoints have no place for, where they are not what the official code assumes."""
+    def usual(self, teacher: Any) -> dict[str, Any]:
+        """Settings that official checkpoints have no place for, as the official code assumes them."""
         return {}
+
+    def unusual(self, teacher: Any) -> dict[str, Any]:
+        """Those of the `usual` settings that this teacher has otherwise."""
+        usual = self.usual(teacher)
+        own = {**vars(teacher.sizes), **teacher.tokenizer.config} if usual else {}
+        return {name: own[name] for name, value in usual.items() if own[name] != value}
 
     # For evaluation ----------------------------------------------------------------------------------------------
 
@@ -261,10 +268,21 @@ class Family(ABC):
 
     def real_images(self, count: int, seed: int) -> Tensor:
         """Images [count, C, H, W] in [0, 1] that the samples are compared with, where there is a feature network."""
-        raise NotImplementedError
+        raise DDFastError(f"family {self.name} has a feature_network: it needs real_images too")
 
     def __str__(self) -> str:
         return self.title or self.name
+
+
+def network_parameters(teacher: Teacher) -> Iterator[tuple[str, nn.Parameter]]:
+    """The transformer's parameters: all but the tokenizer's."""
+    return (one for one in teacher.named_parameters() if not one[0].startswith(TOKENIZER))
+
+
+def network_state(teacher: Teacher) -> dict[str, Tensor]:
+    """The transformer's tensors as a file takes them: all but the tokenizer's."""
+    state = {name: value for name, value in teacher.state_dict().items() if not name.startswith(TOKENIZER)}
+    return storable(state)
 
 
 _PLACES = ("weights", "random_weights")

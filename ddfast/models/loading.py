@@ -21,7 +21,7 @@ from ddfast.messages import say
 from ddfast.models import families
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import build_around, cast_float, one_dtype, read_checkpoint, save_tensors, tensors_of
-from ddfast.models.family import Family, Parts
+from ddfast.models.family import Family, Parts, network_parameters
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.official import (
     AVERAGE,
@@ -82,8 +82,11 @@ def load_teacher(
         _check_live(ema, path)
         if family not in (None, own.name):
             raise DDFastError(f"{path} is a {own} teacher; family={family!r} was asked for")
-        parts = Parts(tensors=tensors_of(content), source=path, header=header, config=config, dtype=dtype)
-        return own.read(dataclasses.replace(parts, defaults=defaults))
+        return own.read(
+            Parts(
+                tensors=tensors_of(content), source=path, header=header, config=config, dtype=dtype, defaults=defaults
+            )
+        )  # fmt: skip
     found = find_weights(content, families.signs())
     wanted = family or (header.get("family") if "defaults" in header else None)
     seen_as = wanted and families.recognised_as(families.named(wanted, path))
@@ -215,9 +218,8 @@ def untrained_teacher(config: TrainConfig) -> Teacher:
 
 def _in_dtype(teacher: Teacher, dtype: str) -> Teacher:
     """The transformer's weights in a type: codebook and tokenizer stay float32."""
-    for name, parameter in teacher.named_parameters():
-        if not name.startswith("tokenizer."):
-            parameter.data = cast_float(parameter.data, getattr(torch, dtype))
+    for _, parameter in network_parameters(teacher):
+        parameter.data = cast_float(parameter.data, getattr(torch, dtype))
     return teacher
 
 

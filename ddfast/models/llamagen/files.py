@@ -17,7 +17,7 @@ from ddfast.errors import DDFastError
 from ddfast.messages import say
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import AnyTensor, build_around, read_tensor, storable
-from ddfast.models.family import Family, Parts
+from ddfast.models.family import Family, Parts, network_state
 from ddfast.models.llamagen.captions import give_captions, random_captions
 from ddfast.models.llamagen.network import (
     LLAMAGEN_SIZES,
@@ -111,19 +111,16 @@ class LlamaGenFamily(Family):
         return known
 
     def official_teacher(self, teacher: LlamaGenTeacher) -> tuple[dict[str, Any], dict[str, Any]]:
-        state = {name: value for name, value in teacher.state_dict().items() if not name.startswith("tokenizer.")}
-        return {"model": storable(state)}, {"model": storable(teacher.tokenizer.state_dict())}
+        return {"model": network_state(teacher)}, {"model": storable(teacher.tokenizer.state_dict())}
 
     def official_student(self, student: Any, averaged: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Any]:
         if not isinstance(student, LlamaGenStudent):
             return super().official_student(student, averaged, live)
         return {"ema": averaged, "model": live}
 
-    def unusual(self, teacher: LlamaGenTeacher) -> dict[str, Any]:
+    def usual(self, teacher: LlamaGenTeacher) -> dict[str, Any]:
         names = ("block_size", "rope_base", "norm_eps", "class_dropout_prob", "num_classes")
-        usual = {name: getattr(LLAMAGEN_SIZES["L"], name) for name in names} | {"codebook_l2_norm": True}
-        own = {**vars(teacher.sizes), **teacher.tokenizer.config}
-        return {name: own[name] for name, value in usual.items() if own[name] != value}
+        return {name: getattr(LLAMAGEN_SIZES["L"], name) for name in names} | {"codebook_l2_norm": True}
 
 
 def _sizes(teacher: LlamaGenTeacherConfig) -> LlamaGenSizes:

@@ -16,7 +16,7 @@ from ddfast.messages import say
 from ddfast.models.attention import block_mask, group_levels, level_mask
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import AnyTensor, build_around, read_tensor, storable
-from ddfast.models.family import Family, Parts
+from ddfast.models.family import Family, Parts, network_state
 from ddfast.models.official import Said, count, only, part, settle
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -103,8 +103,7 @@ class VARFamily(Family):
         levels, mask = group_levels(teacher.groups), block_mask(teacher.groups)
         assert mask is not None
         buffers = {"lvl_1L": levels[None], "attn_bias_for_masking": _bias(mask)}
-        state = {name: value for name, value in teacher.state_dict().items() if not name.startswith("tokenizer.")}
-        return {**storable(state), **buffers, **_zero_biases(teacher)}, storable(teacher.tokenizer.state_dict())
+        return {**network_state(teacher), **buffers, **_zero_biases(teacher)}, storable(teacher.tokenizer.state_dict())
 
     def official_student(self, student: Any, averaged: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Any]:
         if not isinstance(student, VARStudent):
@@ -116,16 +115,11 @@ class VARFamily(Family):
         whole = {**live, **buffers, **_zero_biases(student)}
         return {"trainer": {"ema_parameters": averaged, "var_wo_ddp": whole}}
 
-    def unusual(self, teacher: VARTeacher) -> dict[str, Any]:
-        usual: dict[str, Any] = {
-            "norm_eps": 1e-6,
-            "num_heads": teacher.sizes.depth,
-            "quant_resi": 0.5,
-            "using_znorm": False,
-        }
-        usual |= {"patch_nums": list(IMAGENET_SCALES), "shared_aln": False, "attn_l2_norm": True}
-        own = {**vars(teacher.sizes), **teacher.tokenizer.config}
-        return {name: own[name] for name, value in usual.items() if own[name] != value}
+    def usual(self, teacher: VARTeacher) -> dict[str, Any]:
+        usual: dict[str, Any] = {"norm_eps": 1e-6, "num_heads": teacher.sizes.depth, "shared_aln": False}
+        return usual | {
+            "attn_l2_norm": True, "patch_nums": list(IMAGENET_SCALES), "quant_resi": 0.5, "using_znorm": False,
+        }  # fmt: skip
 
 
 def _sizes(teacher: VARTeacherConfig) -> VARSizes:
