@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from ddfast.errors import DDFastError
 
 VARIABLES = {
     "DDFAST_CACHE": "folder of trained tokenizers, teachers and classifiers (default: ~/.cache/ddfast)",
-    "DDFAST_BACKEND": "op backend to use: 'reference' for all, or per op 'nearest_code=reference,noise=cpu'",
+    "DDFAST_BACKEND": "backends: 'cuda,triton' are preferred for all ops; 'noise=cpu' or 'noise=cuda:triton' must run it",
+    "DDFAST_VERIFY": "0: kernels run on a GPU though nothing has shown that they are right there (default: 1)",
     "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one here)",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors too (for tests; never by itself)",
     "RANK": "rank of this process, set by torchrun (default: 0)",
@@ -33,13 +35,31 @@ def cache_dir() -> Path:
     return Path(value).expanduser() if value else Path.home() / ".cache" / "ddfast"
 
 
-def backend_overrides() -> dict[str, str]:
-    """`DDFAST_BACKEND` as {op: backend}; the key "*" stands for every op."""
-    value, overrides = os.environ.get("DDFAST_BACKEND"), {}
-    for item in filter(None, value.split(",") if value else ()):
-        op, separator, backend = item.strip().partition("=")
-        overrides[op if separator else "*"] = backend if separator else op
+def backend_setting() -> str:
+    """`DDFAST_BACKEND` as it is; empty: unset."""
+    return os.environ.get("DDFAST_BACKEND", "")
+
+
+def backend_overrides() -> dict[str, tuple[str, ...]]:
+    """`DDFAST_BACKEND` as {op: backends in their order}; the key "*" stands for every op."""
+    return _backend_overrides(backend_setting())
+
+
+@functools.lru_cache(maxsize=8)
+def _backend_overrides(value: str) -> dict[str, tuple[str, ...]]:
+    overrides: dict[str, tuple[str, ...]] = {}
+    for item in filter(None, map(str.strip, value.split(","))):
+        op, separator, backends = item.partition("=")
+        if separator:
+            overrides[op.strip()] = tuple(name.strip() for name in backends.split(":"))
+        else:
+            overrides["*"] = (*overrides.get("*", ()), item)
     return overrides
+
+
+def verifies() -> bool:
+    """Whether a kernel has to be shown right on a GPU before it runs there by itself (`DDFAST_VERIFY`)."""
+    return os.environ.get("DDFAST_VERIFY", "1").lower() not in ("0", "false", "no", "off")
 
 
 def isa() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 from ddfast import env
@@ -22,3 +23,15 @@ def warn(text: str) -> None:
     """`say` what is alarming, on the error stream."""
     if first_process():
         print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """`say` what is not part of a command's result, on the error stream."""
+    if first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """`warn`, but of the same text only once."""
+    warn(text)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddfast.ops import dispatch
-from ddfast.ops.common import compute_dtype
 from ddfast.ops.decode_attention import decode_attention_unchecked, rotated
 
 
@@ -209,7 +208,7 @@ class StepMix:
         self.rope = None if rope is None else rope[:length].contiguous()
         self.scale = head_dim**-0.5
         self.plain: SequenceMix | None = None
-        dtype = compute_dtype(keys, kernel=True)
+        dtype = keys.dtype
         if dispatch.choose("decode_attention", keys.device.type, dtype, rows=rows).backend == "reference":
             here = slice(cache.length, cache.length + 1)
             mask = None

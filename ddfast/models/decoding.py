@@ -23,7 +23,7 @@ from torch import Tensor
 from ddfast import private_api
 from ddfast.models.autoregressive import AutoRegressive, Condition
 from ddfast.ops import dispatch, draw_codes, sample_codes
-from ddfast.ops.common import compute_dtype
+from ddfast.ops.common import kernel_dtype
 from ddfast.ops.geometry import CodebookGeometry, codebook_geometry
 
 Sampler: TypeAlias = Literal["multinomial", "greedy", "flow"]
@@ -274,7 +274,7 @@ def _obstacle(teacher: AutoRegressive, plan: Plan, inputs: Inputs) -> str:
         return "the teacher was made in inference mode: its codebook counts no writes, and is looked at in every step"
     op = "sample_codes" if plan.sampler == "flow" else "draw_codes"
     tensors = (codebook, next(teacher.parameters(), codebook), inputs.chance)
-    dtype = compute_dtype(*tensors, kernel=True)
+    dtype = kernel_dtype(*tensors)
     ops = {(op, plan.batch * teacher.groups[group]) for group in plan.groups} | {("decode_attention", plan.batch)}
     for name, rows in sorted(ops):
         if dispatch.choose(name, codebook.device.type, dtype, rows=rows).backend == "reference":

@@ -52,7 +52,7 @@ def activate_reference(x: Tensor, times: Tensor | None, kind: str) -> Tensor:
 
 
 def _activate(x: Tensor, times: Tensor | None, kind: str, backend: str) -> Tensor:
-    chosen = common.backend_of("activate", backend, x)
+    chosen = common.backend_of("activate", backend, x, size=x.shape[-1] if x.dim() else 1)
     if chosen == "reference" or x.numel() == 0:
         return activate_reference(x, times, kind).contiguous()  # as `_fake` says
     x = x.contiguous()

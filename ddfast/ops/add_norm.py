@@ -134,7 +134,7 @@ def _add_norm(
     rms: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    chosen = common.backend_of("add_norm", backend, x)
+    chosen = common.backend_of("add_norm", backend, x, size=x.shape[-1])
     if chosen == "reference" or x.numel() == 0:
         total, normed = add_norm_reference(x, branch, gate, weight, bias, eps, rms)
         return (x.new_empty(0) if branch is None else total.contiguous()), normed.contiguous()  # as `_fake` says

@@ -83,7 +83,7 @@ def _check(qkv: Tensor, keys: Tensor, values: Tensor, start: int, scale: Tensor 
 def _append_normed(
     qkv: Tensor, keys: Tensor, values: Tensor, start: int, scale: Tensor | None, backend: str
 ) -> Tensor:  # fmt: skip
-    chosen = common.backend_of("append_normed", backend, qkv)
+    chosen = common.backend_of("append_normed", backend, qkv, dim=qkv.shape[-1])
     if chosen == "reference" or qkv.numel() == 0:
         return append_normed_reference(qkv, keys, values, start, scale)
     out = _fake(qkv)

@@ -123,7 +123,7 @@ def _codebook_posterior(
     x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     x0_hat, log_norm = _fake(x, t, log_probs, codebook)
-    chosen = common.backend_of("codebook_posterior", backend, x, log_probs, codebook)
+    chosen = common.backend_of("codebook_posterior", backend, log_probs, x, codebook, **common.sizes_of(codebook))
     if x.numel() == 0:
         return x0_hat, log_norm
     _check_times(t)
@@ -170,7 +170,7 @@ def _codebook_posterior_backward(
 ) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
-    chosen = common.backend_of("codebook_posterior", backend, x, log_probs, codebook)
+    chosen = common.backend_of("codebook_posterior", backend, log_probs, x, codebook, **common.sizes_of(codebook))
     if chosen == "reference":
         dtype = common.compute_dtype(x, log_probs, codebook)
         t, codes, g, mean = t.to(dtype)[..., None], codebook.to(dtype), grad.to(dtype), x0_hat.to(dtype)

@@ -93,26 +93,37 @@ def cuda_kernels(codebook: Tensor) -> Any:
     return native.cuda
 
 
-def backend_of(op: str, backend: str, *tensors: Tensor | None) -> str:
-    """Dispatch on the first tensor's device and rows, and the widest dtype of all of them."""
+def backend_of(op: str, backend: str, *tensors: Tensor | None, dim: int = 0, size: int = 0) -> str:
+    """Dispatch on the first tensor's device, rows and dtype, or that of one of them that no kernel reads.
+
+    `dim` and `size` as in `dispatch.choose`.
+    """
     present = [tensor for tensor in tensors if tensor is not None]
-    first, dtype = present[0], compute_dtype(*present, kernel=True)
+    first, dtype = present[0], kernel_dtype(*present)
     # What `choose` finds for most calls on a CPU, in a third of its time: they may be as short as 20 us.
     runs = first.is_cpu and native.cpu is not None and dtype in native.DTYPE_CODES and "cpu" in dispatch.KERNELS[op]
-    if runs and backend == "auto" and not env.backend_overrides():
+    if runs and backend == "auto" and not env.backend_setting():
         return "cpu"
-    rows = first.numel() // first.shape[-1] if first.dim() else 1
-    return dispatch.choose(op, first.device.type, dtype, backend, rows).backend
+    rows = first.numel() // max(first.shape[-1], 1) if first.dim() else 1
+    return dispatch.choose(op, first.device, dtype, backend, rows, dim=dim, size=size).backend
 
 
-def compute_dtype(*tensors: Tensor | None, kernel: bool = False) -> torch.dtype:
-    """float64 if any input is; otherwise float32, in which every reduced-precision input is accumulated.
+def sizes_of(codebook: Tensor) -> dict[str, int]:
+    """What decides between kernels, of a codebook [V, d]: `dim` and `size` of `dispatch.choose`."""
+    return {"dim": codebook.shape[1], "size": codebook.shape[0]}
 
-    With `kernel`, an input of a type that no kernel reads (such as float64) is what comes back.
-    """
+
+def kernel_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What a kernel is chosen by: the first tensor's dtype, or that of one which no kernel reads, such as float64."""
+    present = [tensor.dtype for tensor in tensors if tensor is not None]
+    return next((dtype for dtype in present if dtype not in native.DTYPE_CODES), present[0])
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is; otherwise float32, in which every reduced-precision input is accumulated."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in native.DTYPE_CODES:
-            return tensor.dtype if kernel else torch.float64
+            return torch.float64
     return torch.float32
 
 

@@ -130,7 +130,7 @@ def _decode_attention(
     backend: str,
 ) -> Tensor:
     out = _fake(qkv, keys)
-    chosen = common.backend_of("decode_attention", backend, qkv)
+    chosen = common.backend_of("decode_attention", backend, qkv, dim=keys.shape[3], size=keys.shape[2])
     if out.numel() == 0:
         return out
     if chosen == "reference":

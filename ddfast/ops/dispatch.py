@@ -1,15 +1,19 @@
-"""Which backend runs an op, and why: a pure function of what is asked, what is installed and what was measured."""
+"""Which backend runs an op, and why: what was asked for, what can run, what is proven right here, what was timed here.
+
+On a GPU a kernel runs by itself only after it has given the reference's results on this very GPU (`verification`). The
+order in which kernels are tried is that of `KERNELS`, or the one that `ddfast tune` has timed here.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
-from ddfast import env
-from ddfast.ops import native
-from ddfast.ops.measured import FASTEST
+from ddfast import env, messages
+from ddfast.ops import findings, native, verification
+from ddfast.ops.findings import Check
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -26,16 +30,48 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "activate": ("cpu", "triton"),
     "noise": ("cpu", "cuda", "triton"),
 }
-"""Backends that have a kernel for each op, beside the reference that every op has."""
+"""Backends that have a kernel for each op, beside the reference that every op has; those of a GPU in their order."""
+
+GPU_ORDER = {
+    "nearest_code": "cuda first: one bf16 product a score and float32 for the few that can win, against three of TF32",
+    "filter_logits": "cuda first: 11 bits of a threshold per pass over a row in shared memory, against one",
+    "codebook_posterior": "cuda first: fewer instructions a score",
+    "flow_sample": "cuda first: the codes that are kept stay in registers, against all of them streamed every step",
+    "sample_codes": "cuda first: one launch, and the codes that are kept stay in registers",
+    "draw_codes": "one launch, against a dozen",
+    "decode_attention": "one launch, and only what the cache holds is read",
+    "add_norm": "one pass, against two to four",
+    "append_normed": "one pass, against six",
+    "activate": "one pass, against two",
+    "noise": "cuda first: the compiler of the CPU's code; both are bound by float64",
+}
+"""Why the GPU's kernels are tried in the order of `KERNELS`: counted in machine code and passes, not timed."""
 
 DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
+_CODE_DIM = ("nearest_code", "codebook_posterior", "flow_sample", "sample_codes")
+_HEAD_DIM = ("decode_attention", "append_normed")
+"""Ops that are compiled for a dimension, of codes or of heads; the others are verified once for all sizes."""
+
+DECIDE_CODES = frozenset({"nearest_code", "filter_logits", "flow_sample", "sample_codes", "draw_codes"})
+"""Ops whose backend must not change with the number of rows: a sample's codes would depend on its batch."""
+
 
 class Choice(NamedTuple):
-    """A backend and the reason it was chosen."""
+    """A backend, the reason it was chosen, and what is known of its results on this GPU."""
 
     backend: str
     reason: str
+    verdict: str = ""
+
+
+_choices: dict[tuple, Choice] = {}
+"""What was decided for GPUs; on a CPU nothing takes long to decide."""
+
+
+def forget() -> None:
+    """Decide everything anew: what was found on this machine, or the environment, has changed."""
+    _choices.clear()
 
 
 def available() -> dict[str, str]:
@@ -55,52 +91,110 @@ def _states() -> dict[str, tuple[bool, str]]:
     return {"cpu": cpu, "cuda": native.cuda_state(), "triton": native.triton_state()}
 
 
-def choose(op: str, device: str, dtype: torch.dtype, backend: str = "auto", rows: int = 1) -> Choice:
+def choose(
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    rows: int = 1,
+    *,
+    dim: int = 0,
+    size: int = 0,
+) -> Choice:
     """The backend that runs `op` on tensors of this device and dtype.
+
+    On a GPU the first call for an op, dtype and dimension may take seconds: the kernels are verified then.
 
     Args:
         op: name of the op, a key of `KERNELS`.
-        device: device type, such as "cpu".
-        dtype: the widest floating dtype among the inputs.
+        device: such as "cpu"; "cuda" is the current GPU.
+        dtype: of the op's first tensor, or one among its inputs that no kernel reads.
         backend: "auto", or the one that must run.
-        rows: tokens, vectors or samples: on a GPU decides between kernels, as measured.
+        rows, size: how many tokens, vectors or samples, and of how many codes, positions or features each: what was
+            timed at the nearest sizes decides between kernels.
+        dim: of codes or of a head, 0 for ops that have neither: kernels are compiled for it.
 
     Raises:
-        ValueError: `backend` is unknown, or asked for by name and cannot run these inputs. There is no silent fallback.
+        ValueError: `backend`, or DDFAST_BACKEND, is unknown; or asked for by name, for this op, and cannot run these
+            inputs. There is no silent fallback.
     """
-    if backend == "auto":
-        overrides = env.backend_overrides()
-        backend = overrides.get(op, overrides.get("*", "auto"))
+    key = (op, device, dtype, backend, rows.bit_length(), dim, size, env.backend_setting())
+    choice = _choices.get(key)
+    if choice is None:
+        where = torch.device(device)
+        choice, final = _decide(op, where, dtype, backend, rows, dim, size)
+        if final and where.type == "cuda":
+            _choices[key] = choice
+    return choice
+
+
+def _decide(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str, rows: int, dim: int, size: int
+) -> tuple[Choice, bool]:
+    """The choice, and whether it will be the same next time."""
+    preferred, strict = _asked(op, backend)
+    if strict:
+        return _strict(op, preferred, device.type, dtype, dim), True
+    obstacle_of = {name: _obstacle(op, name, device.type, dtype, dim) for name in KERNELS[op]}
+    interpreted = "triton" if env.triton_interpreted() else ""  # a thousand times slower, and right: by name only
+    kernels = [name for name in KERNELS[op] if DEVICE_OF[name] == device.type and name != interpreted]
+    reason = f"fastest kernel for {device.type} tensors"
+    if device.type == "cuda":
+        reason = GPU_ORDER.get(op, "the kernels as they are listed")
+        if not all(obstacle_of[name] for name in kernels):
+            timed = findings.order(device, op, dtype, dim, rows, size)
+            if timed is not None:
+                reason = timed.reason
+                kernels = [name for name in timed.order if name == "reference" or name in kernels]
+    obstacles, final = [], True
+    for candidate in dict.fromkeys((*preferred, *kernels)):
+        why = "preferred by DDFAST_BACKEND" if candidate in preferred else reason
+        if candidate == "reference":
+            return Choice(candidate, why), final
+        obstacle = obstacle_of.get(candidate, "this version of ddfast has none for it")
+        if obstacle:
+            obstacles.append(f"{candidate}: {obstacle}")
+            continue
+        if device.type != "cuda" or candidate == interpreted:
+            return Choice(candidate, why), final
+        verdict = _verdict(Check(op, candidate, dtype, dim), device)
+        if verdict.passed:
+            return Choice(candidate, "; ".join([why, *obstacles]), verdict.text), final
+        final &= verdict.final
+        obstacles.append(f"{candidate}: {verdict.text}")
+    return Choice("reference", "; ".join(obstacles) or f"this version has no kernel for {device.type} tensors"), final
+
+
+def _asked(op: str, backend: str) -> tuple[tuple[str, ...], bool]:
+    """The backends that are asked for, and whether no other may run: a name for all ops is a preference."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return Choice("reference", "asked for by name")
     if backend != "auto":
-        obstacle = _obstacle(op, backend, device, dtype)
-        if obstacle:
-            raise ValueError(f"backend: {backend!r} cannot run {op}: {obstacle}; use backend='auto' or 'reference'")
-        return Choice(backend, "asked for by name")
-    candidates = [candidate for candidate in KERNELS[op] if DEVICE_OF[candidate] == device]
-    reason = f"fastest kernel for {device} tensors"
-    measured = FASTEST.get(op, {})
-    if device == "cuda" and measured:
-        nearest = min(measured, key=lambda count: abs(math.log(max(rows, 1) / count)))
-        candidates.sort(key=lambda candidate: candidate != measured[nearest])  # stable: the others as they were
-        reason = f"fastest of those measured with {nearest} rows"
-        if measured[nearest] == "reference":
-            return Choice("reference", reason)
+        return (backend,), True
+    overrides = env.backend_overrides()
+    for name, wanted in overrides.items():
+        if name != "*" and name not in KERNELS:
+            raise ValueError(f"DDFAST_BACKEND: got the op {name!r}, expected one of {', '.join(KERNELS)}")
+        for item in wanted:
+            if item not in BACKENDS:
+                raise ValueError(f"DDFAST_BACKEND: got {item!r}, expected one of {', '.join(BACKENDS)}")
+    strict = overrides.get(op, ())
+    names = tuple(name for name in strict or overrides.get("*", ()) if name != "auto")
+    return names, bool(strict) and "auto" not in strict
+
+
+def _strict(op: str, names: tuple[str, ...], device: str, dtype: torch.dtype, dim: int) -> Choice:
+    """The first of the names that can run."""
     obstacles = []
-    for candidate in candidates:
-        obstacle = _obstacle(op, candidate, device, dtype)
-        if not obstacle and device == "cuda" and not measured:
-            obstacle = f"never timed on a GPU, so only backend='{candidate}' or DDFAST_BACKEND={candidate} runs it"
+    for name in names:
+        obstacle = "" if name == "reference" else _obstacle(op, name, device, dtype, dim)
         if not obstacle:
-            return Choice(candidate, reason)
-        obstacles.append(f"{candidate}: {obstacle}")
-    return Choice("reference", "; ".join(obstacles) or f"this version has no kernel for {device} tensors")
+            return Choice(name, "asked for by name")
+        obstacles.append(f"{name!r} cannot run {op}: {obstacle}")
+    raise ValueError(f"backend: {'; '.join(obstacles)}; use backend='auto' or 'reference'")
 
 
-def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype, dim: int) -> str:
     """Why `backend` cannot run, or an empty string."""
     if backend not in KERNELS[op]:
         return f"this version of ddfast has no {backend} kernel for it"
@@ -108,4 +202,52 @@ def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
         return f"the tensors are on {device}, it needs {DEVICE_OF[backend]}"
     if dtype not in native.DTYPE_CODES:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    if backend == "cuda" and op in _CODE_DIM and native.cuda is not None and dim > native.cuda.max_dim:
+        return f"codes have {dim} dimensions, it takes {native.cuda.max_dim} at most"
     return missing().get(backend, "")
+
+
+def _verdict(check: Check, device: torch.device) -> findings.Verdict:
+    """Of one kernel; those that are likely to be asked for next are verified along with it, in the same process."""
+    if not env.verifies():
+        return findings.Verdict(True, "not verified (DDFAST_VERIFY=0)")
+    known = verification.known(check, device)
+    if known is not None:
+        return known
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        text = "not verified on this GPU yet, which cannot be done while a graph is captured or compiled"
+        messages.warn_once(f"{check.op}: {check.backend} is {text}; the reference runs. Call the op once before")
+        return findings.Verdict(False, text, final=False)
+    verification.verify(_along(check, device), device)
+    found = verification.known(check, device)
+    assert found is not None
+    return found
+
+
+def _along(check: Check, device: torch.device) -> list[Check]:
+    """The check and, of the ops of the same kind of dimension or none, the first kernels that can run."""
+    groups = [group for group in (_CODE_DIM, _HEAD_DIM) if check.op in group]
+    of_a_dim = {*_CODE_DIM, *_HEAD_DIM}
+    checks = [check]
+    for op in KERNELS:
+        dim = check.dim if any(op in group for group in groups) else 0
+        if op == check.op or (op in of_a_dim and not dim):
+            continue
+        checks += _first(op, check.dtype, dim, device)
+    return checks
+
+
+def _first(op: str, dtype: torch.dtype, dim: int, device: torch.device) -> list[Check]:
+    """The check of the kernel that "auto" would try first, if there is one."""
+    usable = (name for name in KERNELS[op] if not _obstacle(op, name, device.type, dtype, dim))
+    return [Check(op, name, dtype, dim) for name in usable][:1]
+
+
+def prepare(wanted: Iterable[tuple[str, torch.dtype, int]], device: torch.device) -> None:
+    """Verify ahead, in one process, the kernels of (op, dtype, dimension) that "auto" would try first."""
+    if device.type != "cuda" or not env.verifies():
+        return
+    checks = [check for op, dtype, dim in wanted for check in _first(op, dtype, dim, device)]
+    missing_checks = [check for check in checks if verification.known(check, device) is None]
+    if missing_checks:
+        verification.verify(missing_checks, device)

@@ -82,7 +82,7 @@ def _draw_codes(
     backend: str,
 ) -> Tensor:
     out = _fake(logits)
-    chosen = common.backend_of("draw_codes", backend, logits, uncond)
+    chosen = common.backend_of("draw_codes", backend, logits, uncond, size=logits.shape[-1])
     if out.numel() == 0:
         return out
     if common.rows_are_checked(chosen, uniform):

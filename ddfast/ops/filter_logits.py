@@ -181,7 +181,7 @@ def _filter_logits(
     top_p: float,
     backend: str,
 ) -> Tensor:
-    chosen = common.backend_of("filter_logits", backend, logits, uncond)
+    chosen = common.backend_of("filter_logits", backend, logits, uncond, size=logits.shape[-1])
     if logits.numel() == 0:
         return _fake(logits, uncond)
     if chosen == "reference":

@@ -196,7 +196,7 @@ def native_flow_arguments(
 
 def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str, backend: str) -> Tensor:
     out = _fake(log_probs, noise)
-    chosen = common.backend_of("flow_sample", backend, log_probs, noise, codebook)
+    chosen = common.backend_of("flow_sample", backend, log_probs, noise, codebook, **common.sizes_of(codebook))
     if out.numel() == 0:
         return out
     if common.rows_are_checked(chosen, noise):

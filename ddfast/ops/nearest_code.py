@@ -50,7 +50,7 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, cosine: bool = False) ->
 
 
 def _nearest_code(x: Tensor, codebook: Tensor, cosine: bool, backend: str) -> Tensor:
-    chosen = common.backend_of("nearest_code", backend, x, codebook)
+    chosen = common.backend_of("nearest_code", backend, x, codebook, **common.sizes_of(codebook))
     out = _fake(x)
     if out.numel() == 0:
         return out

@@ -122,7 +122,7 @@ def _box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _noise(seed: int, index: Tensor, shape: list[int], backend: str) -> Tensor:
     out = _fake(seed, index, shape)
-    chosen = common.backend_of("noise", backend, out)
+    chosen = common.backend_of("noise", backend, out, size=math.prod(shape))
     if out.numel() == 0:
         return out
     if chosen == "reference":

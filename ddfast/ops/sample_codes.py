@@ -87,7 +87,8 @@ def _sample_codes(
     backend: str,
 ) -> Tensor:
     out = noise.new_empty(noise.shape[:-1], dtype=torch.int64)
-    chosen = common.backend_of("sample_codes", backend, logits, uncond, noise, codebook)
+    tensors = (logits, uncond, noise, codebook)
+    chosen = common.backend_of("sample_codes", backend, *tensors, **common.sizes_of(codebook))
     if out.numel() == 0:
         return out
     if common.rows_are_checked(chosen, noise):

@@ -6,30 +6,7 @@ import math
 import numpy as np
 import torch
 
-TOLERANCE = {
-    # (op, dtype): absolute tolerance for inputs of order one.
-    ("filter_logits", torch.float32): 2e-5,
-    ("filter_logits", torch.bfloat16): 2e-5,
-    ("filter_logits", torch.float16): 2e-5,
-    ("codebook_posterior", torch.float32): 1e-4,
-    ("codebook_posterior", torch.bfloat16): 2e-2,
-    ("codebook_posterior", torch.float16): 2e-3,
-    ("decode_attention", torch.float32): 5e-6,
-    ("decode_attention", torch.bfloat16): 2e-2,  # twice its rounding: Triton's interpreter truncates
-    ("decode_attention", torch.float16): 2e-3,
-    ("add_norm", torch.float32): 2e-6,
-    ("add_norm", torch.bfloat16): 4e-2,
-    ("add_norm", torch.float16): 5e-3,
-    ("add_norm on a GPU", torch.float32): 1e-5,  # whose reciprocal roots and quotients are approximate
-    ("add_norm on a GPU", torch.bfloat16): 4e-2,
-    ("add_norm on a GPU", torch.float16): 5e-3,
-    ("append_normed", torch.float32): 1e-6,
-    ("append_normed", torch.bfloat16): 8e-3,
-    ("append_normed", torch.float16): 1e-3,
-    ("activate", torch.float32): 1e-6,
-    ("activate", torch.bfloat16): 8e-3,
-    ("activate", torch.float16): 1e-3,
-}
+from ddfast.ops.tolerance import TOLERANCE as TOLERANCE
 
 
 def nearest_distance(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:

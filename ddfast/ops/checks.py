@@ -1,0 +1,335 @@
+"""Small problems that a kernel must solve as the reference does before it runs by itself on a GPU.
+
+`python -m ddfast.ops.checks JSON` runs them in a process of its own for `verification`, and tells line by line which
+check begins and how it ended. A problem has what tells kernels apart that are right from those that nearly are: rows
+that keep few codes and rows that keep all (one launch, clusters, codes staged in shared memory, a second launch), equal
+logits, filtered codes, rows that cannot be used, sizes that divide by nothing.
+
+Dimensions: R rows, V codes, d code dimension.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddfast import ops
+from ddfast.ops.findings import Check
+from ddfast.ops.tolerance import TOLERANCE
+
+
+class Wrong(Exception):
+    """A kernel's result is not the reference's; says how."""
+
+
+Problem = Callable[[str, torch.device, torch.dtype, int, int], None]
+"""(backend, device, dtype, dimension, divisor of the sizes): raises `Wrong`."""
+
+
+def _normal(device: torch.device, seed: int, *shape: int) -> Tensor:
+    """Standard normal float32 numbers, the same on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def _close(what: str, ours: Tensor, exact: Tensor, tolerance: Tensor | float) -> None:
+    """Both are NaN at the same places, infinite alike, and near each other elsewhere."""
+    ours, exact = ours.double(), exact.double()
+    for kind, one, other in (("NaN", ours.isnan(), exact.isnan()), ("infinite", ours.isinf(), exact.isinf())):
+        if not torch.equal(one, other):
+            raise Wrong(f"{what}: {int((one != other).sum())} of {one.numel()} are {kind} in one result only")
+    off = (ours - exact).nan_to_num(0.0, 0.0, 0.0).abs() - tolerance
+    if off.numel() and float(off.max()) > 0:
+        raise Wrong(f"{what}: beyond the tolerance by {float(off.max()):.3g}")
+
+
+def _codes(what: str, ours: Tensor, exact: Tensor, allowed: int) -> None:
+    """Codes are the same but for so many, which rounding may put on the other side of a boundary."""
+    different = int((ours != exact).sum())
+    if different > allowed:
+        raise Wrong(f"{what}: {different} of {ours.numel()} codes differ, {allowed} may")
+
+
+def _logits(device: torch.device, dtype: torch.dtype, rows: int, num_codes: int) -> Tensor:
+    """[R, V]: flat rows and peaked ones in turn; one of equal logits; many ties; a quarter of the codes impossible."""
+    logits = _normal(device, 1, rows, num_codes)
+    logits[::2] *= 6.0
+    logits = (logits * 8).round() / 8
+    logits[rows // 3] = 0.5
+    logits[:, num_codes // 2 :: 4] = -math.inf
+    return logits.to(dtype)
+
+
+FILTERS: tuple[dict[str, float], ...] = ({"top_k": 900, "top_p": 0.95}, {"top_k": 8000}, {"top_p": 0.8}, {})
+"""VAR's, LlamaGen's, and what leaves open how many codes a row keeps."""
+
+
+def _divided(filters: dict[str, float], divisor: int) -> dict[str, float]:
+    return filters | ({"top_k": max(1, int(filters["top_k"]) // divisor)} if "top_k" in filters else {})
+
+
+def nearest_code(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """Distances to the chosen codes are the least; of equal codes the first; also far from the origin."""
+    for num_codes in (16384 // divisor, 999 // divisor + 1):
+        codebook = _normal(device, 2, num_codes, dim).to(dtype)
+        codebook[num_codes // 2 :] = codebook[: num_codes - num_codes // 2]
+        x = _normal(device, 3, 320, dim)
+        x[::5] += 8.0
+        x = x.to(dtype)
+        for cosine in (False, True):
+            codes = ops.nearest_code(x, codebook, cosine=cosine, backend=backend)
+            if int(codes.min()) < 0 or int(codes.max()) >= num_codes:
+                raise Wrong("a code is outside the codebook")
+            if int((codes >= num_codes - num_codes // 2).sum()):
+                raise Wrong("of two equal codes the second was chosen")
+            rows, code_rows = x.double(), codebook.double()
+            if cosine:
+                rows, code_rows = (torch.nn.functional.normalize(tensor, dim=-1) for tensor in (rows, code_rows))
+            distance = code_rows.square().sum(-1) - 2 * rows @ code_rows.T
+            excess = distance.gather(1, codes[:, None])[:, 0] - distance.amin(-1)
+            size = rows.square().sum(-1) + code_rows.square().sum(-1).amax()
+            _close("distance", excess, torch.zeros_like(excess), 4e-6 * size)
+
+
+def filter_logits(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """The same codes are kept, but for one whose mass lies within rounding of top_p, at the same log-probabilities."""
+    for num_codes in (16385 // divisor, 4096 // divisor):
+        logits, uncond = (_logits(device, dtype, 9, num_codes) for _ in range(2))
+        for filters in (_divided(filters, divisor) for filters in (*FILTERS, {"top_k": 1})):
+            for guidance in ({}, {"uncond": uncond.flip(0), "cfg_scale": 2.0}):
+                ours = ops.filter_logits(logits, **guidance, **filters, temperature=0.9, backend=backend).double()
+                if guidance:
+                    guidance = guidance | {"uncond": uncond.flip(0).double()}
+                exact = ops.filter_logits(
+                    logits.double(), **guidance, **filters, temperature=0.9, backend="reference"
+                )
+                both = (ours > -math.inf) & (exact > -math.inf)
+                apart = int(((ours > -math.inf) != (exact > -math.inf)).sum(-1).max())
+                if apart > (1 if "top_p" in filters else 0):
+                    raise Wrong(f"{filters}: {apart} codes of a row are kept by one and not by the other")
+                # One code more or less moves all of a row's log-probabilities by the share that it has.
+                tolerance = TOLERANCE["filter_logits", torch.float32] * (1 + apart * num_codes)
+                _close(f"log-probabilities, {filters}", ours[both], exact[both], tolerance)
+    bad = torch.zeros(3, num_codes, device=device, dtype=dtype)
+    bad[1, num_codes // 2] = math.nan
+    if device.type != "cpu" and not torch.equal(
+        ops.filter_logits(bad, backend=backend).isnan().all(-1).cpu(), torch.tensor([False, True, False])
+    ):
+        raise Wrong("a row with NaN is not marked")
+
+
+def codebook_posterior(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """Forward and backward over all times, of several draws of a token, some of its codes impossible."""
+    for num_codes in (4095 // divisor, 64):
+        codebook = _normal(device, 4, num_codes, dim).to(dtype)
+        log_probs = _normal(device, 5, 37, num_codes)
+        log_probs[:, ::3] = -math.inf
+        log_probs = log_probs.log_softmax(-1).to(dtype)
+        t = torch.linspace(0.05, 1.0, 3 * 37, device=device).view(3, 37)
+        x = (1 - t[..., None]) * codebook[1].float() + t[..., None] * _normal(device, 6, 3, 37, dim)
+        x = x.to(dtype)
+        upstream = _normal(device, 7, *x.shape).to(dtype)
+        results = []
+        for wide, by in ((False, backend), (True, "reference")):
+            given = [tensor.double() if wide else tensor for tensor in (x, t, log_probs, codebook, upstream)]
+            leaf = given[0].clone().requires_grad_()
+            mean = ops.codebook_posterior(leaf, *given[1:4], backend=by)
+            results += [mean.detach(), *torch.autograd.grad(mean, leaf, given[4])]
+        size, times = float(codebook.abs().max()) + 1, t.double()[..., None]
+        tolerance = TOLERANCE["codebook_posterior", dtype] * size * (1 + 2e-3 / times.square()) * math.sqrt(dim)
+        _close("mean", results[0], results[2], tolerance)
+        _close("gradient", results[1], results[3], 10 * tolerance * (1 + (1 - times) / times.square() * size**2))
+
+
+def flow_sample(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """The codes of the exact flow, of rows that keep few codes, and all."""
+    for num_codes in (16384 // divisor, 4095 // divisor, 3):
+        codebook = _normal(device, 8, num_codes, dim)
+        log_probs = _logits(device, torch.float32, 64, num_codes)
+        log_probs[1::2, num_codes // 8 + 1 :] = -math.inf
+        log_probs = log_probs.log_softmax(-1).to(dtype)
+        noise = _normal(device, 9, 64, dim)
+        codes, _ = ops.flow_sample(log_probs, noise, codebook, backend=backend)
+        exact, _ = ops.flow_sample(log_probs.double(), noise.double(), codebook.double(), backend="reference")
+        _codes(f"{num_codes} codes", codes, exact, 2)
+
+
+def sample_codes(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """As flow_sample, of filtered and guided logits; the last row cannot be used."""
+    for num_codes, filters in ((16384, FILTERS[1]), (16385, FILTERS[2]), (16384, FILTERS[3]), (4096, FILTERS[0])):
+        num_codes, filters = num_codes // divisor, _divided(filters, divisor)
+        codebook, noise = _normal(device, 10, num_codes, dim), _normal(device, 11, 64, dim)
+        logits = _logits(device, dtype, 64, num_codes)
+        uncond = torch.zeros_like(logits)
+        settings = {"cfg_scale": 1.5, "temperature": 1.1, **filters}
+        codes, _ = ops.sample_codes(logits, noise, codebook, uncond=uncond, **settings, backend=backend)
+        wide = [tensor.double() for tensor in (logits, noise, codebook)]
+        exact, _ = ops.sample_codes(*wide, uncond=uncond.double(), **settings, backend="reference")
+        _codes(f"{num_codes} codes, {filters}", codes, exact, 2 + 2 * ("top_p" in filters))
+    logits[-1] = math.nan
+    if device.type != "cpu" and int(ops.sample_codes(logits, noise, codebook, backend=backend)[0][-1]) != -1:
+        raise Wrong("a row of NaN is not marked")
+
+
+def draw_codes(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """The reference's draws, but for numbers on the boundary between two codes; the likeliest code without chance."""
+    for num_codes in (16384 // divisor, 999 // divisor + 1):
+        logits = _logits(device, dtype, 66, num_codes)
+        uniform = torch.rand(66, generator=torch.Generator().manual_seed(12)).to(device)
+        uniform[0] = 0.0
+        for filters in (_divided(filters, divisor) for filters in FILTERS):
+            codes = ops.draw_codes(logits, uniform, **filters, backend=backend)
+            exact = ops.draw_codes(logits.double(), uniform, **filters, backend="reference")
+            _codes(f"{num_codes} codes, {filters}", codes, exact, 2)
+        codes = ops.draw_codes(logits, torch.zeros_like(uniform), top_k=1, backend=backend)
+        _codes("the likeliest", codes, logits.float().argmax(-1), 0)
+    logits[-1] = math.nan
+    if device.type != "cpu" and int(ops.draw_codes(logits, uniform, backend=backend)[-1]) != -1:
+        raise Wrong("a row of NaN is not marked")
+
+
+def decode_attention(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """A short cache and a long one that is split; what is written, and that nothing behind it is read."""
+    for rows, heads, kv_heads, length in ((5, 4, 2, 33), (2, 16, 16, 2049 // divisor + 1)):
+        keys, values = _normal(device, 13, 2, rows, kv_heads, length, dim).to(dtype).contiguous().unbind()
+        angle = 6 * torch.rand(length, dim // 2, generator=torch.Generator().manual_seed(14)).to(device)
+        rope = torch.stack((angle.cos(), angle.sin()), dim=-1) if dim % 2 == 0 else None
+        first = torch.arange(rows, dtype=torch.int64, device=device)
+        for index in (rows, length - 1):
+            qkv = _normal(device, 15 + index, rows, (heads + 2 * kv_heads) * dim).to(dtype)
+            ours, exact = ([tensor.clone() for tensor in (keys, values)] for _ in range(2))
+            exact = [tensor.double() for tensor in exact]
+            for tensor in ours:
+                tensor[:, :, index:] = math.nan
+            position = torch.full((1,), index, dtype=torch.int64, device=device)
+            mixed = ops.decode_attention(qkv, *ours, position, rope=rope, first=first, backend=backend)
+            wide = ops.decode_attention(qkv.double(), *exact, position, rope=rope, first=first, backend="reference")
+            tolerance = TOLERANCE["decode_attention", dtype]
+            _close("result", mixed, wide, tolerance * (1 + wide.abs()))
+            for one, other in zip(ours, exact, strict=True):
+                here = other[:, :, index]
+                _close("cache", one[:, :, index], here, tolerance * (1 + here.abs()))
+                if not bool(one[:, :, index + 1 :].isnan().all()):
+                    raise Wrong("the cache is written to behind the position")
+
+
+def add_norm(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """LlamaGen's and VAR's, of one position and many."""
+    for rows, length, width in ((3, 1, 1024 // divisor), (2, 37, 1920 // divisor), (2, 2, 33)):
+        x, branch = _normal(device, 16, 2, rows, length, width).to(dtype).unbind()
+        gate, weight, bias = _normal(device, 17, rows, 1, 3, width).to(dtype).unbind(2)
+        for given, rms in (
+            ({"weight": weight[0, 0]}, True),
+            ({"gate": gate, "weight": weight, "bias": bias}, False),
+            ({"weight": weight[0, 0], "bias": bias[0, 0]}, False),
+        ):
+            ours = ops.add_norm(x, branch, **given, eps=1e-5, rms=rms, backend=backend)
+            wide = {name: tensor.double() for name, tensor in given.items()}
+            exact = ops.add_norm(x.double(), branch.double(), **wide, eps=1e-5, rms=rms, backend="reference")
+            for one, other in zip(ours, exact, strict=True):
+                _close("result", one, other, TOLERANCE["add_norm on a GPU", dtype] * (1 + other.abs()))
+
+
+def append_normed(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """One position and many, into the middle of a cache of NaN."""
+    for rows, length, heads, start in ((2, 1, 16, 0), (3, 37, 3, 5)):
+        qkv = _normal(device, 18, rows, length, 3, heads, dim).to(dtype)
+        caches = [torch.full((rows, heads, 45, dim), math.nan, dtype=dtype, device=device) for _ in range(2)]
+        wide = [cache.double() for cache in caches]
+        scale = (1 + torch.arange(heads, device=device) / heads).to(dtype)
+        ours = ops.append_normed(qkv, *caches, start, scale=scale, backend=backend)
+        exact = ops.append_normed(qkv.double(), *wide, start, scale=scale.double(), backend="reference")
+        for one, other in ((ours, exact), *zip(caches, wide, strict=True)):
+            _close("result", one, other, TOLERANCE["append_normed", dtype] * (1 + other.nan_to_num().abs()))
+
+
+def activate(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """Both kinds, with and without a second factor."""
+    for count in (2 * 2816, 1023):
+        x, times = 4 * _normal(device, 19, 2, count)
+        for kind in ("gelu", "silu"):
+            for other in (None, times.to(dtype)):
+                ours = ops.activate(x.to(dtype), other, kind=kind, backend=backend)
+                second = None if other is None else other.double()
+                exact = ops.activate(x.to(dtype).double(), second, kind=kind, backend="reference")
+                _close(kind, ours, exact, TOLERANCE["activate", dtype] * (1 + exact.abs()))
+
+
+def noise(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """Bit for bit the reference's on the CPU, at counters of 64 bits."""
+    index = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1], dtype=torch.int64)
+    for seed, shape in ((3, (257, 8)), (2**64 - 1, (7,)), (0, (1,))):
+        ours = ops.noise(seed, index.to(device), shape, backend=backend).cpu()
+        exact = ops.noise(seed, index, shape, backend="reference")
+        if not torch.equal(ours, exact):
+            raise Wrong(f"seed {seed}: {int((ours != exact).sum())} of {ours.numel()} numbers have other bits")
+
+
+PROBLEMS: dict[str, Problem] = {
+    "nearest_code": nearest_code,
+    "filter_logits": filter_logits,
+    "codebook_posterior": codebook_posterior,
+    "flow_sample": flow_sample,
+    "sample_codes": sample_codes,
+    "draw_codes": draw_codes,
+    "decode_attention": decode_attention,
+    "add_norm": add_norm,
+    "append_normed": append_normed,
+    "activate": activate,
+    "noise": noise,
+}
+
+
+def solve(check: Check, device: torch.device, divisor: int = 1) -> None:
+    """Run a kernel on its op's problem, twice, on memory that holds NaN from before.
+
+    Raises:
+        Wrong: a result is not the reference's.
+    """
+    problem = PROBLEMS.get(check.op)
+    if problem is None:
+        raise Wrong("ddfast.ops.checks has no problem for it")
+    for _ in range(2):
+        for size in (1 << 12, 1 << 20):  # which the results' memory is taken from next
+            torch.full((size,), math.nan, device=device)
+        problem(check.backend, device, check.dtype, check.dim, divisor)
+
+
+def main(text: str) -> int:
+    """Run the checks of `verification._child`; the exit code tells that the device cannot be used any more."""
+    wanted = json.loads(text)
+    device = torch.device("cpu")
+    if wanted["index"] is not None:
+        device = torch.device("cuda", wanted["index"])
+        torch.zeros((), device=device)
+
+    def tell(**event: object) -> None:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+
+    tell(ready=True)
+    for number, (op, backend, dtype, dim) in enumerate(wanted["checks"]):
+        tell(begins=number)
+        try:
+            solve(Check(op, backend, getattr(torch, dtype.removeprefix("torch.")), dim), device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            tell(ends=number)
+        except Wrong as wrong:
+            tell(ends=number, wrong=str(wrong))
+        except torch.OutOfMemoryError as error:
+            tell(ends=number, unknown=f"the GPU's memory does not suffice ({str(error).splitlines()[0]})")
+            return 3
+        except Exception as error:  # whatever a kernel's build or launch raises
+            tell(ends=number, wrong=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            if device.type == "cuda" and "CUDA" in str(error):
+                return 3  # a context with an error in it tells nothing of the next kernel
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,247 @@
+"""Which backend runs an op: on a CPU, on a GPU whose kernels are right, wrong, or not known, and as it is asked for."""
+
+import timeit
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ddfast import env, ops
+from ddfast.ops import checks, dispatch, findings, native, verification
+from ddfast.ops.findings import Check, Verdict
+
+GPU = torch.device("cuda", 0)
+
+
+class Machine:
+    """A GPU that is not there: what its kernels would be found to be."""
+
+    def __init__(self) -> None:
+        self.wrong: dict[tuple[str, str], Verdict] = {}
+        self.runs: list[list[Check]] = []
+        self.capturing = False
+
+    def run(self, wanted: list[Check], index: int | None) -> dict[Check, Verdict]:
+        self.runs.append(list(wanted))
+        right = Verdict(True, "verified on this GPU")
+        return {check: self.wrong.get((check.op, check.backend), right) for check in wanted}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path) -> Machine:
+    """All kernels can run on GPU 0, and nothing is known of them."""
+    stand_in = Machine()
+    monkeypatch.setenv("DDFAST_CACHE", str(tmp_path))
+    for name in ("DDFAST_BACKEND", "DDFAST_VERIFY", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dispatch, "missing", dict)
+    monkeypatch.setattr(native, "cuda", SimpleNamespace(max_dim=64))
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(findings, "identity", lambda index: {"gpu": "Test GPU", "index": index})
+    monkeypatch.setattr(findings, "_read", {})
+    monkeypatch.setattr(verification, "_undecided", {})
+    monkeypatch.setattr(verification, "run", stand_in.run)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stand_in.capturing)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return stand_in
+
+
+def chosen(op: str, *arguments, **more) -> str:
+    return dispatch.choose(op, GPU, torch.float32, *arguments, **more).backend
+
+
+def test_every_op_of_a_gpu_has_a_reason_for_its_order_and_a_problem():
+    of_a_gpu = {op for op, kernels in dispatch.KERNELS.items() if {*kernels} & {"cuda", "triton"}}
+    assert {*dispatch.GPU_ORDER} == of_a_gpu == {*checks.PROBLEMS}
+
+
+def test_what_is_right_runs_by_itself(machine):
+    for op, kernels in dispatch.KERNELS.items():
+        first = next(name for name in kernels if name != "cpu")
+        choice = dispatch.choose(op, GPU, torch.bfloat16, dim=8)
+        assert choice == (first, dispatch.GPU_ORDER[op], "verified on this GPU")
+    with pytest.raises(ValueError, match="'cpu' cannot run flow_sample: the tensors are on cuda"):
+        chosen("flow_sample", "cpu")
+    assert "no kernel for float64" in dispatch.choose("flow_sample", GPU, torch.float64).reason
+
+
+def test_one_process_verifies_what_will_be_asked_for_next(machine):
+    for op in dispatch.KERNELS:
+        dispatch.choose(op, GPU, torch.float32, dim=8 if op in dispatch._CODE_DIM else 0)
+    assert len(machine.runs) <= 3  # of codes, of heads, of neither
+    assert {check.op for run in machine.runs for check in run} == {*dispatch.KERNELS}
+    count = len(machine.runs)
+    chosen("flow_sample", dim=8)
+    assert len(machine.runs) == count
+    chosen("flow_sample", dim=32)
+    assert {check.dim for check in machine.runs[-1]} == {32}
+    dispatch.prepare([("sample_codes", torch.float16, 16), ("activate", torch.float16, 0)], GPU)
+    assert {check.op for check in machine.runs[-1]} == {"sample_codes", "activate"}
+    count = len(machine.runs)
+    dispatch.prepare([("sample_codes", torch.float16, 16), ("activate", torch.float16, 0)], GPU)
+    assert len(machine.runs) == count
+
+
+def test_what_is_wrong_makes_way_for_the_next(machine, capsys):
+    machine.wrong["flow_sample", "cuda"] = Verdict(False, "16384 codes: 60 of 64 codes differ, 2 may")
+    choice = dispatch.choose("flow_sample", GPU, torch.float32, dim=8)
+    assert choice.backend == "triton"
+    assert "cuda: 16384 codes: 60 of 64 codes differ" in choice.reason
+    assert chosen("sample_codes", dim=8) == "cuda"
+    machine.wrong["flow_sample", "triton"] = Verdict(False, "its process ended with signal 11")
+    choice = dispatch.choose("flow_sample", GPU, torch.float32, dim=16)
+    assert choice.backend == "reference" and "signal 11" in choice.reason
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(told) == 3 and all("not right on this GPU" in line for line in told)
+    assert chosen("flow_sample", "cuda", dim=8) == "cuda"  # asked for by name
+
+
+def test_verdicts_outlive_the_process(machine, monkeypatch):
+    machine.wrong["noise", "cuda"] = Verdict(False, "7 numbers have other bits")
+    assert chosen("noise") == "triton"
+    monkeypatch.setattr(findings, "_read", {})
+    dispatch.forget()
+    machine.wrong.clear()
+    count = len(machine.runs)
+    assert chosen("noise") == "triton" and len(machine.runs) == count
+    monkeypatch.setattr(findings, "identity", lambda index: {"gpu": "Another GPU"})
+    dispatch.forget()
+    assert chosen("noise") == "cuda"
+
+
+def test_what_could_not_be_found_out_is_not_remembered(machine, monkeypatch, capsys):
+    machine.wrong["noise", "cuda"] = Verdict(False, "exit code 1 before a kernel ran", final=False)
+    assert chosen("noise") == "triton"
+    assert "could not be verified" in capsys.readouterr().err
+    count = len(machine.runs)
+    assert chosen("noise") == "triton" and len(machine.runs) == count
+    monkeypatch.setattr(findings, "_read", {})
+    monkeypatch.setattr(verification, "_undecided", {})
+    dispatch.forget()
+    machine.wrong.clear()
+    assert chosen("noise") == "cuda"
+
+
+def test_nothing_is_verified_while_a_graph_is_captured(machine, capsys):
+    machine.capturing = True
+    choice = dispatch.choose("noise", GPU, torch.float32)
+    assert choice.backend == "reference" and "captured or compiled" in choice.reason
+    assert not machine.runs and "Call the op once before" in capsys.readouterr().err
+    machine.capturing = False
+    assert chosen("noise") == "cuda"
+    machine.capturing = True
+    assert chosen("noise", rows=10**6) == "cuda"  # by the verdict that is stored
+
+
+def test_verification_can_be_left_out(machine, monkeypatch):
+    monkeypatch.setenv("DDFAST_VERIFY", "0")
+    choice = dispatch.choose("noise", GPU, torch.float32)
+    assert choice.backend == "cuda" and "DDFAST_VERIFY=0" in choice.verdict and not machine.runs
+
+
+def test_a_dimension_that_a_kernel_does_not_take_goes_to_the_next(machine):
+    assert chosen("nearest_code", dim=64) == "cuda"
+    assert chosen("nearest_code", dim=65) == "triton"
+    with pytest.raises(ValueError, match="codes have 65 dimensions, it takes 64 at most"):
+        chosen("nearest_code", "cuda", dim=65)
+
+
+@pytest.mark.parametrize(
+    ("setting", "op", "name"),
+    [
+        ("triton", "flow_sample", "triton"),
+        ("cuda", "add_norm", "triton"),  # a preference: there is none in CUDA
+        ("cpu", "flow_sample", "cuda"),
+        ("triton,cuda", "flow_sample", "triton"),
+        ("reference", "flow_sample", "reference"),
+        ("cpu,reference", "flow_sample", "reference"),
+        ("auto", "flow_sample", "cuda"),
+        ("flow_sample=triton", "flow_sample", "triton"),
+        ("flow_sample=cpu:triton", "flow_sample", "triton"),
+        ("flow_sample=triton", "sample_codes", "cuda"),
+        ("reference, flow_sample=cuda", "flow_sample", "cuda"),
+        ("reference, flow_sample=auto", "flow_sample", "cuda"),
+    ],
+)
+def test_a_name_for_all_ops_is_a_preference(machine, monkeypatch, setting, op, name):
+    monkeypatch.setenv("DDFAST_BACKEND", setting)
+    assert chosen(op, dim=8) == name
+
+
+def test_a_preferred_kernel_must_be_right_too(machine, monkeypatch):
+    monkeypatch.setenv("DDFAST_BACKEND", "triton")
+    machine.wrong["flow_sample", "triton"] = Verdict(False, "3 codes differ")
+    assert chosen("flow_sample", dim=8) == "cuda"
+    monkeypatch.setenv("DDFAST_BACKEND", "flow_sample=triton")
+    assert chosen("flow_sample", dim=8) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("fast", "DDFAST_BACKEND: got 'fast', expected one of auto, reference"),
+        ("noise=fast", "DDFAST_BACKEND: got 'fast'"),
+        ("niose=cuda", "DDFAST_BACKEND: got the op 'niose', expected one of nearest_code"),
+        ("add_norm=cuda", "'cuda' cannot run add_norm: this version of ddfast has no cuda kernel"),
+        ("noise=cpu", "'cpu' cannot run noise: the tensors are on cuda"),
+        ("noise=cpu:fast", "got 'fast'"),
+    ],
+)
+def test_a_wrong_name_is_an_error(machine, monkeypatch, setting, message):
+    monkeypatch.setenv("DDFAST_BACKEND", setting)
+    with pytest.raises(ValueError, match=message):
+        chosen(setting.split("=")[0] if setting.split("=")[0] in dispatch.KERNELS else "noise")
+
+
+def test_the_interpreter_runs_by_name_only(machine, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen("activate") == "reference" and chosen("noise") == "cuda"
+    monkeypatch.setenv("DDFAST_BACKEND", "triton")
+    assert chosen("activate") == "triton"
+
+
+def test_the_cpu_by_name_and_without(monkeypatch):
+    monkeypatch.delenv("DDFAST_BACKEND", raising=False)
+    assert dispatch.choose("noise", "cuda", torch.float32).backend == "reference" or torch.cuda.is_available()
+    if "cpu" in dispatch.available():
+        monkeypatch.setenv("DDFAST_BACKEND", "triton" if not env.triton_interpreted() else "cuda")
+        assert dispatch.choose("noise", "cpu", torch.float32).backend == "cpu"  # not an error: a preference
+        x = torch.randn(3, 8)
+        assert torch.equal(ops.nearest_code(x, x), torch.arange(3))
+        monkeypatch.setenv("DDFAST_BACKEND", "reference")
+        assert dispatch.choose("noise", "cpu", torch.float32).backend == "reference"
+        assert dispatch.choose("noise", "cpu", torch.float32, "cpu").backend == "cpu"
+    monkeypatch.delenv("DDFAST_BACKEND")
+    monkeypatch.setattr(native, "cpu", None)
+    monkeypatch.setattr(native, "cpu_reason", "not built")
+    assert dispatch.choose("flow_sample", "cpu", torch.float32)[:2] == ("reference", "cpu: not built")
+    with pytest.raises(ValueError, match="cannot run flow_sample: not built"):
+        dispatch.choose("flow_sample", "cpu", torch.float32, "cpu")
+
+
+def test_what_was_timed_decides(machine):
+    def timed(order: list[str], rows: int, size: int) -> dict:
+        return {"order": order, "reason": "fastest here", "rows": rows, "size": size}
+
+    chosen("sample_codes", dim=8)
+    findings.add(GPU, "orders", {
+        "sample_codes float32 8 0 16384": timed(["triton", "cuda", "reference"], 0, 16384),
+        "add_norm float32 0 64 1024": timed(["reference", "triton"], 64, 1024),
+        "add_norm float32 0 65536 1024": timed(["triton", "reference"], 65536, 1024),
+    })  # fmt: skip
+    dispatch.forget()
+    assert dispatch.choose("sample_codes", GPU, torch.float32, dim=8, size=16384)[:2] == ("triton", "fastest here")
+    assert chosen("sample_codes", dim=32, size=4096) == "cuda"  # nothing like it was timed
+    assert dispatch.choose("sample_codes", GPU, torch.bfloat16, dim=8, size=16384).backend == "cuda"
+    for rows, backend in ((2, "reference"), (512, "reference"), (10**5, "triton")):
+        assert chosen("add_norm", rows=rows, size=1024) == backend
+
+
+def test_a_decision_is_cheap(machine):
+    """2 us, of which this machine may be the slow one: a fifth of a launch."""
+
+    def decide() -> None:
+        dispatch.choose("sample_codes", GPU, torch.bfloat16, "auto", 64, dim=8, size=16384)
+
+    decide()
+    assert min(timeit.repeat(decide, number=2000, repeat=7)) / 2000 < 4e-6
