@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": "quality and speed of a student",
     "profile": "AR decoding against one and two steps, with traces",
     "convert": "official VAR, LlamaGen and DD1 checkpoints to safetensors and back",
+    "tune": "the fastest kernels on this GPU, at the shapes of a recipe",
     "doctor": "versions, backends, and why an op runs where it runs",
 }
 

@@ -12,8 +12,7 @@ import torch
 import ddfast
 from ddfast import cli, env
 from ddfast.errors import DDFastError
-from ddfast.ops import dispatch, native
-from ddfast.ops.measured import FASTEST
+from ddfast.ops import dispatch, findings, native
 
 _PACKAGES = ("torch", "triton", "numpy", "einops", "nvtx", "safetensors")
 
@@ -56,14 +55,39 @@ def diagnosis() -> list[str]:
     lines += ["", "environment:"]
     values = env.settings()
     lines += [f"  {name}={values[name] or ''}  ({meaning})" for name, meaning in env.VARIABLES.items()]
-    for device in ("cpu", "cuda"):
-        lines += ["", f"float32 tensors on {device}:"]
-        for op in dispatch.KERNELS:
-            backend, reason = dispatch.choose(op, device, torch.float32)
-            lines.append(f"  {op:20s} {backend:10s} {reason}")
-            measured = FASTEST.get(op, {}) if device == "cuda" else {}
-            lines += [f"  {'':20s} {name:10s} with about {rows} rows" for rows, name in measured.items()]
+    lines += ["", "float32 tensors on cpu:", *_choices(torch.device("cpu"), torch.float32)]
+    for index in gpus:
+        device = torch.device("cuda", index)
+        for dtype in (torch.bfloat16, torch.float32):
+            lines += ["", f"{str(dtype).removeprefix('torch.')} tensors on GPU {index}:", *_choices(device, dtype)]
+        lines += ["", f"found on GPU {index} ({findings.path()}):", *_found(device)]
+    if not gpus:
+        lines += ["", "float32 tensors on cuda:", *_choices(torch.device("cuda"), torch.float32)]
     return lines
+
+
+def _choices(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Op, backend, verdict and reason, for LlamaGen's dimensions; on a GPU what was never verified is, now."""
+    lines = []
+    dims = {op: dispatch.usual_dim(op) for op in dispatch.KERNELS}
+    dispatch.prepare([(op, dtype, dim) for op, dim in dims.items()], device)
+    for op, dim in dims.items():
+        try:
+            backend, reason, verdict = dispatch.choose(op, device, dtype, dim=dim)
+        except ValueError as error:  # DDFAST_BACKEND asks for what cannot run
+            backend, reason, verdict = "none", str(error), ""
+        lines.append(f"  {op:20s} {backend:10s} {'; '.join(filter(None, (verdict, reason)))}")
+    return lines
+
+
+def _found(device: torch.device) -> list[str]:
+    """What was verified and timed with this GPU and these versions, by any process."""
+    found = findings.of(device)
+    lines = [f"  {name}: {text}" for name, (_, text) in sorted(found["verdicts"].items())]
+    for name, timed in sorted(found["orders"].items()):
+        times = ", ".join(f"{backend} {1e3 * ms:.1f} us" for backend, ms in timed.get("ms", {}).items())
+        lines.append(f"  {name}: {' before '.join(timed['order'])} ({times})")
+    return lines or ["  nothing"]
 
 
 def _version(name: str) -> str:

@@ -76,7 +76,8 @@ def nearest_code(backend: str, device: torch.device, dtype: torch.dtype, dim: in
     """Distances to the chosen codes are the least; of equal codes the first; also far from the origin."""
     for num_codes in (16384 // divisor, 999 // divisor + 1):
         codebook = _normal(device, 2, num_codes, dim).to(dtype)
-        codebook[num_codes // 2 :] = codebook[: num_codes - num_codes // 2]
+        twins = num_codes // 2
+        codebook[num_codes - twins :] = codebook[:twins]
         x = _normal(device, 3, 320, dim)
         x[::5] += 8.0
         x = x.to(dtype)
@@ -84,7 +85,7 @@ def nearest_code(backend: str, device: torch.device, dtype: torch.dtype, dim: in
             codes = ops.nearest_code(x, codebook, cosine=cosine, backend=backend)
             if int(codes.min()) < 0 or int(codes.max()) >= num_codes:
                 raise Wrong("a code is outside the codebook")
-            if int((codes >= num_codes - num_codes // 2).sum()):
+            if int((codes >= num_codes - twins).sum()):
                 raise Wrong("of two equal codes the second was chosen")
             rows, code_rows = x.double(), codebook.double()
             if cosine:

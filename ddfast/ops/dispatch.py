@@ -6,7 +6,8 @@ order in which kernels are tried is that of `KERNELS`, or the one that `ddfast t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,11 @@ _CODE_DIM = ("nearest_code", "codebook_posterior", "flow_sample", "sample_codes"
 _HEAD_DIM = ("decode_attention", "append_normed")
 """Ops that are compiled for a dimension, of codes or of heads; the others are verified once for all sizes."""
 
+def usual_dim(op: str) -> int:
+    """A dimension to ask about an op where no teacher tells: LlamaGen's codes have 8, its heads 64."""
+    return 8 if op in _CODE_DIM else 64 if op in _HEAD_DIM else 0
+
+
 DECIDE_CODES = frozenset({"nearest_code", "filter_logits", "flow_sample", "sample_codes", "draw_codes"})
 """Ops whose backend must not change with the number of rows: a sample's codes would depend on its batch."""
 
@@ -67,6 +73,22 @@ class Choice(NamedTuple):
 
 _choices: dict[tuple, Choice] = {}
 """What was decided for GPUs; on a CPU nothing takes long to decide."""
+
+
+_asked_now: list[tuple[str, torch.dtype, int, int, int]] | None = None
+"""Where `observed` wants to know of decisions."""
+
+
+@contextmanager
+def observed() -> Iterator[list[tuple[str, torch.dtype, int, int, int]]]:
+    """(op, dtype, rows, dim, size) of what is decided within; what was decided before is forgotten."""
+    global _asked_now
+    before, _asked_now = _asked_now, []
+    forget()
+    try:
+        yield _asked_now
+    finally:
+        _asked_now = before
 
 
 def forget() -> None:
@@ -132,6 +154,8 @@ def _decide(
     op: str, device: torch.device, dtype: torch.dtype, backend: str, rows: int, dim: int, size: int
 ) -> tuple[Choice, bool]:
     """The choice, and whether it will be the same next time."""
+    if _asked_now is not None:
+        _asked_now.append((op, dtype, rows, dim, size))
     preferred, strict = _asked(op, backend)
     if strict:
         return _strict(op, preferred, device.type, dtype, dim), True
@@ -239,8 +263,17 @@ def _along(check: Check, device: torch.device) -> list[Check]:
 
 def _first(op: str, dtype: torch.dtype, dim: int, device: torch.device) -> list[Check]:
     """The check of the kernel that "auto" would try first, if there is one."""
-    usable = (name for name in KERNELS[op] if not _obstacle(op, name, device.type, dtype, dim))
+    interpreted = "triton" if env.triton_interpreted() else ""
+    names = (name for name in KERNELS[op] if name != interpreted)
+    usable = (name for name in names if not _obstacle(op, name, device.type, dtype, dim))
     return [Check(op, name, dtype, dim) for name in usable][:1]
+
+
+def is_right(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether a kernel can run on this device, and gives the reference's results there."""
+    if _obstacle(op, backend, device.type, dtype, dim):
+        return False
+    return device.type != "cuda" or _verdict(Check(op, backend, dtype, dim), device).passed
 
 
 def prepare(wanted: Iterable[tuple[str, torch.dtype, int]], device: torch.device) -> None:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ddfast import env
 from ddfast.config import TrajectoryConfig
+from ddfast.errors import DDFastError
 from ddfast.models.decoding import release_graphs
 from ddfast.models.protocol import Teacher
-from ddfast.ops import noise
+from ddfast.ops import dispatch, noise
+from ddfast.ops.common import sizes_of
 from ddfast.trajectories.memory import fitting, largest_batch
 from ddfast.trajectories.store import StoreSettings, TrajectoryStore
 
@@ -73,7 +75,15 @@ def store_settings(teacher: Teacher, config: TrajectoryConfig, seed: int) -> Sto
         num_classes=teacher.num_conditions,
         shard_size=config.shard_size,
         store_noise=config.store_noise,
+        backend=_backend(teacher),
     )
+
+
+def _backend(teacher: Teacher) -> str:
+    """What takes this teacher's codes, here."""
+    logits_dtype = next((tensor.dtype for tensor in teacher.parameters()), torch.float32)
+    sizes = sizes_of(teacher.codebook)
+    return dispatch.choose("sample_codes", teacher.codebook.device, logits_dtype, **sizes).backend
 
 
 def generate_trajectories(
@@ -108,7 +118,8 @@ def generate_trajectories(
 
     Raises:
         ValueError: `count` or `batch_size` is out of range, or `store` was made for another teacher.
-        DDFastError: a shard cannot be written, or a batch does not fit in memory.
+        DDFastError: a shard cannot be written, a batch does not fit in memory, or the store was begun with another
+            backend (class of kernels): their codes now and then differ.
     """
     if count < 1:
         raise ValueError(f"count: got {count}, expected at least 1")
@@ -120,6 +131,12 @@ def generate_trajectories(
     missing = [shard for shard in store.shards_for(count)[rank::world_size] if not store.has_shard(shard)]
     if not missing:
         return Throughput()
+    made_by, backend = store.settings.backend, _backend(teacher)
+    if made_by not in ("", backend):
+        raise DDFastError(
+            f"{store.path} was begun with the backend {made_by!r} of sample_codes, here it is {backend!r}: set "
+            f"DDFAST_BACKEND=sample_codes={made_by}, or choose another folder"
+        )
     size = store.settings.shard_size
     batches = math.ceil(size / (batch_size or largest_batch(teacher)))
     batch_size = math.ceil(size / batches)

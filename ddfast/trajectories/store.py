@@ -30,7 +30,11 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """What decides a store's contents; two stores with equal settings hold equal samples."""
+    """What decides a store's contents; two stores with equal settings hold equal samples.
+
+    `backend` is the kernel that took the codes (`ddfast.ops.sample_codes`); empty in a store of before that was kept.
+    Others round otherwise, so that now and then a code differs.
+    """
 
     teacher: str
     cfg_scale: float
@@ -46,6 +50,7 @@ class StoreSettings:
     num_classes: int
     shard_size: int
     store_noise: bool = False
+    backend: str = ""
     format: int = FORMAT
 
 
@@ -108,7 +113,8 @@ class TrajectoryStore:
         """The store at `path` if it was made with `settings`, or a new one.
 
         Raises:
-            DDFastError: the store there was made with other settings; they are listed.
+            DDFastError: the store there was made with other settings; they are listed. Another backend is none: a
+                store is read wherever it is needed, and `generate_trajectories` refuses to mix two.
         """
         if not (Path(path) / MANIFEST).exists():
             return cls.create(path, settings)
@@ -117,7 +123,7 @@ class TrajectoryStore:
         different = [
             f"{name} is {value!r}, not {wanted[name]!r}"
             for name, value in dataclasses.asdict(store.settings).items()
-            if value != wanted[name]
+            if value != wanted[name] and name != "backend"
         ]
         if different:
             raise DDFastError(f"{path} was made with other settings: {'; '.join(different)}; choose another folder")

@@ -1,49 +1,21 @@
 """Which backend runs an op: on a CPU, on a GPU whose kernels are right, wrong, or not known, and as it is asked for."""
 
 import timeit
-from types import SimpleNamespace
 
 import pytest
 import torch
+from machine import Machine, machine_of
 
 from ddfast import env, ops
 from ddfast.ops import checks, dispatch, findings, native, verification
-from ddfast.ops.findings import Check, Verdict
+from ddfast.ops.findings import Verdict
 
 GPU = torch.device("cuda", 0)
 
 
-class Machine:
-    """A GPU that is not there: what its kernels would be found to be."""
-
-    def __init__(self) -> None:
-        self.wrong: dict[tuple[str, str], Verdict] = {}
-        self.runs: list[list[Check]] = []
-        self.capturing = False
-
-    def run(self, wanted: list[Check], index: int | None) -> dict[Check, Verdict]:
-        self.runs.append(list(wanted))
-        right = Verdict(True, "verified on this GPU")
-        return {check: self.wrong.get((check.op, check.backend), right) for check in wanted}
-
-
 @pytest.fixture
 def machine(monkeypatch, tmp_path) -> Machine:
-    """All kernels can run on GPU 0, and nothing is known of them."""
-    stand_in = Machine()
-    monkeypatch.setenv("DDFAST_CACHE", str(tmp_path))
-    for name in ("DDFAST_BACKEND", "DDFAST_VERIFY", "TRITON_INTERPRET"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dispatch, "missing", dict)
-    monkeypatch.setattr(native, "cuda", SimpleNamespace(max_dim=64))
-    monkeypatch.setattr(dispatch, "_choices", {})
-    monkeypatch.setattr(findings, "identity", lambda index: {"gpu": "Test GPU", "index": index})
-    monkeypatch.setattr(findings, "_read", {})
-    monkeypatch.setattr(verification, "_undecided", {})
-    monkeypatch.setattr(verification, "run", stand_in.run)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stand_in.capturing)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return stand_in
+    return machine_of(monkeypatch, tmp_path)
 
 
 def chosen(op: str, *arguments, **more) -> str:

@@ -1,0 +1,181 @@
+"""Which of an op's kernels is the fastest on this GPU: timed on the calls that a piece of work makes.
+
+Every candidate that is right here is replayed as a CUDA graph with a cold L2 cache, the candidates in turn. The order
+that `dispatch` has without a measurement stays unless another kernel is faster by `MARGIN`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddfast.ops import dispatch, findings
+
+MARGIN = 0.10
+"""By which another backend must be faster than the first of `dispatch.KERNELS` to run in its place."""
+
+_ROUNDS = 40
+_WAITS = dispatch.DECIDE_CODES | {"codebook_posterior"}
+"""Ops whose reference looks at its results on the host: that cannot be captured, and its wait is part of its time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What two calls must have in common for one of them to say which backend is faster for both."""
+
+    op: str
+    dtype: torch.dtype
+    dim: int
+    rows: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        """As in the file of findings."""
+        return f"{self.op} {str(self.dtype).removeprefix('torch.')} {self.dim} {self.rows} {self.size}"
+
+
+@dataclass(kw_only=True)
+class Call:
+    """One call of an op as it was recorded: its arguments but for the backend, which is the last."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    sizes: Sizes
+
+    def run(self, backend: str) -> Any:
+        """Call it again, by a backend."""
+        return self.function(*self.arguments, backend)
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps, of the calls with the same sizes, the last one: at the end of a cache that fills up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[tuple[str, Sizes], Call] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "ddfast" or kwargs or args[-1] != "auto":
+            return func(*args, **(kwargs or {}))
+        with dispatch.observed() as asked:
+            result = func(*args)
+        if asked:
+            op, dtype, rows, dim, size = asked[0]
+            rows = 0 if op in dispatch.DECIDE_CODES else 1 << (max(rows, 1).bit_length() - 1)
+            sizes = Sizes(op=op, dtype=dtype, dim=dim, rows=rows, size=size)
+            shapes = tuple(tuple(value.shape) for value in args if isinstance(value, torch.Tensor))
+            self.calls[f"{func} {shapes}", sizes] = Call(function=func, arguments=args[:-1], sizes=sizes)
+        return result
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """The calls that ops get from within, by "auto"; the list is filled at the end."""
+    calls: list[Call] = []
+    recorder = _Recorder()
+    with recorder:
+        yield calls
+    calls += recorder.calls.values()
+
+
+def tune(
+    calls: Sequence[Call],
+    device: torch.device,
+    *,
+    seconds: float = 20.0,
+    timed: Callable[[Call, Sequence[str], torch.device, float], Mapping[str, float]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Time the candidates of all calls and remember the fastest; returns what was found, by sizes.
+
+    Args:
+        calls: from `recorded`.
+        device: a GPU.
+        seconds: of timing, in all; compiling and verifying come before.
+        timed: (call, backends, device, seconds) -> milliseconds by backend; None: `milliseconds`.
+    """
+    timed = timed or milliseconds
+    backends: dict[Sizes, list[str]] = {}
+    for call in calls:
+        if call.sizes not in backends:
+            backends[call.sizes] = _candidates(call.sizes, device)
+    calls = [call for call in calls if len(backends[call.sizes]) > 1]
+    totals: dict[Sizes, dict[str, float]] = {}
+    for call in calls:
+        names = backends[call.sizes]
+        found = timed(call, names, device, seconds / len(calls))
+        total = totals.setdefault(call.sizes, dict.fromkeys(names, 0.0))
+        for name in names:
+            total[name] += found[name]
+    orders = {sizes.name: _entry(sizes, total) for sizes, total in totals.items()}
+    if orders:
+        findings.add(device, "orders", orders)
+    dispatch.forget()
+    return orders
+
+
+def _candidates(sizes: Sizes, device: torch.device) -> list[str]:
+    """The kernels that run and are right here, in their order, and the reference."""
+    names = []
+    for name in dispatch.KERNELS[sizes.op]:
+        if dispatch.is_right(sizes.op, name, device, sizes.dtype, sizes.dim):
+            names.append(name)
+    return [*names, "reference"]
+
+
+def _entry(sizes: Sizes, total: Mapping[str, float]) -> dict[str, Any]:
+    """What the file says of some sizes."""
+    first, *_ = total
+    order = sorted(total, key=lambda name: total[name])
+    reason = f"timed here by `ddfast tune`: {', '.join(f'{name} {1e3 * total[name]:.1f} us' for name in order)}"
+    if total[first] <= (1 + MARGIN) * total[order[0]] and order[0] != first:
+        order.remove(first)
+        order.insert(0, first)
+        reason += f"; less than {MARGIN:.0%} apart"
+    return {"order": order, "reason": reason, "rows": sizes.rows, "size": sizes.size, "ms": dict(total)}
+
+
+def milliseconds(call: Call, backends: Sequence[str], device: torch.device, seconds: float) -> dict[str, float]:
+    """Medians of device time, the backends in turn, each with an L2 cache that holds none of its inputs."""
+    with torch.cuda.device(device):
+        replays = {name: _replay(call, name) for name in backends}
+        cache = torch.cuda.get_device_properties(device).L2_cache_size or 64 << 20
+        flushed = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+        times: dict[str, list[float]] = {name: [] for name in backends}
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started = time.perf_counter()
+        for turn in range(_ROUNDS):
+            for name, replay in replays.items():
+                flushed.zero_()
+                begin.record()
+                replay()
+                end.record()
+                end.synchronize()
+                times[name].append(begin.elapsed_time(end))
+            if turn >= 4 and time.perf_counter() - started > seconds:
+                break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _replay(call: Call, backend: str) -> Callable[[], Any]:
+    """The call as a graph, as decoding replays it; as it is where its reference waits for the host."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles
+            call.run(backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    if backend == "reference" and call.sizes.op in _WAITS:
+        return lambda: call.run(backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.run(backend)
+    return graph.replay
