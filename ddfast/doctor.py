@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import ddfast
-from ddfast import cli, env
+from ddfast import env
 from ddfast.errors import DDFastError
 from ddfast.ops import dispatch, findings, native
 
@@ -19,6 +19,8 @@ _PACKAGES = ("torch", "triton", "numpy", "einops", "nvtx", "safetensors")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. `--check` fails where the CPU kernels are missing."""
+
+    from ddfast import cli  # what can be said of the kernels needs none of the commands' packages
 
     def body(rest: list[str]) -> None:
         if rest in (["--help"], ["-h"]):

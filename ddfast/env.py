@@ -13,7 +13,7 @@ from ddfast.errors import DDFastError
 
 VARIABLES = {
     "DDFAST_CACHE": "folder of trained tokenizers, teachers and classifiers (default: ~/.cache/ddfast)",
-    "DDFAST_BACKEND": "backends: 'cuda,triton' are preferred for all ops; 'noise=cpu' or 'noise=cuda:triton' must run it",
+    "DDFAST_BACKEND": "backends: 'cuda,triton' is preferred for all ops; 'noise=cpu' or 'noise=cpu:cuda' must run",
     "DDFAST_VERIFY": "0: kernels run on a GPU though nothing has shown that they are right there (default: 1)",
     "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one here)",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors too (for tests; never by itself)",

@@ -10,15 +10,20 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import pytest
 import torch
-from hypothesis import settings
+
+try:
+    from hypothesis import settings
+except ImportError:  # tests/gpu does without
+    settings = None
 
 # Without a GPU, Triton's kernels run in its interpreter. Before anything imports them: it is decided there.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.register_profile("explore", derandomize=False, deadline=None)
-settings.load_profile("repeatable")
+if settings is not None:
+    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.register_profile("explore", derandomize=False, deadline=None)
+    settings.load_profile("repeatable")
 
 LONGEST = (
     "tests/test_toy_quality.py",

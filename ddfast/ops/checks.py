@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,11 +65,11 @@ def _logits(device: torch.device, dtype: torch.dtype, rows: int, num_codes: int)
     return logits.to(dtype)
 
 
-FILTERS: tuple[dict[str, float], ...] = ({"top_k": 900, "top_p": 0.95}, {"top_k": 8000}, {"top_p": 0.8}, {})
+FILTERS: tuple[dict[str, Any], ...] = ({"top_k": 900, "top_p": 0.95}, {"top_k": 8000}, {"top_p": 0.8}, {})
 """VAR's, LlamaGen's, and what leaves open how many codes a row keeps."""
 
 
-def _divided(filters: dict[str, float], divisor: int) -> dict[str, float]:
+def _divided(filters: dict[str, Any], divisor: int) -> dict[str, Any]:
     return filters | ({"top_k": max(1, int(filters["top_k"]) // divisor)} if "top_k" in filters else {})
 
 
@@ -101,13 +102,12 @@ def filter_logits(backend: str, device: torch.device, dtype: torch.dtype, dim: i
     for num_codes in (16385 // divisor, 4096 // divisor):
         logits, uncond = (_logits(device, dtype, 9, num_codes) for _ in range(2))
         for filters in (_divided(filters, divisor) for filters in (*FILTERS, {"top_k": 1})):
-            for guidance in ({}, {"uncond": uncond.flip(0), "cfg_scale": 2.0}):
+            guidances: tuple[dict[str, Any], ...] = ({}, {"uncond": uncond.flip(0), "cfg_scale": 2.0})
+            for guidance in guidances:
                 ours = ops.filter_logits(logits, **guidance, **filters, temperature=0.9, backend=backend).double()
                 if guidance:
                     guidance = guidance | {"uncond": uncond.flip(0).double()}
-                exact = ops.filter_logits(
-                    logits.double(), **guidance, **filters, temperature=0.9, backend="reference"
-                )
+                exact = ops.filter_logits(logits.double(), **guidance, **filters, temperature=0.9, backend="reference")
                 both = (ours > -math.inf) & (exact > -math.inf)
                 apart = int(((ours > -math.inf) != (exact > -math.inf)).sum(-1).max())
                 if apart > (1 if "top_p" in filters else 0):
@@ -207,8 +207,9 @@ def decode_attention(backend: str, device: torch.device, dtype: torch.dtype, dim
             for tensor in ours:
                 tensor[:, :, index:] = math.nan
             position = torch.full((1,), index, dtype=torch.int64, device=device)
-            mixed = ops.decode_attention(qkv, *ours, position, rope=rope, first=first, backend=backend)
-            wide = ops.decode_attention(qkv.double(), *exact, position, rope=rope, first=first, backend="reference")
+            mixed = ops.decode_attention(qkv, ours[0], ours[1], position, rope=rope, first=first, backend=backend)
+            given = (qkv.double(), exact[0], exact[1], position)
+            wide = ops.decode_attention(*given, rope=rope, first=first, backend="reference")
             tolerance = TOLERANCE["decode_attention", dtype]
             _close("result", mixed, wide, tolerance * (1 + wide.abs()))
             for one, other in zip(ours, exact, strict=True):
@@ -242,8 +243,9 @@ def append_normed(backend: str, device: torch.device, dtype: torch.dtype, dim: i
         caches = [torch.full((rows, heads, 45, dim), math.nan, dtype=dtype, device=device) for _ in range(2)]
         wide = [cache.double() for cache in caches]
         scale = (1 + torch.arange(heads, device=device) / heads).to(dtype)
-        ours = ops.append_normed(qkv, *caches, start, scale=scale, backend=backend)
-        exact = ops.append_normed(qkv.double(), *wide, start, scale=scale.double(), backend="reference")
+        ours = ops.append_normed(qkv, caches[0], caches[1], start, scale=scale, backend=backend)
+        given = (qkv.double(), wide[0], wide[1], start)
+        exact = ops.append_normed(*given, scale=scale.double(), backend="reference")
         for one, other in ((ours, exact), *zip(caches, wide, strict=True)):
             _close("result", one, other, TOLERANCE["append_normed", dtype] * (1 + other.nan_to_num().abs()))
 

@@ -108,7 +108,7 @@ def backend_of(op: str, backend: str, *tensors: Tensor | None, dim: int = 0, siz
     return dispatch.choose(op, first.device, dtype, backend, rows, dim=dim, size=size).backend
 
 
-def sizes_of(codebook: Tensor) -> dict[str, int]:
+def sizes_of(codebook: Tensor) -> dict[str, Any]:
     """What decides between kernels, of a codebook [V, d]: `dim` and `size` of `dispatch.choose`."""
     return {"dim": codebook.shape[1], "size": codebook.shape[0]}
 

@@ -54,6 +54,7 @@ _CODE_DIM = ("nearest_code", "codebook_posterior", "flow_sample", "sample_codes"
 _HEAD_DIM = ("decode_attention", "append_normed")
 """Ops that are compiled for a dimension, of codes or of heads; the others are verified once for all sizes."""
 
+
 def usual_dim(op: str) -> int:
     """A dimension to ask about an op where no teacher tells: LlamaGen's codes have 8, its heads 64."""
     return 8 if op in _CODE_DIM else 64 if op in _HEAD_DIM else 0

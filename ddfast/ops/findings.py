@@ -98,8 +98,9 @@ def kernels_hash() -> str:
     if found is not None and found.origin:
         folders.append(Path(found.origin).parent)
     files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-    if native.cuda is not None and getattr(native.cuda, "__file__", None):
-        files.append(Path(native.cuda.__file__))
+    module = getattr(native.cuda, "__file__", None)
+    if module:
+        files.append(Path(module))
     for file in files:
         digest.update(file.name.encode())
         digest.update(file.read_bytes())

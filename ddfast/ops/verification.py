@@ -1,4 +1,4 @@
-"""Are the kernels right on this GPU? Found out once, in a process of its own: what a wrong one breaks is not the user's.
+"""Are the kernels right on this GPU? Found out once, in a process of its own: a wrong one breaks nothing of the user's.
 
 The process runs `ddfast.ops.checks`, and tells on its standard output which check it begins and how that ended. One
 that dies, or takes too long, takes the kernel that it ran with it; the rest goes to another process.

@@ -1,4 +1,4 @@
-"""The process that verifies kernels, whatever becomes of it; what is remembered of it; and that a wrong kernel is found."""
+"""The process that verifies kernels, whatever becomes of it; what is remembered; and that a wrong kernel is found."""
 
 import json
 import subprocess
