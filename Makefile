@@ -51,7 +51,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 gpu-check:
-	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
+	STEPS="$(STEPS)" $(PYTHON) benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

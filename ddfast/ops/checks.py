@@ -69,6 +69,10 @@ FILTERS: tuple[dict[str, Any], ...] = ({"top_k": 900, "top_p": 0.95}, {"top_k": 
 """VAR's, LlamaGen's, and what leaves open how many codes a row keeps."""
 
 
+SAMPLED = ((16384, FILTERS[1]), (9001, FILTERS[2]), (16385, FILTERS[3]), (4096, FILTERS[0]))
+"""Of sample_codes: codes staged in shared memory; a second launch; clusters that stream all codes; one launch."""
+
+
 def _divided(filters: dict[str, Any], divisor: int) -> dict[str, Any]:
     return filters | ({"top_k": max(1, int(filters["top_k"]) // divisor)} if "top_k" in filters else {})
 
@@ -161,7 +165,7 @@ def flow_sample(backend: str, device: torch.device, dtype: torch.dtype, dim: int
 
 def sample_codes(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
     """As flow_sample, of filtered and guided logits; the last row cannot be used."""
-    for num_codes, filters in ((16384, FILTERS[1]), (16385, FILTERS[2]), (16384, FILTERS[3]), (4096, FILTERS[0])):
+    for num_codes, filters in SAMPLED:
         num_codes, filters = num_codes // divisor, _divided(filters, divisor)
         codebook, noise = _normal(device, 10, num_codes, dim), _normal(device, 11, 64, dim)
         logits = _logits(device, dtype, 64, num_codes)
