@@ -34,7 +34,7 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 OPS = ("nearest_code", "filter_logits", "codebook_posterior", "flow_sample", "sample_codes", "draw_codes")
 INSTALL = (sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", ".")
 TUNE = (sys.executable, "-m", "ddfast.tune")
-_DOCTOR = "from ddfast.doctor import diagnosis; print('\\n'.join(diagnosis()))"
+_DOCTOR = "from ddfast.diagnosis import diagnosis; print('\\n'.join(diagnosis()))"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import sys
 from collections.abc import Sequence
 
-import torch
-
-import ddfast
-from ddfast import env
+from ddfast import cli
+from ddfast.diagnosis import diagnosis
 from ddfast.errors import DDFastError
-from ddfast.ops import dispatch, findings, native
-
-_PACKAGES = ("torch", "triton", "numpy", "einops", "nvtx", "safetensors")
+from ddfast.ops import native
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. `--check` fails where the CPU kernels are missing."""
-
-    from ddfast import cli  # what can be said of the kernels needs none of the commands' packages
 
     def body(rest: list[str]) -> None:
         if rest in (["--help"], ["-h"]):
@@ -34,69 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise DDFastError(native.cpu_reason)
 
     return cli.run("doctor", body, arguments)
-
-
-def diagnosis() -> list[str]:
-    """The lines that the command prints."""
-    lines = [f"ddfast {ddfast.__version__} in {ddfast.__path__[0]}, Python {platform.python_version()}"]
-    lines += [f"{name} {_version(name)}" for name in _PACKAGES]
-    lines += ["", f"CPU kernels: {native.cpu_reason}"]
-    if native.cpu is not None:
-        lines.append(f"  instruction sets: {', '.join(native.cpu.isa_available())}; in use: {native.cpu.isa()}")
-        lines.append(f"  threads: {torch.get_num_threads()} (torch.get_num_threads())")
-    lines.append(f"Triton kernels: {native.triton_state()[1]}")
-    lines.append(f"CUDA kernels: {native.cuda_reason}")
-    if native.cuda is not None:
-        lines.append(f"  compiled for: {native.cuda.architectures}")
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    for index in gpus:
-        major, minor = torch.cuda.get_device_capability(index)
-        lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-    if not gpus:
-        lines.append("GPU: PyTorch sees none")
-    lines += ["", "environment:"]
-    values = env.settings()
-    lines += [f"  {name}={values[name] or ''}  ({meaning})" for name, meaning in env.VARIABLES.items()]
-    lines += ["", "float32 tensors on cpu:", *_choices(torch.device("cpu"), torch.float32)]
-    for index in gpus:
-        device = torch.device("cuda", index)
-        for dtype in (torch.bfloat16, torch.float32):
-            lines += ["", f"{str(dtype).removeprefix('torch.')} tensors on GPU {index}:", *_choices(device, dtype)]
-        lines += ["", f"found on GPU {index} ({findings.path()}):", *_found(device)]
-    if not gpus:
-        lines += ["", "float32 tensors on cuda:", *_choices(torch.device("cuda"), torch.float32)]
-    return lines
-
-
-def _choices(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Op, backend, verdict and reason, for LlamaGen's dimensions; on a GPU what was never verified is, now."""
-    lines = []
-    dims = {op: dispatch.usual_dim(op) for op in dispatch.KERNELS}
-    dispatch.prepare([(op, dtype, dim) for op, dim in dims.items()], device)
-    for op, dim in dims.items():
-        try:
-            backend, reason, verdict = dispatch.choose(op, device, dtype, dim=dim)
-        except ValueError as error:  # DDFAST_BACKEND asks for what cannot run
-            backend, reason, verdict = "none", str(error), ""
-        lines.append(f"  {op:20s} {backend:10s} {'; '.join(filter(None, (verdict, reason)))}")
-    return lines
-
-
-def _found(device: torch.device) -> list[str]:
-    """What was verified and timed with this GPU and these versions, by any process."""
-    found = findings.of(device)
-    lines = [f"  {name}: {text}" for name, (_, text) in sorted(found["verdicts"].items())]
-    for name, timed in sorted(found["orders"].items()):
-        times = ", ".join(f"{backend} {1e3 * ms:.1f} us" for backend, ms in timed.get("ms", {}).items())
-        lines.append(f"  {name}: {' before '.join(timed['order'])} ({times})")
-    return lines or ["  nothing"]
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

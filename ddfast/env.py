@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from pathlib import Path
 
 from ddfast.errors import DDFastError
@@ -60,6 +61,13 @@ def _backend_overrides(value: str) -> dict[str, tuple[str, ...]]:
 def verifies() -> bool:
     """Whether a kernel has to be shown right on a GPU before it runs there by itself (`DDFAST_VERIFY`)."""
     return os.environ.get("DDFAST_VERIFY", "1").lower() not in ("0", "false", "no", "off")
+
+
+def of_a_verifier() -> dict[str, str]:
+    """The environment of a process that verifies kernels: no rank of torchrun's, no wish for a backend."""
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DDFAST_BACKEND")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "DDFAST_VERIFY": "0"}
 
 
 def isa() -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,3 +86,20 @@ def mark_static_address(tensor: Tensor) -> None:
     mark = _late("torch._dynamo", "mark_static_address")
     if mark is not None:
         mark(tensor)
+
+
+def every_call(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> contextlib.AbstractContextManager:
+    """Within, `handler(op, arguments, settings)` is called in the place of every op, below autograd.
+
+    Raises:
+        RuntimeError: this PyTorch has no such mode.
+    """
+    mode = _late("torch.utils._python_dispatch", "TorchDispatchMode")
+    if mode is None:
+        raise RuntimeError("this version of PyTorch has no mode in which ops can be watched")
+
+    class Watching(mode):  # type: ignore[misc, valid-type]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return handler(func, args, kwargs or {})
+
+    return Watching()

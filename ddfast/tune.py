@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ddfast import cli, seeds
+from ddfast import cli
 from ddfast.config import PretrainedTeacherConfig, TrainConfig
 from ddfast.errors import DDFastError
+from ddfast.evaluation.workload import work
 from ddfast.messages import note
 from ddfast.models.loading import build_teacher, untrained_teacher
 from ddfast.models.protocol import Teacher
-from ddfast.ops import codebook_posterior, findings, nearest_code, noise, tuning
+from ddfast.ops import findings, tuning
 from ddfast.progress import progress_bar
 from ddfast.runs import check_device
 
@@ -63,24 +64,6 @@ def teacher_of(options: TrainConfig) -> Teacher:
         note("no --teacher.weights: an untrained teacher keeps more codes than a trained one, and flows take longer")
         return untrained_teacher(options).to(options.device)
     return build_teacher(options, progress_bar("teacher"))
-
-
-def work(teacher: Teacher, samples: int) -> None:
-    """What generating, decoding and training ask of the ops, once, for so many samples."""
-    device, shape = teacher.codebook.device, (teacher.num_tokens, teacher.code_dim)
-    index = torch.arange(samples, dtype=torch.int64, device=device)
-    condition = teacher.condition_of(index % teacher.num_conditions)
-    eps = noise(0, index, shape)
-    generator = seeds.generator(0, device)
-    with torch.no_grad():
-        codes = teacher.generate(condition, sampler="flow", noise=eps, graph=False)
-        teacher.generate(condition, sampler="multinomial", generator=generator, graph=False)
-        nearest_code(eps, teacher.codebook)
-        log_probs = teacher.log_probs(condition, codes, defaults=teacher.defaults)
-    draws = eps.expand(2, *eps.shape).clone().requires_grad_()  # as DD2's default
-    t = torch.linspace(0.05, 0.95, draws[..., 0].numel(), dtype=torch.float32, device=device).view(draws.shape[:-1])
-    mean = codebook_posterior(draws, t, log_probs, teacher.codebook)
-    torch.autograd.grad(mean.sum(), draws)
 
 
 if __name__ == "__main__":

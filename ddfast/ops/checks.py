@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast import ops
+from ddfast import ops, seeds
 from ddfast.ops.findings import Check
 from ddfast.ops.tolerance import TOLERANCE
 
@@ -34,7 +34,7 @@ Problem = Callable[[str, torch.device, torch.dtype, int, int], None]
 
 def _normal(device: torch.device, seed: int, *shape: int) -> Tensor:
     """Standard normal float32 numbers, the same on every device."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(*shape, generator=seeds.generator(seed), dtype=torch.float32).to(device)
 
 
 def _close(what: str, ours: Tensor, exact: Tensor, tolerance: Tensor | float) -> None:
@@ -122,7 +122,8 @@ def filter_logits(backend: str, device: torch.device, dtype: torch.dtype, dim: i
     bad = torch.zeros(3, num_codes, device=device, dtype=dtype)
     bad[1, num_codes // 2] = math.nan
     if device.type != "cpu" and not torch.equal(
-        ops.filter_logits(bad, backend=backend).isnan().all(-1).cpu(), torch.tensor([False, True, False])
+        ops.filter_logits(bad, backend=backend).isnan().all(-1).cpu(),
+        torch.tensor([False, True, False], dtype=torch.bool),
     ):
         raise Wrong("a row with NaN is not marked")
 
@@ -134,7 +135,7 @@ def codebook_posterior(backend: str, device: torch.device, dtype: torch.dtype, d
         log_probs = _normal(device, 5, 37, num_codes)
         log_probs[:, ::3] = -math.inf
         log_probs = log_probs.log_softmax(-1).to(dtype)
-        t = torch.linspace(0.05, 1.0, 3 * 37, device=device).view(3, 37)
+        t = torch.linspace(0.05, 1.0, 3 * 37, dtype=torch.float32, device=device).view(3, 37)
         x = (1 - t[..., None]) * codebook[1].float() + t[..., None] * _normal(device, 6, 3, 37, dim)
         x = x.to(dtype)
         upstream = _normal(device, 7, *x.shape).to(dtype)
@@ -184,7 +185,7 @@ def draw_codes(backend: str, device: torch.device, dtype: torch.dtype, dim: int,
     """The reference's draws, but for numbers on the boundary between two codes; the likeliest code without chance."""
     for num_codes in (16384 // divisor, 999 // divisor + 1):
         logits = _logits(device, dtype, 66, num_codes)
-        uniform = torch.rand(66, generator=torch.Generator().manual_seed(12)).to(device)
+        uniform = torch.rand(66, generator=seeds.generator(12), dtype=torch.float32).to(device)
         uniform[0] = 0.0
         for filters in (_divided(filters, divisor) for filters in FILTERS):
             codes = ops.draw_codes(logits, uniform, **filters, backend=backend)
@@ -201,7 +202,7 @@ def decode_attention(backend: str, device: torch.device, dtype: torch.dtype, dim
     """A short cache and a long one that is split; what is written, and that nothing behind it is read."""
     for rows, heads, kv_heads, length in ((5, 4, 2, 33), (2, 16, 16, 2049 // divisor + 1)):
         keys, values = _normal(device, 13, 2, rows, kv_heads, length, dim).to(dtype).contiguous().unbind()
-        angle = 6 * torch.rand(length, dim // 2, generator=torch.Generator().manual_seed(14)).to(device)
+        angle = 6 * torch.rand(length, dim // 2, generator=seeds.generator(14), dtype=torch.float32).to(device)
         rope = torch.stack((angle.cos(), angle.sin()), dim=-1) if dim % 2 == 0 else None
         first = torch.arange(rows, dtype=torch.int64, device=device)
         for index in (rows, length - 1):
@@ -246,7 +247,7 @@ def append_normed(backend: str, device: torch.device, dtype: torch.dtype, dim: i
         qkv = _normal(device, 18, rows, length, 3, heads, dim).to(dtype)
         caches = [torch.full((rows, heads, 45, dim), math.nan, dtype=dtype, device=device) for _ in range(2)]
         wide = [cache.double() for cache in caches]
-        scale = (1 + torch.arange(heads, device=device) / heads).to(dtype)
+        scale = (1 + torch.arange(heads, dtype=torch.float32, device=device) / heads).to(dtype)
         ours = ops.append_normed(qkv, caches[0], caches[1], start, scale=scale, backend=backend)
         given = (qkv.double(), wide[0], wide[1], start)
         exact = ops.append_normed(*given, scale=scale.double(), backend="reference")
@@ -302,7 +303,7 @@ def solve(check: Check, device: torch.device, divisor: int = 1) -> None:
         raise Wrong("ddfast.ops.checks has no problem for it")
     for _ in range(2):
         for size in (1 << 12, 1 << 20):  # which the results' memory is taken from next
-            torch.full((size,), math.nan, device=device)
+            torch.full((size,), math.nan, dtype=torch.float32, device=device)
         problem(check.backend, device, check.dtype, check.dim, divisor)
 
 
@@ -312,7 +313,7 @@ def main(text: str) -> int:
     device = torch.device("cpu")
     if wanted["index"] is not None:
         device = torch.device("cuda", wanted["index"])
-        torch.zeros((), device=device)
+        torch.zeros((), dtype=torch.float32, device=device)
 
     def tell(**event: object) -> None:
         sys.stdout.write(json.dumps(event) + "\n")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddfast import private_api
 from ddfast.ops import dispatch, findings
 
 MARGIN = 0.10
@@ -55,35 +55,31 @@ class Call:
         return self.function(*self.arguments, backend)
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps, of the calls with the same sizes, the last one: at the end of a cache that fills up."""
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """The calls that ops get from within, by "auto"; the list is filled at the end.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[tuple[str, Sizes], Call] = {}
+    Of calls with the same sizes the last is kept: at the end of a cache that fills up.
+    """
+    kept: dict[tuple[str, Sizes], Call] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "ddfast" or kwargs or args[-1] != "auto":
-            return func(*args, **(kwargs or {}))
+    def watch(function: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        if function.namespace != "ddfast" or settings or arguments[-1] != "auto":
+            return function(*arguments, **settings)
         with dispatch.observed() as asked:
-            result = func(*args)
+            result = function(*arguments)
         if asked:
             op, dtype, rows, dim, size = asked[0]
             rows = 0 if op in dispatch.DECIDE_CODES else 1 << (max(rows, 1).bit_length() - 1)
             sizes = Sizes(op=op, dtype=dtype, dim=dim, rows=rows, size=size)
-            shapes = tuple(tuple(value.shape) for value in args if isinstance(value, torch.Tensor))
-            self.calls[f"{func} {shapes}", sizes] = Call(function=func, arguments=args[:-1], sizes=sizes)
+            shapes = tuple(tuple(value.shape) for value in arguments if isinstance(value, torch.Tensor))
+            kept[f"{function} {shapes}", sizes] = Call(function=function, arguments=arguments[:-1], sizes=sizes)
         return result
 
-
-@contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """The calls that ops get from within, by "auto"; the list is filled at the end."""
     calls: list[Call] = []
-    recorder = _Recorder()
-    with recorder:
+    with private_api.every_call(watch):
         yield calls
-    calls += recorder.calls.values()
+    calls += kept.values()
 
 
 def tune(

@@ -7,7 +7,6 @@ that dies, or takes too long, takes the kernel that it ran with it; the rest goe
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ddfast import messages
+from ddfast import env, messages
 from ddfast.ops import findings
 from ddfast.ops.findings import Check, Verdict
 
@@ -94,10 +93,6 @@ def run(checks: Sequence[Check], index: int | None, command: Sequence[str] | Non
 def _child(checks: Sequence[Check], index: int | None, command: Sequence[str]) -> dict[Check, Verdict]:
     """One child's verdicts: on the first of the checks at least."""
     wanted = {"index": index, "checks": [[c.op, c.backend, str(c.dtype), c.dim] for c in checks]}
-    # The modules that this process would import, and none of torchrun's variables: the child is no rank.
-    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DDFAST_BACKEND")
-    environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "DDFAST_VERIFY": "0"}
     found: dict[Check, Verdict] = {}
     running: Check | None = None
     ready = False
@@ -105,7 +100,7 @@ def _child(checks: Sequence[Check], index: int | None, command: Sequence[str]) -
         try:
             child = subprocess.Popen(
                 [*command, json.dumps(wanted)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                text=True, env=environment,
+                text=True, env=env.of_a_verifier(),
             )  # fmt: skip
         except OSError as error:
             return dict.fromkeys(checks, Verdict(False, f"no process could be started ({error})", final=False))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from machine import Machine, machine_of
 
+from ddfast.evaluation.workload import work
 from ddfast.models.toy import ToyTeacher
 from ddfast.ops import dispatch, findings, native, tuning
 from ddfast.ops.findings import Verdict
 from ddfast.ops.tuning import Call, Sizes
-from ddfast.tune import work
 
 GPU = torch.device("cuda", 0)
 

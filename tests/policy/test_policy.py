@@ -27,11 +27,20 @@ LAYERS = [
     {"sampling"},
     {"recipes", "runs"},
     {"evaluation"},
-    {"pictures", "report", "pipeline", "drawing"},
+    {"pictures", "report", "pipeline", "drawing", "diagnosis"},
     {"hub"},
-    {"cli", "train", "sample", "evaluate", "profile", "convert", "doctor", "trajectories.__main__", "__main__"},
+    {"cli", "train", "sample", "evaluate", "profile", "convert", "tune", "doctor", "trajectories.__main__", "__main__"},
 ]
-ENTRIES = ["train.py", "sample.py", "evaluate.py", "profile.py", "convert.py", "doctor.py", "trajectories/__main__.py"]
+ENTRIES = [
+    "train.py",
+    "sample.py",
+    "evaluate.py",
+    "profile.py",
+    "convert.py",
+    "tune.py",
+    "doctor.py",
+    "trajectories/__main__.py",
+]
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
