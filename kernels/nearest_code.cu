@@ -35,6 +35,9 @@ constexpr int kListed = 128;  // candidates per warp
 // and of v: (d + 8) 2^-22, generously.
 constexpr float kBf16Error = 0x1p-7f + 0x1p-13f, kNormError = 0x1p-16f;
 constexpr float kLeastSquare = 1e-30f;  // of a length; below, squares underflow and bf16 has few bits
+constexpr float kMostSquare = 1e36f;    // of a row's; above, and if it is NaN, every code is a candidate
+// s_j >= -|x|^2 / 2 (cosine: -|x| |c_j|), and less by E_j at most.
+constexpr float kShift = 0.53f, kCosineShift = 1.06f, kMostCosine = 1.03f;
 
 template <int D>
 struct Search {
@@ -49,7 +52,7 @@ struct Search {
 
 struct NearestLaunch {
   NearestArguments a;
-  int cluster, row_warps;
+  int cluster, row_warps, code_warps;  // kSearchWarps / row_warps: the strips' stride
   bool vector_loads;  // codes are 16-byte aligned and have all D coordinates
 };
 
@@ -66,9 +69,9 @@ struct alignas(4 * N) Words {
 template <int D>
 struct SearchTile {
   uint32_t code[Search<D>::kPlanes][Search<D>::kTile][Search<D>::kPlane / 2];
-  // Of two neighbours, twice: what a lane's accumulators start from. Infinite beyond V; 0 for the cosine.
-  float half_norm[Search<D>::kTile / 2][4];
-  uint32_t longest[kSearchWarps];     // bits of the largest length of the codes that a warp loaded
+  // Of two neighbours, twice: what a lane's accumulators start from. Infinite beyond V.
+  float start[Search<D>::kTile / 2][4];
+  uint32_t longest[kSearchWarps];  // bits of the largest length of the codes that a warp loaded
 };
 
 template <int D>
@@ -76,6 +79,7 @@ struct SearchMemory {
   SearchTile<D> tile[2];
   uint64_t best[kMaxRows];  // key of v, code
   Candidate listed[kSearchWarps][kListed];
+  uint32_t longest[kSearchWarps];  // bits of the largest length of a warp's rows
 };
 
 // The order of a lane's coordinates: any will do for a dot product, this one suits the loads.
@@ -109,7 +113,7 @@ __device__ __forceinline__ void fetch_codes(const NearestLaunch& launch, int64_t
 }
 
 template <int D>
-__device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestArguments& a, int64_t first,
+__device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestArguments& a, int64_t first, float shift,
                                             const float (&piece)[Search<D>::kPiece]) {
   using S = Search<D>;
   const int slot = simt::thread() / S::kSharers, begin = simt::thread() % S::kSharers * S::kPiece;
@@ -129,12 +133,19 @@ __device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestAr
 #pragma unroll
   for (int by = 1; by < S::kSharers; by *= 2) square += simt::shuffle_xor(square, by);
   if (begin == 0) {
-    float* half_norm = &tile.half_norm[slot / 2][slot % 2];
-    half_norm[0] = half_norm[2] = first + slot >= a.V ? INFINITY : a.cosine ? 0.f : square / 2.f;
+    float* start = &tile.start[slot / 2][slot % 2];
+    start[0] = start[2] = first + slot >= a.V ? INFINITY : a.cosine ? shift : square / 2.f + shift;
   }
   const float length = sqrtf(square < kLeastSquare ? kLeastSquare : square);
   const uint32_t longest = simt::reduce_max(simt::float_bits(length));  // positive floats are ordered as bits, NaN last
   if (simt::lane() == 0) tile.longest[simt::warp()] = longest;
+}
+
+__device__ __forceinline__ float longest_of(const uint32_t (&of_warp)[kSearchWarps]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int w = 0; w < kSearchWarps; ++w) bits = of_warp[w] > bits ? of_warp[w] : bits;
+  return simt::bits_float(bits);
 }
 
 // v of a row and a code.
@@ -161,11 +172,10 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   const int64_t begin = simt::block() / launch.cluster * (int64_t)(kWarpRows * launch.row_warps);
   const auto row_at = [&](int slot) { return begin + slot < a.rows ? begin + slot : a.rows - 1; };
   m.best[simt::thread()] = (uint64_t)0xffffffffu << 32;  // code 0, should every v be NaN
-  simt::cluster_barrier(launch.cluster);  // every block of the cluster has started, and may be written to
 
   // Row 16 i + 8 h + g of the warp. x is negated; step s of the tensor cores takes coordinates 4 s .. 4 s + 3.
   uint32_t x[2][S::kSteps][4];
-  float length[2][2], upper[2][2], limit[2][2], error[2][2];
+  float length[2][2], upper[2][2], limit[2][2], error[2][2], longest_row = 0.f;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -181,9 +191,16 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
       }
       square += simt::shuffle_xor(square, 1);
       square += simt::shuffle_xor(square, 2);
-      length[i][h] = sqrtf(square < kLeastSquare ? kLeastSquare : square);
+      const bool usual = square < kMostSquare;
+      length[i][h] = usual ? sqrtf(square < kLeastSquare ? kLeastSquare : square) : INFINITY;
+      longest_row = usual && length[i][h] > longest_row ? length[i][h] : longest_row;
       upper[i][h] = INFINITY;
     }
+  const uint32_t longest_bits = simt::reduce_max(simt::float_bits(longest_row));
+  if (lane == 0) m.longest[simt::warp()] = longest_bits;
+  simt::block_barrier();
+  const float longest_x = longest_of(m.longest);
+  const float shift = a.cosine ? kCosineShift * longest_x : kShift * longest_x * longest_x;
 
   Candidate* listed = m.listed[simt::warp()];
   int count = 0;  // of them, the same in all lanes
@@ -205,25 +222,24 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   int turn = 0;
   for (int64_t first = rank * (int64_t)S::kTile; first < a.V; first += stride, turn ^= 1) {
     SearchTile<D>& tile = m.tile[turn];
-    store_codes<D>(tile, a, first, piece);
+    store_codes<D>(tile, a, first, shift, piece);
     if (first + stride < a.V) fetch_codes<D>(launch, first + stride, piece);
     simt::block_barrier();  // this tile is there; the other one was done with before
-    uint32_t bits = 0;
-#pragma unroll
-    for (int w = 0; w < kSearchWarps; ++w) bits = tile.longest[w] > bits ? tile.longest[w] : bits;
-    const float longest = simt::bits_float(bits);
+    const float longest = longest_of(tile.longest);
+    const bool usual = !a.cosine || longest < kMostCosine;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        error[i][h] = fmaf(kBf16Error, length[i][h], kNormError * longest) * longest;
+        error[i][h] = fmaf(fmaf(kBf16Error, length[i][h], kNormError * longest), longest, 2.f * kNormError * shift);
+        if (!usual) error[i][h] = INFINITY;
         limit[i][h] = upper[i][h] + error[i][h];
       }
 
-    const Words<4>* starts = (const Words<4>*)tile.half_norm + q;
+    const Words<4>* starts = (const Words<4>*)tile.start + q;
     const auto* codes = (const Words<S::kLaneWords>*)tile.code + 4 * g + q;
 #pragma unroll 1
-    for (int strip = code_warp; strip < S::kStrips; strip += kSearchWarps / launch.row_warps) {
+    for (int strip = code_warp; strip < S::kStrips; strip += launch.code_warps) {
       float score[2][4][4];  // rows 16 i + 8 h + g: [i][n][2 h + e] of code 8 n + 2 q + e of the strip
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -234,10 +250,10 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
 #pragma unroll
           for (int w = 0; w < S::kLaneWords; ++w) code[plane * S::kLaneWords + w] = words.word[w];
         }
-        const Words<4> half_norm = starts[strip * (kStripCodes / 2) + 4 * n];
+        const Words<4> four = starts[strip * (kStripCodes / 2) + 4 * n];
         float start[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) start[e] = simt::bits_float(half_norm.word[e]);
+        for (int e = 0; e < 4; ++e) start[e] = simt::bits_float(four.word[e]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float(&out)[4] = score[i][n];
@@ -255,9 +271,13 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          low[i][h] = fminf(score[i][0][2 * h], score[i][0][2 * h + 1]);
+          int32_t least = INT32_MAX;
 #pragma unroll
-          for (int n = 1; n < 4; ++n) low[i][h] = fminf(low[i][h], fminf(score[i][n][2 * h], score[i][n][2 * h + 1]));
+          for (int c = 0; c < 8; ++c) {
+            const int32_t bits = (int32_t)simt::float_bits(score[i][c / 2][2 * h + c % 2]);
+            least = bits < least ? bits : least;
+          }
+          low[i][h] = simt::bits_float((uint32_t)least);
           candidate |= !(low[i][h] > limit[i][h]);  // NaN: may be
         }
       if (!simt::ballot(candidate)) continue;
@@ -290,12 +310,17 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   }
   settle();
 
-  simt::block_barrier();
-  const int slot = simt::thread();
-  if (rank != 0) simt::atomic_min(simt::of_rank(&m.best[slot], 0, launch.cluster), m.best[slot]);
   simt::cluster_barrier(launch.cluster);
-  if (rank == 0 && slot < kWarpRows * launch.row_warps && begin + slot < a.rows)
-    a.codes[begin + slot] = (int64_t)(uint32_t)m.best[slot];
+  const int slot = simt::thread();
+  if (rank == 0 && slot < kWarpRows * launch.row_warps && begin + slot < a.rows) {
+    uint64_t best = m.best[slot];
+    for (int other = 1; other < launch.cluster; ++other) {
+      const uint64_t theirs = *simt::of_rank(&m.best[slot], other, launch.cluster);
+      best = theirs < best ? theirs : best;
+    }
+    a.codes[begin + slot] = (int64_t)(uint32_t)best;
+  }
+  simt::cluster_barrier(launch.cluster);  // no block leaves while its rows are read
 }
 
 template <int D>
@@ -313,7 +338,7 @@ cudaError_t launch_nearest(const NearestArguments& a, int cluster, cudaStream_t 
                       2 * cluster * S::kTile <= a.V;)
       cluster *= 2;
   if (!simt::is_cluster_size(cluster) || groups() * cluster >= (int64_t)1 << 31) return cudaErrorInvalidValue;
-  const NearestLaunch launch{a, cluster, row_warps, a.d == D && (uintptr_t)a.codebook % 16 == 0};
+  const NearestLaunch launch{a, cluster, row_warps, kSearchWarps / row_warps, a.d == D && (uintptr_t)a.codebook % 16 == 0};
   return simt::launch(nearest_kernel<D>, groups() * cluster, kSearchThreads, sizeof(SearchMemory<D>), cluster, stream,
                       launch);
 }
