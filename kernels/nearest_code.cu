@@ -3,21 +3,26 @@
 // The index is that of the least float32 value v_j = fma(-x_k, c_k, ..) over k in order, starting from |c_j|^2 / 2, a
 // chain of fused products in order. The tensor cores only tell for which codes v_j must be computed: one bf16 product
 // gives every score s_j within
-//   E_j = kBf16Error |x| |c_j| + kNormError |c_j|^2
+//   E_j = kBf16Error |x| |c_j| + kNormError (|c_j|^2 + 2 K)
 // of v_j. The smallest upper bound s_i + E_i so far is kept per row; a code with s_j - E_j above it cannot be the
 // answer, any other is a candidate. So the index does not depend on what the tensor cores round. At the papers' sizes
 // about ten codes per row are candidates; data far from the origin, where E_j is large, has more.
 //
-// The accumulators start at |c_j|^2 / 2 and x is negated, so what the tensor cores return is s_j; a minimum per score
-// and a comparison per row and strip are all that the other units do. A strip that may hold a candidate (the warp
-// votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is computed, a candidate
-// per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum, whose order is free.
+// The accumulators start at |c_j|^2 / 2 + K and x is negated, so what the tensor cores return is s_j + K. As
+// |c|^2 / 2 - x.c >= -|x|^2 / 2 (cosine: >= -|x|), K from the block's longest row keeps it from being negative, however
+// bf16 rounds: then floats are in the order of their bits, and a minimum takes three integers, one instruction from
+// sm_90 on. These minima and a comparison per row and strip are all that the other units do. A strip that may hold a
+// candidate (the warp votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is
+// computed, a candidate per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum,
+// whose order is free.
 //
 // A block of 8 warps has 32 rows per row warp; all its warps read the same tiles of codes, converted to bf16 once per
 // block, the next one on its way meanwhile. Few rows: fewer row warps, strips are dealt to the rest; and up to 8 blocks
-// of a cluster share the tiles.
-// Registers: 32 rows of bf16 and 32 x 32 scores per warp. Cost: 2 V d tensor-core FLOP and V minima per row, codes from
-// L2 once per block. Built with -fmad=false; fmaf is explicit.
+// of a cluster share the tiles: the first takes the least of all blocks' results.
+// Registers: 32 rows of bf16 and 32 x 32 scores per warp; up to 128 a thread for d <= 32. Cost: 2 V d tensor-core FLOP
+// and V minima per row, codes from L2 once per block; on sm_90 a warp issues 55, 55, 63 or 83 instructions per 32 rows
+// and 32 codes at d = 8, 16, 32 or 64 (tests/cuda/sass.py), 16 of them minima, at half rate, and takes 12, 16, 24 or 40
+// registers from shared memory, one a cycle and multiprocessor. Built with -fmad=false; fmaf is explicit.
 #include "nearest_code.h"
 
 #include "flow_math.h"
@@ -36,7 +41,8 @@ constexpr int kListed = 128;  // candidates per warp
 constexpr float kBf16Error = 0x1p-7f + 0x1p-13f, kNormError = 0x1p-16f;
 constexpr float kLeastSquare = 1e-30f;  // of a length; below, squares underflow and bf16 has few bits
 constexpr float kMostSquare = 1e36f;    // of a row's; above, and if it is NaN, every code is a candidate
-// s_j >= -|x|^2 / 2 (cosine: -|x| |c_j|), and less by E_j at most.
+// K is kShift |x|^2, of the longest row: x.c in bf16 is at most (1 + 2^-8)^2 |x| |c|, so |c|^2 / 2 less that at least
+// -.508 |x|^2. Cosine: kCosineShift |x|, of codes up to kMostCosine long; longer ones are candidates all.
 constexpr float kShift = 0.53f, kCosineShift = 1.06f, kMostCosine = 1.03f;
 
 template <int D>
@@ -54,6 +60,7 @@ struct NearestLaunch {
   NearestArguments a;
   int cluster, row_warps, code_warps;  // kSearchWarps / row_warps: the strips' stride
   bool vector_loads;  // codes are 16-byte aligned and have all D coordinates
+  float zero;         // the compiler must not know that it is 0
 };
 
 struct Candidate {
@@ -67,10 +74,14 @@ struct alignas(4 * N) Words {
 
 // Codes as bf16, in planes of 32 coordinates: a lane's share of a code is one load, free of bank conflicts.
 template <int D>
+struct alignas(16) Strip {
+  uint32_t code[Search<D>::kPlanes][kStripCodes][Search<D>::kPlane / 2];
+  float start[kStripCodes];  // |c_j|^2 / 2 + K (cosine: K); infinite beyond V
+};
+
+template <int D>
 struct SearchTile {
-  uint32_t code[Search<D>::kPlanes][Search<D>::kTile][Search<D>::kPlane / 2];
-  // Of two neighbours, twice: what a lane's accumulators start from. Infinite beyond V.
-  float start[Search<D>::kTile / 2][4];
+  Strip<D> strip[Search<D>::kStrips];
   uint32_t longest[kSearchWarps];  // bits of the largest length of the codes that a warp loaded
 };
 
@@ -117,6 +128,8 @@ __device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestAr
                                             const float (&piece)[Search<D>::kPiece]) {
   using S = Search<D>;
   const int slot = simt::thread() / S::kSharers, begin = simt::thread() % S::kSharers * S::kPiece;
+  const int code = slot % kStripCodes;
+  Strip<D>& strip = tile.strip[slot / kStripCodes];
   float square = 0.f;
 #pragma unroll
   for (int i = 0; i < S::kPiece; i += 8) {
@@ -128,14 +141,12 @@ __device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestAr
       square = fmaf(piece[i + k + 1], piece[i + k + 1], square);
     }
     const int k = begin + i;
-    *(Words<4>*)&tile.code[k / S::kPlane][slot][k % S::kPlane / 2] = words;
+    *(Words<4>*)&strip.code[k / S::kPlane][code][k % S::kPlane / 2] = words;
   }
 #pragma unroll
   for (int by = 1; by < S::kSharers; by *= 2) square += simt::shuffle_xor(square, by);
-  if (begin == 0) {
-    float* start = &tile.start[slot / 2][slot % 2];
-    start[0] = start[2] = first + slot >= a.V ? INFINITY : a.cosine ? shift : square / 2.f + shift;
-  }
+  if (begin == 0)
+    strip.start[code] = first + slot >= a.V ? INFINITY : a.cosine ? shift : square / 2.f + shift;
   const float length = sqrtf(square < kLeastSquare ? kLeastSquare : square);
   const uint32_t longest = simt::reduce_max(simt::float_bits(length));  // positive floats are ordered as bits, NaN last
   if (simt::lane() == 0) tile.longest[simt::warp()] = longest;
@@ -200,7 +211,7 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   if (lane == 0) m.longest[simt::warp()] = longest_bits;
   simt::block_barrier();
   const float longest_x = longest_of(m.longest);
-  const float shift = a.cosine ? kCosineShift * longest_x : kShift * longest_x * longest_x;
+  const float shift = a.cosine ? kCosineShift * longest_x : kShift * longest_x * longest_x;  // K
 
   Candidate* listed = m.listed[simt::warp()];
   int count = 0;  // of them, the same in all lanes
@@ -226,34 +237,37 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
     if (first + stride < a.V) fetch_codes<D>(launch, first + stride, piece);
     simt::block_barrier();  // this tile is there; the other one was done with before
     const float longest = longest_of(tile.longest);
-    const bool usual = !a.cosine || longest < kMostCosine;
+    const bool ordered = !a.cosine || longest < kMostCosine;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         error[i][h] = fmaf(fmaf(kBf16Error, length[i][h], kNormError * longest), longest, 2.f * kNormError * shift);
-        if (!usual) error[i][h] = INFINITY;
+        if (!ordered) error[i][h] = INFINITY;
         limit[i][h] = upper[i][h] + error[i][h];
       }
 
-    const Words<4>* starts = (const Words<4>*)tile.start + q;
-    const auto* codes = (const Words<S::kLaneWords>*)tile.code + 4 * g + q;
+    const auto* codes = (const Words<S::kLaneWords>*)tile.strip[code_warp].code + lane;
+    const auto* starts = (const Words<2>*)tile.strip[code_warp].start + q;
+    const int stride_words = launch.code_warps * (int)(sizeof(Strip<D>) / sizeof *codes);
+    const int stride_pairs = launch.code_warps * (int)(sizeof(Strip<D>) / sizeof *starts);
 #pragma unroll 1
-    for (int strip = code_warp; strip < S::kStrips; strip += launch.code_warps) {
+    for (int at = code_warp; at < S::kStrips; at += launch.code_warps, codes += stride_words, starts += stride_pairs) {
       float score[2][4][4];  // rows 16 i + 8 h + g: [i][n][2 h + e] of code 8 n + 2 q + e of the strip
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         uint32_t code[S::kPlanes * S::kLaneWords];
 #pragma unroll
         for (int plane = 0; plane < S::kPlanes; ++plane) {
-          const Words<S::kLaneWords> words = codes[4 * (strip * kStripCodes + plane * S::kTile + 8 * n)];
+          const Words<S::kLaneWords> words = codes[4 * (plane * kStripCodes + 8 * n)];
 #pragma unroll
           for (int w = 0; w < S::kLaneWords; ++w) code[plane * S::kLaneWords + w] = words.word[w];
         }
-        const Words<4> four = starts[strip * (kStripCodes / 2) + 4 * n];
-        float start[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) start[e] = simt::bits_float(four.word[e]);
+        // The lower rows' are sums with 0: given one register twice, the compiler copies all four for every product,
+        // and to load each twice keeps shared memory busy twice as long.
+        const Words<2> pair = starts[4 * n];
+        const float one = simt::bits_float(pair.word[0]), two = simt::bits_float(pair.word[1]);
+        float start[4] = {one, two, one + launch.zero, two + launch.zero};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float(&out)[4] = score[i][n];
@@ -299,9 +313,9 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
       for (uint32_t who = simt::ballot(mine != 0); who != 0; who = simt::ballot(mine != 0)) {
         if (count + 32 > kListed) settle();
         if (mine) {
-          const int bit = simt::lowest_bit(mine), at = count + simt::count_bits(who & ((1u << lane) - 1u));
-          const int64_t code = first + strip * kStripCodes + bit % 8 / 2 * 8 + 2 * q + bit % 2;
-          listed[at] = {(uint32_t)(kWarpRows * row_warp + bit / 8 * 8 + g), (uint32_t)code};
+          const int bit = simt::lowest_bit(mine), place = count + simt::count_bits(who & ((1u << lane) - 1u));
+          const int64_t code = first + at * kStripCodes + bit % 8 / 2 * 8 + 2 * q + bit % 2;
+          listed[place] = {(uint32_t)(kWarpRows * row_warp + bit / 8 * 8 + g), (uint32_t)code};
           mine &= mine - 1;
         }
         count += simt::count_bits(who);
@@ -338,7 +352,8 @@ cudaError_t launch_nearest(const NearestArguments& a, int cluster, cudaStream_t 
                       2 * cluster * S::kTile <= a.V;)
       cluster *= 2;
   if (!simt::is_cluster_size(cluster) || groups() * cluster >= (int64_t)1 << 31) return cudaErrorInvalidValue;
-  const NearestLaunch launch{a, cluster, row_warps, kSearchWarps / row_warps, a.d == D && (uintptr_t)a.codebook % 16 == 0};
+  const bool vector_loads = a.d == D && (uintptr_t)a.codebook % 16 == 0;
+  const NearestLaunch launch{a, cluster, row_warps, kSearchWarps / row_warps, vector_loads, 0.f};
   return simt::launch(nearest_kernel<D>, groups() * cluster, kSearchThreads, sizeof(SearchMemory<D>), cluster, stream,
                       launch);
 }

@@ -64,3 +64,12 @@ def test_hot_loops_have_not_grown(module):
     assert found.keys() == table["passes"].keys(), "kernels came or went: python tests/cuda/sass.py --record"
     grown = {name: (table["passes"][name], now) for name, now in found.items() if now > MARGIN * table["passes"][name]}
     assert not grown, f"(recorded, now) instructions: {grown}; if it is worth it: python tests/cuda/sass.py --record"
+
+
+def test_no_atomic_goes_through_a_generic_pointer(module):
+    """To another block's shared memory it would compile to a load and a store where the hardware has no such atomic."""
+    generic = {
+        name: {one.opcode for one in code if one.opcode.split(".")[0] in ("ATOM", "QSPC")}
+        for name, code in sass.kernels(module).items()
+    }
+    assert not {name: opcodes for name, opcodes in generic.items() if opcodes}
