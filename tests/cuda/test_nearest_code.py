@@ -41,7 +41,7 @@ def test_lengths_whose_squares_are_out_of_range(emulator, scale, cosine):
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_rows_of_one_block_whose_lengths_differ(emulator, cosine):
-    """The shift that keeps scores from being negative is that of the longest row; rows whose square is huge are apart."""
+    """The shift that keeps scores from being negative is the longest row's; those whose square is huge are apart."""
     generator = torch.Generator().manual_seed(7)
     x, codebook = (torch.randn(n, 8, generator=generator) for n in (64, 700))
     x *= torch.logspace(-20, 19, 64)[torch.randperm(64, generator=generator), None]
