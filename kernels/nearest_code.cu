@@ -64,7 +64,7 @@ struct NearestLaunch {
 };
 
 struct Candidate {
-  uint32_t row, code;  // row of the block
+  uint32_t strip, place;  // the first code of the strip; 32 lane + bit, of the lane that has the score and its bit there
 };
 
 template <int N>
@@ -214,14 +214,18 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   const float shift = a.cosine ? kCosineShift * longest_x : kShift * longest_x * longest_x;  // K
 
   Candidate* listed = m.listed[simt::warp()];
+  const uint32_t lower = (1u << lane) - 1u;  // lanes
   int count = 0;  // of them, the same in all lanes
   const auto settle = [&] {
     simt::warp_barrier();
     for (int i = lane; i < count; i += 32) {
       const Candidate one = listed[i];
-      if (one.code >= a.V) continue;
-      const float score = exact_score(a, row_at((int)one.row), one.code);
-      if (score == score) simt::atomic_min(&m.best[one.row], (uint64_t)key_of(score) << 32 | one.code);
+      const uint32_t bit = one.place % 32, of_lane = one.place / 32;
+      const uint32_t row = kWarpRows * row_warp + bit / 8 * 8 + of_lane / 4;
+      const uint32_t code = one.strip + bit % 8 / 2 * 8 + of_lane % 4 * 2 + bit % 2;
+      if (code >= a.V) continue;
+      const float score = exact_score(a, row_at((int)row), code);
+      if (score == score) simt::atomic_min(&m.best[row], (uint64_t)key_of(score) << 32 | code);
     }
     simt::warp_barrier();
     count = 0;
@@ -313,9 +317,8 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
       for (uint32_t who = simt::ballot(mine != 0); who != 0; who = simt::ballot(mine != 0)) {
         if (count + 32 > kListed) settle();
         if (mine) {
-          const int bit = simt::lowest_bit(mine), place = count + simt::count_bits(who & ((1u << lane) - 1u));
-          const int64_t code = first + at * kStripCodes + bit % 8 / 2 * 8 + 2 * q + bit % 2;
-          listed[place] = {(uint32_t)(kWarpRows * row_warp + bit / 8 * 8 + g), (uint32_t)code};
+          const uint32_t place = 32 * lane + simt::lowest_bit(mine);
+          listed[count + simt::count_bits(who & lower)] = {(uint32_t)first + at * kStripCodes, place};
           mine &= mine - 1;
         }
         count += simt::count_bits(who);
@@ -328,6 +331,7 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   const int slot = simt::thread();
   if (rank == 0 && slot < kWarpRows * launch.row_warps && begin + slot < a.rows) {
     uint64_t best = m.best[slot];
+#pragma unroll 1
     for (int other = 1; other < launch.cluster; ++other) {
       const uint64_t theirs = *simt::of_rank(&m.best[slot], other, launch.cluster);
       best = theirs < best ? theirs : best;
