@@ -11,10 +11,10 @@
 // The accumulators start at |c_j|^2 / 2 + K and x is negated, so what the tensor cores return is s_j + K. As
 // |c|^2 / 2 - x.c >= -|x|^2 / 2 (cosine: >= -|x|), K from the block's longest row keeps it from being negative, however
 // bf16 rounds: then floats are in the order of their bits, and a minimum takes three integers, one instruction from
-// sm_90 on. These minima and a comparison per row and strip are all that the other units do. A strip that may hold a
-// candidate (the warp votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is
-// computed, a candidate per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum,
-// whose order is free.
+// sm_90 on. (Beside a row a hundred times longer, K blurs a row's scores: more candidates, in that block.) These minima
+// and a comparison per row and strip are all that the other units do. A strip that may hold a candidate (the warp
+// votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is computed, a candidate
+// per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum, whose order is free.
 //
 // A block of 8 warps has 32 rows per row warp; all its warps read the same tiles of codes, converted to bf16 once per
 // block, the next one on its way meanwhile. Few rows: fewer row warps, strips are dealt to the rest; and up to 8 blocks
@@ -64,7 +64,7 @@ struct NearestLaunch {
 };
 
 struct Candidate {
-  uint32_t strip, place;  // the first code of the strip; 32 lane + bit, of the lane that has the score and its bit there
+  uint32_t strip, place;  // the strip's first code; 32 lane + bit, of the lane that has the score
 };
 
 template <int N>

@@ -224,9 +224,9 @@ def described(loop: Loop, *, opcodes: bool) -> str:
     return text
 
 
-def recorded(files: list[str]) -> dict[str, int]:
+def passes(code_of: dict[str, list[Instruction]]) -> dict[str, int]:
     """The instructions of a pass of every kernel's hot loop."""
-    hot = {name: hot_loop(code) for file in files for name, code in kernels(file).items()}
+    hot = {name: hot_loop(code) for name, code in code_of.items()}
     return {name: len(loop.turn) for name, loop in hot.items() if loop}
 
 
@@ -238,7 +238,8 @@ def record(files: list[str]) -> None:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     made = {"compiler": versions.pop(), "architecture": ARCHITECTURE}
     old = table.get("passes", {}) if {**table, **made} == table else {}
-    table = {**made, "passes": dict(sorted({**old, **recorded(files)}.items()))}
+    new = {name: count for file in files for name, count in passes(kernels(file)).items()}
+    table = {**made, "passes": dict(sorted({**old, **new}.items()))}
     TABLE.write_text(json.dumps(table, indent=2) + "\n")
 
 

@@ -47,29 +47,30 @@ def test_loops_of_a_listing():
 
 
 @pytest.fixture(scope="module")
-def module() -> str:
+def kernels() -> dict[str, list[sass.Instruction]]:
+    """Of the built module."""
     if not hasattr(native.cuda, "sample_codes"):
         pytest.skip(f"{native.cuda_reason}: no module with these kernels")
     if sass.cuobjdump() is None:
         pytest.skip("no cuobjdump")
-    return native.cuda.__file__
+    return sass.kernels(native.cuda.__file__)
 
 
-def test_hot_loops_have_not_grown(module):
+def test_hot_loops_have_not_grown(kernels):
     table = json.loads(sass.TABLE.read_text())
-    version = sass.compiler(module)
+    version = sass.compiler(native.cuda.__file__)
     if version != table["compiler"]:
         pytest.skip(f"built by nvcc {version}; the table is of {table['compiler']}")
-    found = sass.recorded([module])
+    found = sass.passes(kernels)
     assert found.keys() == table["passes"].keys(), "kernels came or went: python tests/cuda/sass.py --record"
     grown = {name: (table["passes"][name], now) for name, now in found.items() if now > MARGIN * table["passes"][name]}
     assert not grown, f"(recorded, now) instructions: {grown}; if it is worth it: python tests/cuda/sass.py --record"
 
 
-def test_no_atomic_goes_through_a_generic_pointer(module):
+def test_no_atomic_goes_through_a_generic_pointer(kernels):
     """To another block's shared memory it would compile to a load and a store where the hardware has no such atomic."""
     generic = {
         name: {one.opcode for one in code if one.opcode.split(".")[0] in ("ATOM", "QSPC")}
-        for name, code in sass.kernels(module).items()
+        for name, code in kernels.items()
     }
     assert not {name: opcodes for name, opcodes in generic.items() if opcodes}
