@@ -3,18 +3,19 @@
 // The index is that of the least float32 value v_j = fma(-x_k, c_k, ..) over k in order, starting from |c_j|^2 / 2, a
 // chain of fused products in order. The tensor cores only tell for which codes v_j must be computed: one bf16 product
 // gives every score s_j within
-//   E_j = kBf16Error |x| |c_j| + kNormError (|c_j|^2 + 2 K)
+//   E_j = (|x - x'| + kBf16Error |x|) |c_j| + kNormError (|c_j|^2 + 2 K)       x' = x rounded to bf16
 // of v_j. The smallest upper bound s_i + E_i so far is kept per row; a code with s_j - E_j above it cannot be the
 // answer, any other is a candidate. So the index does not depend on what the tensor cores round. At the papers' sizes
 // about ten codes per row are candidates; data far from the origin, where E_j is large, has more.
 //
 // The accumulators start at |c_j|^2 / 2 + K and x is negated, so what the tensor cores return is s_j + K. As
 // |c|^2 / 2 - x.c >= -|x|^2 / 2 (cosine: >= -|x|), K from the block's longest row keeps it from being negative, however
-// bf16 rounds: then floats are in the order of their bits, and a minimum takes three integers, one instruction from
-// sm_90 on. (Beside a row a hundred times longer, K blurs a row's scores: more candidates, in that block.) These minima
-// and a comparison per row and strip are all that the other units do. A strip that may hold a candidate (the warp
-// votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is computed, a candidate
-// per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum, whose order is free.
+// bf16 rounds: then floats are in the order of their bits, and a minimum takes three integers, one instruction on sm_90
+// and sm_100. (Beside a row a hundred times longer, K blurs a row's scores: more candidates, in that block.) These
+// minima and a comparison per row and strip are all that the other units do. A strip that may hold a candidate (the
+// warp votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is computed, a
+// candidate per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum, whose order
+// is free.
 //
 // A block of 8 warps has 32 rows per row warp; all its warps read the same tiles of codes, converted to bf16 once per
 // block, the next one on its way meanwhile. Few rows: fewer row warps, strips are dealt to the rest; and up to 8 blocks
@@ -36,9 +37,10 @@ constexpr int kWarpRows = 32, kMaxRows = kWarpRows * kSearchWarps;
 constexpr int kStripCodes = 32;
 constexpr int kListed = 128;  // candidates per warp
 
-// Rounding to bf16 is off by 2^-8 at most, on both sides; 2^-13 and kNormError are for the sums, of the tensor cores
-// and of v: (d + 8) 2^-22, generously.
-constexpr float kBf16Error = 0x1p-7f + 0x1p-13f, kNormError = 0x1p-16f;
+// With rounded x' and c', x.c - x'.c' = (x - x').c + x'.(c - c'). A row's |x - x'| is known, about 2^-9.3 |x|; a
+// code's is 2^-8 |c| at most. 2^-13 and kNormError are for the sums, of the tensor cores and of v: (d + 8) 2^-22,
+// generously.
+constexpr float kBf16Error = 0x1p-8f + 0x1p-13f, kNormError = 0x1p-16f;
 constexpr float kLeastSquare = 1e-30f;  // of a length; below, squares underflow and bf16 has few bits
 constexpr float kMostSquare = 1e36f;    // of a row's; above, and if it is NaN, every code is a candidate
 // K is kShift |x|^2, of the longest row: x.c in bf16 is at most (1 + 2^-8)^2 |x| |c|, so |c|^2 / 2 less that at least
@@ -186,25 +188,32 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
 
   // Row 16 i + 8 h + g of the warp. x is negated; step s of the tensor cores takes coordinates 4 s .. 4 s + 3.
   uint32_t x[2][S::kSteps][4];
-  float length[2][2], upper[2][2], limit[2][2], error[2][2], longest_row = 0.f;
+  float blur[2][2], upper[2][2], limit[2][2], error[2][2], longest_row = 0.f;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float* from = a.x + row_at(kWarpRows * row_warp + 16 * i + 8 * h + g) * a.d;
-      float square = 0.f;
+      float square = 0.f, lost = 0.f;  // of the row, and of what rounding takes from it
 #pragma unroll
       for (int p = 0; p < S::kLaneDims; p += 2) {
         const int k = coordinate<D>(q, p);
         const float one = k < (int)a.d ? from[k] : 0.f, two = k + 1 < (int)a.d ? from[k + 1] : 0.f;
-        x[i][p / 4][h + p % 4] = simt::pack_bf16(-one, -two);
+        const uint32_t both = simt::pack_bf16(-one, -two);
+        const float of_one = one + simt::bits_float(both << 16), of_two = two + simt::bits_float(both & 0xffff0000u);
+        x[i][p / 4][h + p % 4] = both;
         square = fmaf(one, one, fmaf(two, two, square));
+        lost = fmaf(of_one, of_one, fmaf(of_two, of_two, lost));
       }
-      square += simt::shuffle_xor(square, 1);
-      square += simt::shuffle_xor(square, 2);
+#pragma unroll
+      for (int by = 1; by <= 2; by *= 2) {
+        square += simt::shuffle_xor(square, by);
+        lost += simt::shuffle_xor(lost, by);
+      }
       const bool usual = square < kMostSquare;
-      length[i][h] = usual ? sqrtf(square < kLeastSquare ? kLeastSquare : square) : INFINITY;
-      longest_row = usual && length[i][h] > longest_row ? length[i][h] : longest_row;
+      const float length = sqrtf(square < kLeastSquare ? kLeastSquare : square);
+      longest_row = usual && length > longest_row ? length : longest_row;
+      blur[i][h] = usual ? fmaf(kBf16Error, length, sqrtf(lost)) : INFINITY;
       upper[i][h] = INFINITY;
     }
   const uint32_t longest_bits = simt::reduce_max(simt::float_bits(longest_row));
@@ -246,7 +255,7 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        error[i][h] = fmaf(fmaf(kBf16Error, length[i][h], kNormError * longest), longest, 2.f * kNormError * shift);
+        error[i][h] = fmaf(fmaf(kNormError, longest, blur[i][h]), longest, 2.f * kNormError * shift);
         if (!ordered) error[i][h] = INFINITY;
         limit[i][h] = upper[i][h] + error[i][h];
       }
