@@ -3,21 +3,27 @@
 // The index is that of the least float32 value v_j = fma(-x_k, c_k, ..) over k in order, starting from |c_j|^2 / 2, a
 // chain of fused products in order. The tensor cores only tell for which codes v_j must be computed: one bf16 product
 // gives every score s_j within
-//   E_j = kBf16Error |x| |c_j| + kNormError |c_j|^2
+//   E_j = (|x - x'| + kBf16Error |x|) |c_j| + kNormError (|c_j|^2 + 2 K)       x' = x rounded to bf16
 // of v_j. The smallest upper bound s_i + E_i so far is kept per row; a code with s_j - E_j above it cannot be the
 // answer, any other is a candidate. So the index does not depend on what the tensor cores round. At the papers' sizes
 // about ten codes per row are candidates; data far from the origin, where E_j is large, has more.
 //
-// The accumulators start at |c_j|^2 / 2 and x is negated, so what the tensor cores return is s_j; a minimum per score
-// and a comparison per row and strip are all that the other units do. A strip that may hold a candidate (the warp
-// votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is computed, a candidate
-// per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum, whose order is free.
+// The accumulators start at |c_j|^2 / 2 + K and x is negated, so what the tensor cores return is s_j + K. As
+// |c|^2 / 2 - x.c >= -|x|^2 / 2 (cosine: >= -|x|), K from the block's longest row keeps it from being negative, however
+// bf16 rounds: then floats are in the order of their bits, and a minimum takes three integers, one instruction on sm_90
+// and sm_100. (Beside a row a hundred times longer, K blurs a row's scores: more candidates, in that block.) These
+// minima and a comparison per row and strip are all that the other units do. A strip that may hold a candidate (the
+// warp votes) is looked at code by code, and candidates go to the warp's list in shared memory. v_j is computed, a
+// candidate per lane, when the list is full and at the end; the row's least (v, j) is an integer minimum, whose order
+// is free.
 //
 // A block of 8 warps has 32 rows per row warp; all its warps read the same tiles of codes, converted to bf16 once per
 // block, the next one on its way meanwhile. Few rows: fewer row warps, strips are dealt to the rest; and up to 8 blocks
-// of a cluster share the tiles.
-// Registers: 32 rows of bf16 and 32 x 32 scores per warp. Cost: 2 V d tensor-core FLOP and V minima per row, codes from
-// L2 once per block. Built with -fmad=false; fmaf is explicit.
+// of a cluster share the tiles: the first takes the least of all blocks' results.
+// Registers: 32 rows of bf16 and 32 x 32 scores per warp; up to 128 a thread for d <= 32. Cost: 2 V d tensor-core FLOP
+// and V minima per row, codes from L2 once per block; on sm_90 a warp issues 55, 55, 63 or 83 instructions per 32 rows
+// and 32 codes at d = 8, 16, 32 or 64 (tests/cuda/sass.py), 16 of them minima, at half rate, and takes 12, 16, 24 or 40
+// registers from shared memory, one a cycle and multiprocessor. Built with -fmad=false; fmaf is explicit.
 #include "nearest_code.h"
 
 #include "flow_math.h"
@@ -31,10 +37,15 @@ constexpr int kWarpRows = 32, kMaxRows = kWarpRows * kSearchWarps;
 constexpr int kStripCodes = 32;
 constexpr int kListed = 128;  // candidates per warp
 
-// Rounding to bf16 is off by 2^-8 at most, on both sides; 2^-13 and kNormError are for the sums, of the tensor cores
-// and of v: (d + 8) 2^-22, generously.
-constexpr float kBf16Error = 0x1p-7f + 0x1p-13f, kNormError = 0x1p-16f;
+// With rounded x' and c', x.c - x'.c' = (x - x').c + x'.(c - c'). A row's |x - x'| is known, about 2^-9.3 |x|; a
+// code's is 2^-8 |c| at most. 2^-13 and kNormError are for the sums, of the tensor cores and of v: (d + 8) 2^-22,
+// generously.
+constexpr float kBf16Error = 0x1p-8f + 0x1p-13f, kNormError = 0x1p-16f;
 constexpr float kLeastSquare = 1e-30f;  // of a length; below, squares underflow and bf16 has few bits
+constexpr float kMostSquare = 1e36f;    // of a row's; above, and if it is NaN, every code is a candidate
+// K is kShift |x|^2, of the longest row: x.c in bf16 is at most (1 + 2^-8)^2 |x| |c|, so |c|^2 / 2 less that at least
+// -.508 |x|^2. Cosine: kCosineShift |x|, of codes up to kMostCosine long; longer ones are candidates all.
+constexpr float kShift = 0.53f, kCosineShift = 1.06f, kMostCosine = 1.03f;
 
 template <int D>
 struct Search {
@@ -49,12 +60,13 @@ struct Search {
 
 struct NearestLaunch {
   NearestArguments a;
-  int cluster, row_warps;
+  int cluster, row_warps, code_warps;  // kSearchWarps / row_warps: the strips' stride
   bool vector_loads;  // codes are 16-byte aligned and have all D coordinates
+  float zero;         // the compiler must not know that it is 0
 };
 
 struct Candidate {
-  uint32_t row, code;  // row of the block
+  uint32_t strip, place;  // the strip's first code; 32 lane + bit, of the lane that has the score
 };
 
 template <int N>
@@ -64,11 +76,15 @@ struct alignas(4 * N) Words {
 
 // Codes as bf16, in planes of 32 coordinates: a lane's share of a code is one load, free of bank conflicts.
 template <int D>
+struct alignas(16) Strip {
+  uint32_t code[Search<D>::kPlanes][kStripCodes][Search<D>::kPlane / 2];
+  float start[kStripCodes];  // |c_j|^2 / 2 + K (cosine: K); infinite beyond V
+};
+
+template <int D>
 struct SearchTile {
-  uint32_t code[Search<D>::kPlanes][Search<D>::kTile][Search<D>::kPlane / 2];
-  // Of two neighbours, twice: what a lane's accumulators start from. Infinite beyond V; 0 for the cosine.
-  float half_norm[Search<D>::kTile / 2][4];
-  uint32_t longest[kSearchWarps];     // bits of the largest length of the codes that a warp loaded
+  Strip<D> strip[Search<D>::kStrips];
+  uint32_t longest[kSearchWarps];  // bits of the largest length of the codes that a warp loaded
 };
 
 template <int D>
@@ -76,6 +92,7 @@ struct SearchMemory {
   SearchTile<D> tile[2];
   uint64_t best[kMaxRows];  // key of v, code
   Candidate listed[kSearchWarps][kListed];
+  uint32_t longest[kSearchWarps];  // bits of the largest length of a warp's rows
 };
 
 // The order of a lane's coordinates: any will do for a dot product, this one suits the loads.
@@ -109,10 +126,12 @@ __device__ __forceinline__ void fetch_codes(const NearestLaunch& launch, int64_t
 }
 
 template <int D>
-__device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestArguments& a, int64_t first,
+__device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestArguments& a, int64_t first, float shift,
                                             const float (&piece)[Search<D>::kPiece]) {
   using S = Search<D>;
   const int slot = simt::thread() / S::kSharers, begin = simt::thread() % S::kSharers * S::kPiece;
+  const int code = slot % kStripCodes;
+  Strip<D>& strip = tile.strip[slot / kStripCodes];
   float square = 0.f;
 #pragma unroll
   for (int i = 0; i < S::kPiece; i += 8) {
@@ -124,17 +143,22 @@ __device__ __forceinline__ void store_codes(SearchTile<D>& tile, const NearestAr
       square = fmaf(piece[i + k + 1], piece[i + k + 1], square);
     }
     const int k = begin + i;
-    *(Words<4>*)&tile.code[k / S::kPlane][slot][k % S::kPlane / 2] = words;
+    *(Words<4>*)&strip.code[k / S::kPlane][code][k % S::kPlane / 2] = words;
   }
 #pragma unroll
   for (int by = 1; by < S::kSharers; by *= 2) square += simt::shuffle_xor(square, by);
-  if (begin == 0) {
-    float* half_norm = &tile.half_norm[slot / 2][slot % 2];
-    half_norm[0] = half_norm[2] = first + slot >= a.V ? INFINITY : a.cosine ? 0.f : square / 2.f;
-  }
+  if (begin == 0)
+    strip.start[code] = first + slot >= a.V ? INFINITY : a.cosine ? shift : square / 2.f + shift;
   const float length = sqrtf(square < kLeastSquare ? kLeastSquare : square);
   const uint32_t longest = simt::reduce_max(simt::float_bits(length));  // positive floats are ordered as bits, NaN last
   if (simt::lane() == 0) tile.longest[simt::warp()] = longest;
+}
+
+__device__ __forceinline__ float longest_of(const uint32_t (&of_warp)[kSearchWarps]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int w = 0; w < kSearchWarps; ++w) bits = of_warp[w] > bits ? of_warp[w] : bits;
+  return simt::bits_float(bits);
 }
 
 // v of a row and a code.
@@ -161,39 +185,56 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   const int64_t begin = simt::block() / launch.cluster * (int64_t)(kWarpRows * launch.row_warps);
   const auto row_at = [&](int slot) { return begin + slot < a.rows ? begin + slot : a.rows - 1; };
   m.best[simt::thread()] = (uint64_t)0xffffffffu << 32;  // code 0, should every v be NaN
-  simt::cluster_barrier(launch.cluster);  // every block of the cluster has started, and may be written to
 
   // Row 16 i + 8 h + g of the warp. x is negated; step s of the tensor cores takes coordinates 4 s .. 4 s + 3.
   uint32_t x[2][S::kSteps][4];
-  float length[2][2], upper[2][2], limit[2][2], error[2][2];
+  float blur[2][2], upper[2][2], limit[2][2], error[2][2], longest_row = 0.f;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float* from = a.x + row_at(kWarpRows * row_warp + 16 * i + 8 * h + g) * a.d;
-      float square = 0.f;
+      float square = 0.f, lost = 0.f;  // of the row, and of what rounding takes from it
 #pragma unroll
       for (int p = 0; p < S::kLaneDims; p += 2) {
         const int k = coordinate<D>(q, p);
         const float one = k < (int)a.d ? from[k] : 0.f, two = k + 1 < (int)a.d ? from[k + 1] : 0.f;
-        x[i][p / 4][h + p % 4] = simt::pack_bf16(-one, -two);
+        const uint32_t both = simt::pack_bf16(-one, -two);
+        const float of_one = one + simt::bits_float(both << 16), of_two = two + simt::bits_float(both & 0xffff0000u);
+        x[i][p / 4][h + p % 4] = both;
         square = fmaf(one, one, fmaf(two, two, square));
+        lost = fmaf(of_one, of_one, fmaf(of_two, of_two, lost));
       }
-      square += simt::shuffle_xor(square, 1);
-      square += simt::shuffle_xor(square, 2);
-      length[i][h] = sqrtf(square < kLeastSquare ? kLeastSquare : square);
+#pragma unroll
+      for (int by = 1; by <= 2; by *= 2) {
+        square += simt::shuffle_xor(square, by);
+        lost += simt::shuffle_xor(lost, by);
+      }
+      const bool usual = square < kMostSquare;
+      const float length = sqrtf(square < kLeastSquare ? kLeastSquare : square);
+      longest_row = usual && length > longest_row ? length : longest_row;
+      blur[i][h] = usual ? fmaf(kBf16Error, length, sqrtf(lost)) : INFINITY;
       upper[i][h] = INFINITY;
     }
+  const uint32_t longest_bits = simt::reduce_max(simt::float_bits(longest_row));
+  if (lane == 0) m.longest[simt::warp()] = longest_bits;
+  simt::block_barrier();
+  const float longest_x = longest_of(m.longest);
+  const float shift = a.cosine ? kCosineShift * longest_x : kShift * longest_x * longest_x;  // K
 
   Candidate* listed = m.listed[simt::warp()];
+  const uint32_t lower = (1u << lane) - 1u;  // lanes
   int count = 0;  // of them, the same in all lanes
   const auto settle = [&] {
     simt::warp_barrier();
     for (int i = lane; i < count; i += 32) {
       const Candidate one = listed[i];
-      if (one.code >= a.V) continue;
-      const float score = exact_score(a, row_at((int)one.row), one.code);
-      if (score == score) simt::atomic_min(&m.best[one.row], (uint64_t)key_of(score) << 32 | one.code);
+      const uint32_t bit = one.place % 32, of_lane = one.place / 32;
+      const uint32_t row = kWarpRows * row_warp + bit / 8 * 8 + of_lane / 4;
+      const uint32_t code = one.strip + bit % 8 / 2 * 8 + of_lane % 4 * 2 + bit % 2;
+      if (code >= a.V) continue;
+      const float score = exact_score(a, row_at((int)row), code);
+      if (score == score) simt::atomic_min(&m.best[row], (uint64_t)key_of(score) << 32 | code);
     }
     simt::warp_barrier();
     count = 0;
@@ -205,39 +246,41 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   int turn = 0;
   for (int64_t first = rank * (int64_t)S::kTile; first < a.V; first += stride, turn ^= 1) {
     SearchTile<D>& tile = m.tile[turn];
-    store_codes<D>(tile, a, first, piece);
+    store_codes<D>(tile, a, first, shift, piece);
     if (first + stride < a.V) fetch_codes<D>(launch, first + stride, piece);
     simt::block_barrier();  // this tile is there; the other one was done with before
-    uint32_t bits = 0;
-#pragma unroll
-    for (int w = 0; w < kSearchWarps; ++w) bits = tile.longest[w] > bits ? tile.longest[w] : bits;
-    const float longest = simt::bits_float(bits);
+    const float longest = longest_of(tile.longest);
+    const bool ordered = !a.cosine || longest < kMostCosine;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        error[i][h] = fmaf(kBf16Error, length[i][h], kNormError * longest) * longest;
+        error[i][h] = fmaf(fmaf(kNormError, longest, blur[i][h]), longest, 2.f * kNormError * shift);
+        if (!ordered) error[i][h] = INFINITY;
         limit[i][h] = upper[i][h] + error[i][h];
       }
 
-    const Words<4>* starts = (const Words<4>*)tile.half_norm + q;
-    const auto* codes = (const Words<S::kLaneWords>*)tile.code + 4 * g + q;
+    const auto* codes = (const Words<S::kLaneWords>*)tile.strip[code_warp].code + lane;
+    const auto* starts = (const Words<2>*)tile.strip[code_warp].start + q;
+    const int stride_words = launch.code_warps * (int)(sizeof(Strip<D>) / sizeof *codes);
+    const int stride_pairs = launch.code_warps * (int)(sizeof(Strip<D>) / sizeof *starts);
 #pragma unroll 1
-    for (int strip = code_warp; strip < S::kStrips; strip += kSearchWarps / launch.row_warps) {
+    for (int at = code_warp; at < S::kStrips; at += launch.code_warps, codes += stride_words, starts += stride_pairs) {
       float score[2][4][4];  // rows 16 i + 8 h + g: [i][n][2 h + e] of code 8 n + 2 q + e of the strip
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         uint32_t code[S::kPlanes * S::kLaneWords];
 #pragma unroll
         for (int plane = 0; plane < S::kPlanes; ++plane) {
-          const Words<S::kLaneWords> words = codes[4 * (strip * kStripCodes + plane * S::kTile + 8 * n)];
+          const Words<S::kLaneWords> words = codes[4 * (plane * kStripCodes + 8 * n)];
 #pragma unroll
           for (int w = 0; w < S::kLaneWords; ++w) code[plane * S::kLaneWords + w] = words.word[w];
         }
-        const Words<4> half_norm = starts[strip * (kStripCodes / 2) + 4 * n];
-        float start[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) start[e] = simt::bits_float(half_norm.word[e]);
+        // The lower rows' are sums with 0: given one register twice, the compiler copies all four for every product,
+        // and to load each twice keeps shared memory busy twice as long.
+        const Words<2> pair = starts[4 * n];
+        const float one = simt::bits_float(pair.word[0]), two = simt::bits_float(pair.word[1]);
+        float start[4] = {one, two, one + launch.zero, two + launch.zero};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float(&out)[4] = score[i][n];
@@ -255,9 +298,13 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          low[i][h] = fminf(score[i][0][2 * h], score[i][0][2 * h + 1]);
+          int32_t least = INT32_MAX;
 #pragma unroll
-          for (int n = 1; n < 4; ++n) low[i][h] = fminf(low[i][h], fminf(score[i][n][2 * h], score[i][n][2 * h + 1]));
+          for (int c = 0; c < 8; ++c) {
+            const int32_t bits = (int32_t)simt::float_bits(score[i][c / 2][2 * h + c % 2]);
+            least = bits < least ? bits : least;
+          }
+          low[i][h] = simt::bits_float((uint32_t)least);
           candidate |= !(low[i][h] > limit[i][h]);  // NaN: may be
         }
       if (!simt::ballot(candidate)) continue;
@@ -279,9 +326,8 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
       for (uint32_t who = simt::ballot(mine != 0); who != 0; who = simt::ballot(mine != 0)) {
         if (count + 32 > kListed) settle();
         if (mine) {
-          const int bit = simt::lowest_bit(mine), at = count + simt::count_bits(who & ((1u << lane) - 1u));
-          const int64_t code = first + strip * kStripCodes + bit % 8 / 2 * 8 + 2 * q + bit % 2;
-          listed[at] = {(uint32_t)(kWarpRows * row_warp + bit / 8 * 8 + g), (uint32_t)code};
+          const uint32_t place = 32 * lane + simt::lowest_bit(mine);
+          listed[count + simt::count_bits(who & lower)] = {(uint32_t)first + at * kStripCodes, place};
           mine &= mine - 1;
         }
         count += simt::count_bits(who);
@@ -290,12 +336,18 @@ __global__ void __launch_bounds__(kSearchThreads, D == 64 ? 1 : 2)
   }
   settle();
 
-  simt::block_barrier();
-  const int slot = simt::thread();
-  if (rank != 0) simt::atomic_min(simt::of_rank(&m.best[slot], 0, launch.cluster), m.best[slot]);
   simt::cluster_barrier(launch.cluster);
-  if (rank == 0 && slot < kWarpRows * launch.row_warps && begin + slot < a.rows)
-    a.codes[begin + slot] = (int64_t)(uint32_t)m.best[slot];
+  const int slot = simt::thread();
+  if (rank == 0 && slot < kWarpRows * launch.row_warps && begin + slot < a.rows) {
+    uint64_t best = m.best[slot];
+#pragma unroll 1
+    for (int other = 1; other < launch.cluster; ++other) {
+      const uint64_t theirs = *simt::of_rank(&m.best[slot], other, launch.cluster);
+      best = theirs < best ? theirs : best;
+    }
+    a.codes[begin + slot] = (int64_t)(uint32_t)best;
+  }
+  simt::cluster_barrier(launch.cluster);  // no block leaves while its rows are read
 }
 
 template <int D>
@@ -313,7 +365,8 @@ cudaError_t launch_nearest(const NearestArguments& a, int cluster, cudaStream_t 
                       2 * cluster * S::kTile <= a.V;)
       cluster *= 2;
   if (!simt::is_cluster_size(cluster) || groups() * cluster >= (int64_t)1 << 31) return cudaErrorInvalidValue;
-  const NearestLaunch launch{a, cluster, row_warps, a.d == D && (uintptr_t)a.codebook % 16 == 0};
+  const bool vector_loads = a.d == D && (uintptr_t)a.codebook % 16 == 0;
+  const NearestLaunch launch{a, cluster, row_warps, kSearchWarps / row_warps, vector_loads, 0.f};
   return simt::launch(nearest_kernel<D>, groups() * cluster, kSearchThreads, sizeof(SearchMemory<D>), cluster, stream,
                       launch);
 }

@@ -1,6 +1,5 @@
 """What nvcc makes of the kernels: the hot ones keep to their registers, on every target that is built."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sass import cuobjdump
 
 from ddfast.ops import native
 
@@ -19,13 +19,6 @@ SOURCES = sorted(path.name for path in KERNELS.glob("*.cu"))
 def hot_kernels(source: Path) -> set[str]:
     """Names of the kernels whose line says `// hot`."""
     return set(re.findall(r"\b(\w+_kernel)\(.*\{  // hot$", source.read_text(), re.MULTILINE))
-
-
-def cuobjdump() -> str | None:
-    """CUDA's own, or the one that Triton brings along."""
-    triton = importlib.util.find_spec("triton")
-    beside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
-    return shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=str(beside)) if beside else None)
 
 
 def resource_usage(module: str) -> Iterator[tuple[str, str, dict[str, int]]]:

@@ -39,6 +39,29 @@ def test_lengths_whose_squares_are_out_of_range(emulator, scale, cosine):
     assert torch.equal(emulator.nearest_code(x, codebook, cosine), expected)
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_rows_of_one_block_whose_lengths_differ(emulator, cosine):
+    """The shift that keeps scores from being negative is the longest row's; those whose square is huge are apart."""
+    generator = torch.Generator().manual_seed(7)
+    x, codebook = (torch.randn(n, 8, generator=generator) for n in (64, 700))
+    x *= torch.logspace(-20, 19, 64)[torch.randperm(64, generator=generator), None]
+    codebook = F.normalize(codebook, dim=-1) if cosine else codebook
+    for rows in (x, x[x.norm(dim=-1) < 1e3], x[x.norm(dim=-1) < 1e-14]):
+        expected = emulator.nearest_scores(rows, codebook, cosine).argmin(-1)
+        assert torch.equal(emulator.nearest_code(rows, codebook, cosine), expected)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("side", [-30.0, -1.0, 1.0, 30.0])
+def test_scores_of_one_sign(emulator, side, cosine):
+    generator = torch.Generator().manual_seed(8)
+    x = 1 + 0.1 * torch.randn(40, 32, generator=generator)
+    codebook = side + 0.1 * torch.randn(300, 32, generator=generator)
+    codebook = F.normalize(codebook, dim=-1) if cosine else codebook
+    expected = emulator.nearest_scores(x, codebook, cosine).argmin(-1)
+    assert torch.equal(emulator.nearest_code(x, codebook, cosine), expected)
+
+
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
 @pytest.mark.parametrize("gap", [1e-3, 1e-6])
 def test_near_ties_are_settled_in_float32(emulator, offset, gap):
