@@ -112,7 +112,8 @@ def tune(
             total[name] += found[name]
     orders = {sizes.name: _entry(sizes, total) for sizes, total in totals.items()}
     if orders:
-        findings.add(device, "orders", orders)
+        with findings.locked():
+            findings.add(device, "orders", orders)
     dispatch.forget()
     return orders
 

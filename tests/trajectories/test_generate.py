@@ -15,6 +15,7 @@ from small import build
 from ddfast.config import TrainConfig, TrajectoryConfig
 from ddfast.errors import DDFastError
 from ddfast.models.toy import ToyTeacher
+from ddfast.ops import dispatch
 from ddfast.pipeline import make_trajectories
 from ddfast.runs import claim_folder
 from ddfast.trajectories import memory
@@ -285,3 +286,35 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(memory, "_available_ram", lambda: 1000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_bytes(torch.device("cpu")) == 250
+
+
+def test_another_backend_does_not_go_on(tmp_path, monkeypatch):
+    """Its codes now and then differ; a store with nothing missing is read by whoever wants it."""
+    monkeypatch.setenv("DDFAST_BACKEND", "sample_codes=reference")
+    store = new_store(tmp_path / "store")
+    assert store.settings.backend == "reference"
+    generate_trajectories(ToyTeacher(), store, 20)
+    monkeypatch.delenv("DDFAST_BACKEND")
+    if dispatch.choose("sample_codes", "cpu", torch.float32).backend == "reference":
+        pytest.skip("the native module is not built")
+    store = new_store(tmp_path / "store")  # with settings of this machine: not refused
+    before = contents(tmp_path / "store")
+    assert generate_trajectories(ToyTeacher(), store, 20).pairs == 0
+    message = (
+        r"begun with the backend 'reference' of sample_codes, here it is 'cpu': set DDFAST_BACKEND=sample_codes=ref"
+    )
+    with pytest.raises(DDFastError, match=message):
+        generate_trajectories(ToyTeacher(), store, 40)
+    assert contents(tmp_path / "store") == before
+    monkeypatch.setenv("DDFAST_BACKEND", "sample_codes=reference")
+    assert generate_trajectories(ToyTeacher(), store, 40).pairs == 20
+
+
+def test_a_store_of_before_backends_were_kept_goes_on(tmp_path):
+    store = new_store(tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    del manifest["backend"]
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    store = new_store(tmp_path / "store")
+    assert store.settings.backend == ""
+    assert generate_trajectories(ToyTeacher(), store, 20).pairs == 20
