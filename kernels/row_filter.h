@@ -1,10 +1,11 @@
 // One row of logits in the hands of a cluster of blocks, and which of its codes guidance, temperature, top-k and top-p
-// leave: what filter_logits.cu and flow_sample.cu share.
+// leave: what filter_logits.cu, draw_codes.cu and flow_sample.cu share.
 //
-//   1. Every block reads its share of the logits (granules of 32 codes, dealt to the blocks in turn) and keeps them as
-//      order-preserving integers.
-//   2. Thresholds without sorting: radix selection, 11 bits a pass, on a histogram of counts (top-k), of fixed-point
-//      probability mass (top-p: integer sums do not depend on their order), or of indices (ties at top-p's edge).
+//   1. Every block reads its share of the logits (granules of 32 codes, dealt to the blocks in turn), four at a time,
+//      and keeps them as order-preserving integers.
+//   2. Thresholds without sorting: radix selection, 11 bits a pass, on a histogram of counts (top-k) or of fixed-point
+//      probability mass (top-p: integer sums do not depend on their order), by value, or by index (ties at top-p's edge,
+//      and the code that draw_codes draws).
 // Warps tell each other what they found by records: a warp posts words to every block of the cluster, and after one
 // barrier all warps read the same records in the same order, so all take the same decisions.
 // Formulas: ddfast/ops/filter_logits.py. To be built with -fmad=false: guidance and temperature round as in PyTorch.
@@ -21,9 +22,10 @@
 namespace ddfast {
 namespace {
 
-constexpr int kWide = 256;  // threads of a block, at most
+constexpr int kWide = 256;  // threads of a block, but for those of draw_codes
 constexpr int kMaxWarps = kWide / 32;
 constexpr int kGranule = 32;
+constexpr int kFour = 4;  // codes that a thread takes at a time
 constexpr int kDigit = 11, kBins = 1 << kDigit;
 constexpr size_t kHistogramBytes = 2 * kBins * sizeof(uint64_t);
 constexpr int kMaxCluster = 8;
@@ -42,9 +44,13 @@ DDFAST_MATH int64_t share(int64_t V, int cluster) {  // codes per block, at most
 
 // A block's scalars, at the start of its shared memory.
 struct alignas(16) Control {
-  uint64_t warp_mass[kMaxWarps];
-  uint64_t above, at;  // of the digit found by select
+  uint64_t warp_mass[32];
+  uint64_t above, at;  // of the digit found by take_digit
   uint32_t digit;
+};
+
+struct alignas(16) FourKeys {
+  uint32_t key[kFour];
 };
 
 // What a block of T threads knows of its row. Shared memory: what the kernel has at constant addresses, Control first;
@@ -111,28 +117,16 @@ __device__ __forceinline__ const uint32_t* collect(Block<T>& b) {
   return records;
 }
 
-// Sum of a number per warp over all warps of the cluster.
-template <int T>
-__device__ uint64_t sum_over_warps(Block<T>& b, uint64_t value) {
-  if (simt::lane() == 0) {
-    post(b, 0, (uint32_t)value);
-    post(b, 1, (uint32_t)(value >> 32));
-  }
-  const uint32_t* records = collect(b);
-  uint64_t sum = 0;
-  for (int r = 0; r < b.cluster * b.kWarps; ++r)
-    sum += (uint64_t)records[r * b.words] | (uint64_t)records[r * b.words + 1] << 32;
-  return sum;
-}
+// Sums over the lanes of a warp; that of 64 bits in three parts, none of which overflows.
+__device__ __forceinline__ uint32_t warp_sum(uint32_t value) { return simt::reduce_add(value); }
 
 __device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
-#pragma unroll
-  for (int stride = 16; stride; stride /= 2) {
-    const uint32_t low = simt::shuffle_xor((uint32_t)value, stride);
-    const uint32_t high = simt::shuffle_xor((uint32_t)(value >> 32), stride);
-    value += (uint64_t)low | (uint64_t)high << 32;
-  }
-  return value;
+  constexpr int kPart = 24;
+  constexpr uint32_t kMask = (1u << kPart) - 1u;
+  const uint32_t low = simt::reduce_add((uint32_t)value & kMask);
+  const uint32_t middle = simt::reduce_add((uint32_t)(value >> kPart) & kMask);
+  const uint32_t high = simt::reduce_add((uint32_t)(value >> 2 * kPart));
+  return low + ((uint64_t)middle << kPart) + ((uint64_t)high << 2 * kPart);
 }
 
 __device__ __forceinline__ float warp_sum(float value) {
@@ -149,31 +143,54 @@ struct Statistics {
   bool bad;
 };
 
+// Whether four codes of every row are 16 bytes (8, of two-byte types) that one load brings.
+__device__ __forceinline__ bool rows_are_of_fours(const FilterArguments& a) {
+  const uint64_t size = a.dtype == 0 ? 4 : 2;
+  const uint64_t places = (uint64_t)(a.V | a.stride | a.uncond_stride) * size | (uint64_t)a.logits | (uint64_t)a.uncond;
+  return places % (kFour * size) == 0;
+}
+
 // Keys of the guided, tempered row, and clear histograms; its exchange makes both visible to all threads.
 template <int T>
 __device__ Statistics load_row(Block<T>& b) {
+  constexpr int kAtATime = 4;  // fours of a thread whose loads are under way together
   const FilterArguments& a = *b.filter;
   for (int i = simt::thread(); i < 2 * kBins; i += T) ((uint64_t*)b.area)[i] = 0;
   const int64_t at = b.row * a.stride, uncond_at = b.row * a.uncond_stride;
   const float scale = a.uncond ? a.cfg_scale[b.row] : 1.f;
+  const bool fours = rows_are_of_fours(a);
   uint32_t most = 0, finite = 0, bad = 0;
-#pragma unroll 4
-  for (int p = simt::thread(); p < b.positions; p += T) {
-    const uint32_t j = code_of(b, p);
-    uint32_t key = 0;
-    if (j < (uint32_t)a.V) {
-      float value = load_logit(a.logits, a.dtype, at + j);
-      if (a.uncond) {
-        const float base = load_logit(a.uncond, a.dtype, uncond_at + j);
-        if (!(value == kNegInf && base == kNegInf)) value = base + scale * (value - base);
-      }
-      value /= a.temperature;
-      bad |= !(value < INFINITY);
-      finite += value > kNegInf;
-      key = key_of(value);
-      most = key > most ? key : most;
+  for (int first = kFour * simt::thread(); first < b.positions; first += kAtATime * kFour * T) {
+    FourLogits logits[kAtATime], uncond[kAtATime];
+#pragma unroll
+    for (int n = 0; n < kAtATime; ++n) {
+      const int p = first + n * kFour * T;
+      const int64_t j = code_of(b, p), left = p < b.positions ? a.V - j : 0;
+      logits[n] = load_logits(a.logits, a.dtype, at + j, left, fours);
+      if (a.uncond) uncond[n] = load_logits(a.uncond, a.dtype, uncond_at + j, left, fours);
     }
-    b.keys[p] = key;
+#pragma unroll
+    for (int n = 0; n < kAtATime; ++n) {
+      const int p = first + n * kFour * T;
+      if (p >= b.positions) break;
+      const int64_t left = a.V - code_of(b, p);
+      FourKeys keys;
+#pragma unroll
+      for (int i = 0; i < kFour; ++i) {
+        float value = logit_of(logits[n], a.dtype, i);
+        if (a.uncond) {
+          const float base = logit_of(uncond[n], a.dtype, i);
+          if (!(value == kNegInf && base == kNegInf)) value = base + scale * (value - base);
+        }
+        if (a.temperature != 1.f) value /= a.temperature;
+        const bool real = i < left;
+        bad |= real && !(value < INFINITY);
+        finite += real && value > kNegInf;
+        keys.key[i] = real ? key_of(value) : 0;
+        most = keys.key[i] > most ? keys.key[i] : most;
+      }
+      *(FourKeys*)(b.keys + p) = keys;
+    }
   }
   most = simt::reduce_max(most);
   finite = simt::reduce_add(finite);
@@ -184,82 +201,152 @@ __device__ Statistics load_row(Block<T>& b) {
     post(b, 2, bad);
   }
   const uint32_t* records = collect(b);
-  Statistics s = {0, 0, false};
-  for (int r = 0; r < b.cluster * b.kWarps; ++r) {
+  most = finite = bad = 0;
+  for (int r = simt::lane(); r < b.cluster * b.kWarps; r += 32) {
     const uint32_t* record = records + r * b.words;
-    s.most = record[0] > s.most ? record[0] : s.most;
-    s.finite += record[1];
-    s.bad |= record[2] != 0;
+    most = record[0] > most ? record[0] : most;
+    finite += record[1];
+    bad |= record[2];
+  }
+  return {simt::reduce_max(most), simt::reduce_add(finite), simt::reduce_max(bad) != 0};
+}
+
+// Where a selection among keys stands: all keys weigh at least the goal, those above the digits found less, those above
+// or with them again at least the goal.
+struct Selection {
+  uint32_t key;    // the digits found, in their places
+  uint64_t goal;   // 0: not known before the first digit's histogram
+  uint64_t above;  // weight of the keys above
+  uint64_t at;     // weight of the keys that begin with these digits
+};
+
+template <class Sum, int T>
+__device__ __forceinline__ Sum* histogram(const Block<T>& b) {
+  return (Sum*)((uint64_t*)b.area + b.histogram_turn * kBins);
+}
+
+// A histogram's bin is the sum of 64 bits, by two additions of 32: one of 64 in shared memory is a loop of comparing and
+// swapping. Halfway between them a bin means nothing; after a barrier it is exact.
+__device__ __forceinline__ void add_to_bin(uint32_t* bin, uint32_t weight) { simt::atomic_add(bin, weight); }
+__device__ __forceinline__ void add_to_bin(uint64_t* bin, uint64_t weight) {
+  uint32_t* words = (uint32_t*)bin;  // the lower one first
+  const uint32_t low = (uint32_t)weight;
+  const uint32_t carry = simt::fetch_add(words, low) + low < low;
+  const uint32_t high = (uint32_t)(weight >> 32) + carry;
+  if (high) simt::atomic_add(words + 1, high);
+}
+
+// One digit of a selection, bits low .. low + width - 1 of its keys. A pass fills the histogram whose turn it is; this
+// reads it in all blocks, and leaves it clear. goal: of all keys' weight, at least 1. A Sum is uint32_t to count (its
+// additions are one instruction), uint64_t for masses. Counts leave only a histogram's lower half clear, so that none may
+// follow masses.
+template <class Sum, int T, class Goal>
+__device__ __forceinline__ void take_digit(Block<T>& b, Selection& s, int low, const Goal& goal) {
+  constexpr int kBinsPerThread = kBins / T;
+  Control& c = *(Control*)simt::shared_memory();
+  const Sum* bins = histogram<Sum>(b);
+  b.histogram_turn ^= 1;
+  Sum* following = histogram<Sum>(b);
+  simt::cluster_barrier(b.cluster);
+  // Thread 0 has the highest bins. The other histogram was last read before this barrier: clear it for the next pass.
+  const int first = kBins - 1 - simt::thread() * kBinsPerThread;
+  Sum bin[kBinsPerThread] = {}, sum = 0;
+#pragma unroll 1
+  for (int rank = 0; rank < b.cluster; ++rank) {
+    const Sum* theirs = simt::of_rank(bins + first, rank, b.cluster);
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) bin[i] += theirs[-i];
+  }
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    sum += bin[i];
+    following[first - i] = 0;
+  }
+  Sum through = sum;  // of this warp's lanes up to this one
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const Sum before = simt::shuffle_up(through, by);
+    through += simt::lane() >= by ? before : 0;
+  }
+  if (simt::lane() == 31) c.warp_mass[simt::warp()] = through;
+  simt::block_barrier();
+  const Sum of_warp = simt::lane() < b.kWarps ? (Sum)c.warp_mass[simt::lane()] : 0;
+  if (!s.goal) s.goal = goal((uint64_t)warp_sum(of_warp));
+  uint64_t above = s.above + warp_sum(simt::lane() < simt::warp() ? of_warp : 0) + through - sum;
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    if (above < s.goal && above + bin[i] >= s.goal) {
+      c.digit = (uint32_t)(first - i);
+      c.above = above;
+      c.at = bin[i];
+    }
+    above += bin[i];
+  }
+  simt::block_barrier();
+  s.key |= c.digit << low;
+  s.above = c.above;
+  s.at = c.at;
+}
+
+// The bits from `low` on, which are settled once they are found.
+DDFAST_MATH uint32_t bits_from(int low) { return low < 32 ? ~0u << low : 0u; }
+
+// The largest key with which all larger ones and itself weigh at least the goal.
+template <class Sum, int T, class Goal, class Weight>
+__device__ Selection select_key(Block<T>& b, const Goal& goal, const Weight& weight) {
+  Selection s = {0, 0, 0, 0};
+  for (int low = 32; low > 0;) {
+    const uint32_t settled = bits_from(low);
+    low = low > kDigit ? low - kDigit : 0;
+    const uint32_t digits = ~settled >> low;
+    Sum* bins = histogram<Sum>(b);
+    for (int p = kFour * simt::thread(); p < b.positions; p += kFour * T) {
+      const FourKeys keys = *(const FourKeys*)(b.keys + p);
+#pragma unroll
+      for (int i = 0; i < kFour; ++i) {
+        const uint32_t key = keys.key[i];
+        if ((key ^ s.key) & settled) continue;
+        const Sum w = weight(key);
+        if (w) add_to_bin(&bins[key >> low & digits], w);
+      }
+    }
+    take_digit<Sum>(b, s, low, goal);
   }
   return s;
 }
 
-struct Selection {
-  uint32_t key;    // the largest K for which all entries with key >= K weigh at least the goal
-  uint64_t above;  // weight of the keys > K
-  uint64_t at;     // weight of the keys = K
-};
-
-// key(p) < 2^bits, weight(p) >= 0; all together weigh at least `goal` >= 1 and fit in a Sum: uint32_t to count (its
-// atomics are one instruction), uint64_t for masses. The histogram whose turn
-// it is must be clear, and is left clear; a count dirties the lower half only, so a sum may follow it.
-template <class Sum, int T, class Key, class Weight>
-__device__ Selection select(Block<T>& b, int bits, uint64_t goal, Key key, Weight weight) {
-  constexpr int kBinsPerThread = kBins / T;
-  Control& c = *(Control*)simt::shared_memory();
-  Selection s = {0, 0, 0};
+// The lowest code with which all lower ones and itself weigh at least the goal; weight(key, code) is 0 beyond V, where
+// the key is. As keys, codes count down from the last.
+template <int T, class Goal, class Weight>
+__device__ uint32_t select_code(Block<T>& b, const Goal& goal, const Weight& weight) {
+  int bits = 1;
+  while (((b.filter->V - 1) >> bits) != 0) ++bits;
+  const uint32_t last = (1u << bits) - 1u;
+  Selection s = {0, 0, 0, 0};
   for (int low = bits; low > 0;) {
-    const int width = low < kDigit ? low : kDigit;
-    Sum* bins = (Sum*)((uint64_t*)b.area + b.histogram_turn * kBins);
-    Sum* following = (Sum*)((uint64_t*)b.area + (b.histogram_turn ^ 1) * kBins);
-    for (int p = simt::thread(); p < b.positions; p += T) {
-      const uint32_t k = key(p);
-      if ((uint32_t)((uint64_t)k >> low) != s.key) continue;
-      const Sum w = weight(p);
-      if (w) simt::atomic_add(&bins[k >> (low - width) & ((1u << width) - 1u)], w);
-    }
-    low -= width;
-    simt::cluster_barrier(b.cluster);
-    // Thread 0 has the highest bins. The other histogram was last read before this barrier: clear it for the next pass.
-    const int first = kBins - 1 - simt::thread() * kBinsPerThread;
-    uint64_t bin[kBinsPerThread] = {}, sum = 0;
-#pragma unroll 1
-    for (int rank = 0; rank < b.cluster; ++rank) {
-      const Sum* theirs = simt::of_rank(bins + first, rank, b.cluster);
+    const uint32_t settled = bits_from(low);
+    low = low > kDigit ? low - kDigit : 0;
+    const uint32_t digits = ~settled >> low;
+    uint64_t* bins = histogram<uint64_t>(b);
+    for (int p = kFour * simt::thread(); p < b.positions; p += kFour * T) {
+      const uint32_t code = code_of(b, p);
+      if (((last - code) ^ s.key) & settled & ~(kFour - 1u)) continue;
+      const FourKeys keys = *(const FourKeys*)(b.keys + p);
+      uint64_t sum = 0;
 #pragma unroll
-      for (int i = 0; i < kBinsPerThread; ++i) bin[i] += theirs[-i];
-    }
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      sum += bin[i];
-      following[first - i] = 0;
-    }
-    uint64_t through = sum;  // of this warp's lanes up to this one
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const uint64_t before = simt::shuffle_up(through, by);
-      through += simt::lane() >= by ? before : 0;
-    }
-    if (simt::lane() == 31) c.warp_mass[simt::warp()] = through;
-    simt::block_barrier();
-    uint64_t above = s.above + through - sum;
-    for (int w = 0; w < simt::warp(); ++w) above += c.warp_mass[w];
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      if (above < goal && above + bin[i] >= goal) {
-        c.digit = (uint32_t)(first - i);
-        c.above = above;
-        c.at = bin[i];
+      for (int i = 0; i < kFour; ++i) {
+        const uint32_t reversed = last - code - i;
+        sum += (reversed ^ s.key) & settled ? 0 : weight(keys.key[i], code + i);
+        // A bin of four codes or more takes their sum at once.
+        if (sum && (i == kFour - 1 || bits_from(low) & (kFour - 1u))) {
+          add_to_bin(&bins[reversed >> low & digits], sum);
+          sum = 0;
+        }
       }
-      above += bin[i];
     }
-    simt::block_barrier();
-    s.key = s.key << width | c.digit;
-    s.above = c.above;
-    s.at = c.at;
-    b.histogram_turn ^= 1;
+    take_digit<uint64_t>(b, s, low, goal);
   }
-  return s;
+  return last - s.key;
 }
 
 // An entry stays if its key is above `key`, or equal to it and its code at most `last_tie`.
@@ -267,44 +354,37 @@ struct Threshold {
   uint32_t key, last_tie;
 };
 
+DDFAST_MATH bool is_kept(const Threshold& t, uint32_t key, uint32_t code) {
+  return key > t.key || (key == t.key && code <= t.last_tie);
+}
+
 template <int T>
 __device__ Threshold find_threshold(Block<T>& b, const Statistics& row) {
   const FilterArguments& a = *b.filter;
   Threshold t = {kKeyOfMinusInf + 1, kNone};
-  const uint32_t* keys = b.keys;
-  if (a.top_k > 0 && a.top_k < (int64_t)row.finite)
-    t.key = select<uint32_t>(b, 32, (uint64_t)a.top_k, [&](int p) { return keys[p]; }, [](int) { return 1u; }).key;
+  if (a.top_k == 1)
+    t.key = row.most;
+  else if (a.top_k > 0 && a.top_k < (int64_t)row.finite)
+    t.key = select_key<uint32_t>(b, [&](uint64_t) { return (uint64_t)a.top_k; }, [](uint32_t) { return 1u; }).key;
   if (!(a.top_p < 1.)) return t;
 
   const uint32_t least = t.key;
   const float most = value_of_key(row.most);
-  const auto mass = [&](int p) {
-    return keys[p] < least ? (uint64_t)0 : fixed_mass(expf(value_of_key(keys[p]) - most));
-  };
-  uint64_t sum = 0;
-  for (int p = simt::thread(); p < b.positions; p += T) sum += mass(p);
-  const uint64_t goal = mass_goal(a.top_p, sum_over_warps(b, warp_sum(sum)));
-  const Selection s = select<uint64_t>(b, 32, goal, [&](int p) { return keys[p]; }, mass);
+  const auto mass = [&](uint32_t key) { return fixed_mass(expf(value_of_key(key) - most)); };
+  const Selection s = select_key<uint64_t>(b, [&](uint64_t total) { return mass_goal(a.top_p, total); },
+                                           [&](uint32_t key) { return key < least ? (uint64_t)0 : mass(key); });
   t.key = s.key;
   // All ties weigh the same; the i-th of them stays while the mass before it is below the goal.
-  const uint64_t each = fixed_mass(expf(value_of_key(s.key) - most));
-  const uint64_t needed = (goal - s.above + each - 1) / each;
-  if (needed * each < s.at) {
-    int bits = 1;
-    while (((a.V - 1) >> bits) != 0) ++bits;
-    const uint32_t last = (1u << bits) - 1u;
-    const uint32_t tied = s.key;
-    const auto reversed = [&](int p) { return last - (code_of(b, p) & last); };
-    const auto is_tied = [&](int p) { return (uint32_t)(keys[p] == tied); };
-    t.last_tie = last - select<uint32_t>(b, bits, needed, reversed, is_tied).key;
-  }
+  const uint64_t each = mass(s.key), needed = (s.goal - s.above + each - 1) / each;
+  if (needed * each < s.at)
+    t.last_tie = select_code(b, [&](uint64_t) { return needed; },
+                             [&](uint32_t key, uint32_t) { return (uint64_t)(key == t.key); });
   return t;
 }
 
 template <int T>
 DDFAST_MATH bool is_kept(const Block<T>& b, const Threshold& t, int position) {
-  const uint32_t key = b.keys[position];
-  return key > t.key || (key == t.key && code_of(b, position) <= t.last_tie);
+  return is_kept(t, b.keys[position], code_of(b, position));
 }
 
 // Lists the positions kept, in order; returns how many there are in this block, and in the cluster.

@@ -44,6 +44,15 @@ class FlowArguments(ctypes.Structure):
     ]
 
 
+class DrawArguments(ctypes.Structure):
+    """As in kernels/draw_codes.h."""
+
+    _fields_ = [
+        ("filter", FilterArguments),
+        *[(name, ctypes.c_void_p) for name in ("uniform", "codes", "scratch")],
+    ]
+
+
 def filter_arguments(
     logits: Tensor, uncond: Tensor | None = None, cfg_scale: Tensor | None = None, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0,
@@ -132,6 +141,24 @@ class Emulator:
         arguments = filter_arguments(logits, **filtering)
         self.check(self.library.filter_emulated(ctypes.byref(arguments), *pointers, cluster))
         return out
+
+    def draw_codes(self, logits: Tensor, uniform: Tensor, cluster: int = 0, **filtering: Any) -> Tensor:
+        """int64 [rows]."""
+        codes = torch.full((len(logits),), -7)
+        size = ctypes.c_int64()
+        counts = [ctypes.c_int64(value) for value in logits.shape]
+        self.check(self.library.draw_scratch_emulated(*counts, cluster, ctypes.byref(size)))
+        scratch = torch.full((size.value,), 255, dtype=torch.uint8)
+        arguments = DrawArguments(
+            filter_arguments(logits, **filtering), address(uniform), address(codes),
+            address(scratch) if size.value else None,
+        )  # fmt: skip
+        self.check(self.library.draw_emulated(ctypes.byref(arguments), cluster))
+        return codes
+
+    def draw_cluster(self, num_codes: int) -> int:
+        """Blocks per row."""
+        return self.library.draw_cluster_emulated(ctypes.c_int64(num_codes))
 
     def flow_plan(self, num_codes: int, dim: int, top_k: int = 0, top_p: float = 1.0) -> tuple[int, int]:
         """Codes that a row may keep for a narrow block, -1 without these; wide blocks per row, 0 without these."""
