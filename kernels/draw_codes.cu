@@ -20,8 +20,9 @@
 namespace ddfast {
 namespace {
 
-constexpr int kDrawThreads = 1024;
-constexpr int kDrawWords = 3;       // of a record
+constexpr int kDrawThreads = 512;
+constexpr int kDrawWords = 2;        // of a record
+constexpr int kResident = 2;         // blocks to a multiprocessor, by their registers
 constexpr int kDrawCodes = 1 << 14;  // of a block, where clusters can share a longer row
 constexpr float kLeastLog = -745.f;  // exp of less is 0 in float64
 
@@ -40,7 +41,7 @@ __device__ __forceinline__ uint64_t draw_goal(float uniform, uint64_t total) {
 }
 
 template <bool kInShared>
-__global__ void __launch_bounds__(kDrawThreads) draw_kernel(const __grid_constant__ DrawLaunch launch) {  // hot
+__global__ void __launch_bounds__(kDrawThreads, kResident) draw_kernel(const __grid_constant__ DrawLaunch launch) {  // hot
   const FilterArguments& a = launch.a.filter;
   Block<kDrawThreads> b;
   open_block(b, a, launch.cluster, sizeof(Control), kDrawWords, 1, kInShared ? nullptr : launch.lists);
@@ -49,15 +50,15 @@ __global__ void __launch_bounds__(kDrawThreads) draw_kernel(const __grid_constan
     const float uniform = launch.a.uniform[row];
     const Statistics statistics = load_row(b);
     int64_t code = -1;
-    if (!statistics.bad && statistics.finite > 0) {
+    if (!statistics.bad) {
       Threshold threshold = {statistics.most, kNone};
       if (!(a.top_k == 1 && uniform <= 0.f)) threshold = find_threshold(b, statistics);
       const float most = value_of_key(statistics.most);
       code = select_code(b, [&](uint64_t total) { return draw_goal(uniform, total); },
-                         [&](uint32_t key, uint32_t j) {
-        if (!is_kept(threshold, key, j)) return (uint64_t)0;
-        const float log_weight = value_of_key(key) - most;
-        return log_weight > kLeastLog ? (uint64_t)(expf(log_weight) * launch.unit) + 1 : 0;
+                         [&](uint32_t key, uint32_t j) { return is_kept(threshold, key, j); },
+                         [&](uint32_t key, bool stays) {
+        const float log_weight = stays ? value_of_key(key) - most : kNegInf;
+        return (uint64_t)(simt::fast_exp(log_weight) * launch.unit) + (log_weight > kLeastLog);
       });
     }
     if (b.rank == 0 && simt::thread() == 0) launch.a.codes[row] = code;

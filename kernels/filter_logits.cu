@@ -12,7 +12,7 @@
 namespace ddfast {
 namespace {
 
-constexpr int kFilterWords = 3;  // of a record
+constexpr int kFilterWords = 2;  // of a record
 
 struct FilterLaunch {
   FilterArguments a;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kWide, 2) filter_kernel(const __grid_constant_
   for (int row = simt::block() / b.cluster; row < (int)a.rows; row += launch.groups) {
     b.row = row;
     const Statistics statistics = load_row(b);
-    const bool usable = !statistics.bad && statistics.finite > 0;
+    const bool usable = !statistics.bad;
     Threshold threshold = {0, 0};
     float log_sum = 0.f;
     const float most = value_of_key(statistics.most);

@@ -589,7 +589,7 @@ __global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constan
     int64_t code = -1;
     int32_t evaluations = 0;
     bool deferred = false;
-    if (!row.bad && row.finite > 0 && noise_is_finite) {
+    if (!row.bad && noise_is_finite) {
       Flow flow;
       const Threshold threshold = find_threshold(b, row);
       flow.count = list_kept(b, threshold, &flow.in_cluster);

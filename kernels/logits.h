@@ -27,34 +27,21 @@ struct alignas(8) TwoWords {
   uint32_t word[2];
 };
 
-// Those from i on, of which `left` are there. whole: all or none, at an address that one load can read.
-__device__ __forceinline__ FourLogits load_logits(const void* data, int dtype, int64_t i, int64_t left, bool whole) {
-  FourLogits out = {};
-  const uint32_t* words = (const uint32_t*)data + i;
-  const uint16_t* halves = (const uint16_t*)data + i;
-  if (whole) {
-    if (left > 0 && dtype == 0) out = *(const FourLogits*)words;
-    if (left > 0 && dtype != 0) {
-      const TwoWords two = *(const TwoWords*)halves;
-      out.word[0] = two.word[0];
-      out.word[1] = two.word[1];
-    }
-    return out;
-  }
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-    if (n < left) {
-      if (dtype == 0)
-        out.word[n] = words[n];
-      else
-        out.word[n / 2] |= (uint32_t)halves[n] << 16 * (n % 2);
-    }
-  return out;
+// Those from i on, where one load can read them.
+__device__ __forceinline__ FourLogits load_logits(const void* data, int dtype, int64_t i) {
+  if (dtype == 0) return *(const FourLogits*)((const float*)data + i);
+  const TwoWords two = *(const TwoWords*)((const uint16_t*)data + i);
+  return {{two.word[0], two.word[1], 0, 0}};
 }
 
-__device__ __forceinline__ float logit_of(const FourLogits& four, int dtype, int n) {
-  if (dtype == 0) return simt::bits_float(four.word[n]);
-  return float_of_bits16((uint16_t)(four.word[n / 2] >> 16 * (n % 2)), dtype);
+__device__ __forceinline__ void unpack_logits(const FourLogits& four, int dtype, float (&out)[4]) {
+  if (dtype == 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = simt::bits_float(four.word[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = float_of_bits16((uint16_t)(four.word[i / 2] >> 16 * (i % 2)), dtype);
+  }
 }
 
 }  // namespace ddfast

@@ -138,9 +138,8 @@ __device__ __forceinline__ float warp_sum(float value) {
 // ---- the filter ---------------------------------------------------------------------------------------------------
 
 struct Statistics {
-  uint32_t most;    // key of the largest value
-  uint32_t finite;  // how many are above -inf
-  bool bad;
+  uint32_t most;  // key of the largest value
+  bool bad;       // NaN, +inf or nothing finite
 };
 
 // Whether four codes of every row are 16 bytes (8, of two-byte types) that one load brings.
@@ -148,6 +147,25 @@ __device__ __forceinline__ bool rows_are_of_fours(const FilterArguments& a) {
   const uint64_t size = a.dtype == 0 ? 4 : 2;
   const uint64_t places = (uint64_t)(a.V | a.stride | a.uncond_stride) * size | (uint64_t)a.logits | (uint64_t)a.uncond;
   return places % (kFour * size) == 0;
+}
+
+// Guides and tempers logits with the same settings; their keys, and the largest and the least of all so far.
+template <int N>
+__device__ __forceinline__ void find_keys(const FilterArguments& a, float scale, float (&logit)[N],
+                                          const float (&uncond)[N], uint32_t* keys, uint32_t& most, uint32_t& least) {
+  if (a.uncond)
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (!(logit[i] == kNegInf && uncond[i] == kNegInf)) logit[i] = uncond[i] + scale * (logit[i] - uncond[i]);
+  if (a.temperature != 1.f)
+#pragma unroll
+    for (int i = 0; i < N; ++i) logit[i] /= a.temperature;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    keys[i] = key_of(logit[i]);
+    most = keys[i] > most ? keys[i] : most;
+    least = keys[i] < least ? keys[i] : least;
+  }
 }
 
 // Keys of the guided, tempered row, and clear histograms; its exchange makes both visible to all threads.
@@ -158,57 +176,62 @@ __device__ Statistics load_row(Block<T>& b) {
   for (int i = simt::thread(); i < 2 * kBins; i += T) ((uint64_t*)b.area)[i] = 0;
   const int64_t at = b.row * a.stride, uncond_at = b.row * a.uncond_stride;
   const float scale = a.uncond ? a.cfg_scale[b.row] : 1.f;
-  const bool fours = rows_are_of_fours(a);
-  uint32_t most = 0, finite = 0, bad = 0;
-  for (int first = kFour * simt::thread(); first < b.positions; first += kAtATime * kFour * T) {
-    FourLogits logits[kAtATime], uncond[kAtATime];
+  uint32_t most = 0, least = kNone;
+  if (rows_are_of_fours(a)) {
+    for (int first = kFour * simt::thread(); first < b.positions; first += kAtATime * kFour * T) {
+      FourLogits logits[kAtATime] = {}, uncond[kAtATime] = {};
+      uint32_t code[kAtATime];
 #pragma unroll
-    for (int n = 0; n < kAtATime; ++n) {
-      const int p = first + n * kFour * T;
-      const int64_t j = code_of(b, p), left = p < b.positions ? a.V - j : 0;
-      logits[n] = load_logits(a.logits, a.dtype, at + j, left, fours);
-      if (a.uncond) uncond[n] = load_logits(a.uncond, a.dtype, uncond_at + j, left, fours);
-    }
-#pragma unroll
-    for (int n = 0; n < kAtATime; ++n) {
-      const int p = first + n * kFour * T;
-      if (p >= b.positions) break;
-      const int64_t left = a.V - code_of(b, p);
-      FourKeys keys;
-#pragma unroll
-      for (int i = 0; i < kFour; ++i) {
-        float value = logit_of(logits[n], a.dtype, i);
-        if (a.uncond) {
-          const float base = logit_of(uncond[n], a.dtype, i);
-          if (!(value == kNegInf && base == kNegInf)) value = base + scale * (value - base);
-        }
-        if (a.temperature != 1.f) value /= a.temperature;
-        const bool real = i < left;
-        bad |= real && !(value < INFINITY);
-        finite += real && value > kNegInf;
-        keys.key[i] = real ? key_of(value) : 0;
-        most = keys.key[i] > most ? keys.key[i] : most;
+      for (int n = 0; n < kAtATime; ++n) {
+        const int p = first + n * kFour * T;
+        code[n] = p < b.positions ? code_of(b, p) : kNone;
+        if (code[n] >= (uint32_t)a.V) continue;
+        logits[n] = load_logits(a.logits, a.dtype, at + code[n]);
+        if (a.uncond) uncond[n] = load_logits(a.uncond, a.dtype, uncond_at + code[n]);
       }
-      *(FourKeys*)(b.keys + p) = keys;
+#pragma unroll
+      for (int n = 0; n < kAtATime; ++n) {
+        const int p = first + n * kFour * T;
+        FourKeys keys = {};
+        if (code[n] < (uint32_t)a.V) {
+          float logit[kFour], base[kFour] = {};
+          unpack_logits(logits[n], a.dtype, logit);
+          if (a.uncond) unpack_logits(uncond[n], a.dtype, base);
+          find_keys(a, scale, logit, base, keys.key, most, least);
+        }
+        if (p < b.positions) *(FourKeys*)(b.keys + p) = keys;
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int p = simt::thread(); p < b.positions; p += T) {
+      const uint32_t j = code_of(b, p);
+      uint32_t key = 0;
+      if (j < (uint32_t)a.V) {
+        float logit[] = {load_logit(a.logits, a.dtype, at + j)};
+        const float base[] = {a.uncond ? load_logit(a.uncond, a.dtype, uncond_at + j) : 0.f};
+        find_keys(a, scale, logit, base, &key, most, least);
+      }
+      b.keys[p] = key;
     }
   }
   most = simt::reduce_max(most);
-  finite = simt::reduce_add(finite);
-  bad = simt::reduce_max(bad);
+  least = simt::reduce_min(least);
   if (simt::lane() == 0) {
     post(b, 0, most);
-    post(b, 1, finite);
-    post(b, 2, bad);
+    post(b, 1, least);
   }
   const uint32_t* records = collect(b);
-  most = finite = bad = 0;
+  most = 0;
+  least = kNone;
   for (int r = simt::lane(); r < b.cluster * b.kWarps; r += 32) {
     const uint32_t* record = records + r * b.words;
     most = record[0] > most ? record[0] : most;
-    finite += record[1];
-    bad |= record[2];
+    least = record[1] < least ? record[1] : least;
   }
-  return {simt::reduce_max(most), simt::reduce_add(finite), simt::reduce_max(bad) != 0};
+  most = simt::reduce_max(most);
+  // NaNs are beyond the infinities, on the side of their sign bit.
+  return {most, most <= kKeyOfMinusInf || most >= key_of(INFINITY) || simt::reduce_min(least) < kKeyOfMinusInf};
 }
 
 // Where a selection among keys stands: all keys weigh at least the goal, those above the digits found less, those above
@@ -262,25 +285,29 @@ __device__ __forceinline__ void take_digit(Block<T>& b, Selection& s, int low, c
     sum += bin[i];
     following[first - i] = 0;
   }
-  Sum through = sum;  // of this warp's lanes up to this one
-#pragma unroll
-  for (int by = 1; by < 32; by *= 2) {
-    const Sum before = simt::shuffle_up(through, by);
-    through += simt::lane() >= by ? before : 0;
-  }
-  if (simt::lane() == 31) c.warp_mass[simt::warp()] = through;
+  const Sum mine = warp_sum(sum);
+  if (simt::lane() == 0) c.warp_mass[simt::warp()] = mine;
   simt::block_barrier();
   const Sum of_warp = simt::lane() < b.kWarps ? (Sum)c.warp_mass[simt::lane()] : 0;
   if (!s.goal) s.goal = goal((uint64_t)warp_sum(of_warp));
-  uint64_t above = s.above + warp_sum(simt::lane() < simt::warp() ? of_warp : 0) + through - sum;
+  uint64_t above = s.above + warp_sum(simt::lane() < simt::warp() ? of_warp : 0);
+  if (above < s.goal && above + mine >= s.goal) {  // one warp
+    Sum through = sum;  // of its lanes up to this one
 #pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) {
-    if (above < s.goal && above + bin[i] >= s.goal) {
-      c.digit = (uint32_t)(first - i);
-      c.above = above;
-      c.at = bin[i];
+    for (int by = 1; by < 32; by *= 2) {
+      const Sum before = simt::shuffle_up(through, by);
+      through += simt::lane() >= by ? before : 0;
     }
-    above += bin[i];
+    above += through - sum;
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      if (above < s.goal && above + bin[i] >= s.goal) {
+        c.digit = (uint32_t)(first - i);
+        c.above = above;
+        c.at = bin[i];
+      }
+      above += bin[i];
+    }
   }
   simt::block_barrier();
   s.key |= c.digit << low;
@@ -315,34 +342,38 @@ __device__ Selection select_key(Block<T>& b, const Goal& goal, const Weight& wei
   return s;
 }
 
-// The lowest code with which all lower ones and itself weigh at least the goal; weight(key, code) is 0 beyond V, where
-// the key is. As keys, codes count down from the last.
-template <int T, class Goal, class Weight>
-__device__ uint32_t select_code(Block<T>& b, const Goal& goal, const Weight& weight) {
-  int bits = 1;
+// The lowest code with which all lower ones and itself weigh at least the goal: weight(key, stays(key, code)), which is
+// 0 for what does not stay, as beyond V, where keys are 0. As keys of the selection codes count down from the last.
+template <int T, class Goal, class Stays, class Weight>
+__device__ uint32_t select_code(Block<T>& b, const Goal& goal, const Stays& stays, const Weight& weight) {
+  constexpr int kFourBits = 2;
+  int bits = kFourBits + 1;
   while (((b.filter->V - 1) >> bits) != 0) ++bits;
   const uint32_t last = (1u << bits) - 1u;
   Selection s = {0, 0, 0, 0};
   for (int low = bits; low > 0;) {
     const uint32_t settled = bits_from(low);
-    low = low > kDigit ? low - kDigit : 0;
+    // All digits but the last have four codes or more to a bin, which takes their sum at once.
+    const bool is_last = low < bits && low <= kDigit;
+    low = is_last ? 0 : low > kDigit + kFourBits ? low - kDigit : kFourBits;
     const uint32_t digits = ~settled >> low;
     uint64_t* bins = histogram<uint64_t>(b);
     for (int p = kFour * simt::thread(); p < b.positions; p += kFour * T) {
-      const uint32_t code = code_of(b, p);
-      if (((last - code) ^ s.key) & settled & ~(kFour - 1u)) continue;
+      const uint32_t code = code_of(b, p), reversed = last - code;
+      if ((reversed ^ s.key) & settled) continue;
       const FourKeys keys = *(const FourKeys*)(b.keys + p);
+      bool stay[kFour], some = false;
+#pragma unroll
+      for (int i = 0; i < kFour; ++i) some |= stay[i] = stays(keys.key[i], code + i);
+      if (!some) continue;
       uint64_t sum = 0;
 #pragma unroll
       for (int i = 0; i < kFour; ++i) {
-        const uint32_t reversed = last - code - i;
-        sum += (reversed ^ s.key) & settled ? 0 : weight(keys.key[i], code + i);
-        // A bin of four codes or more takes their sum at once.
-        if (sum && (i == kFour - 1 || bits_from(low) & (kFour - 1u))) {
-          add_to_bin(&bins[reversed >> low & digits], sum);
-          sum = 0;
-        }
+        const uint64_t w = weight(keys.key[i], stay[i]);
+        sum += w;
+        if (is_last) bins[(reversed - i) & digits] = w;
       }
+      if (!is_last) add_to_bin(&bins[reversed >> low & digits], sum);
     }
     take_digit<uint64_t>(b, s, low, goal);
   }
@@ -362,10 +393,13 @@ template <int T>
 __device__ Threshold find_threshold(Block<T>& b, const Statistics& row) {
   const FilterArguments& a = *b.filter;
   Threshold t = {kKeyOfMinusInf + 1, kNone};
-  if (a.top_k == 1)
+  if (a.top_k == 1) {
     t.key = row.most;
-  else if (a.top_k > 0 && a.top_k < (int64_t)row.finite)
-    t.key = select_key<uint32_t>(b, [&](uint64_t) { return (uint64_t)a.top_k; }, [](uint32_t) { return 1u; }).key;
+  } else if (a.top_k > 0 && a.top_k < a.V) {
+    const auto goal = [&](uint64_t) { return (uint64_t)a.top_k; };
+    const uint32_t kth_largest = select_key<uint32_t>(b, goal, [](uint32_t) { return 1u; }).key;
+    t.key = kth_largest > t.key ? kth_largest : t.key;
+  }
   if (!(a.top_p < 1.)) return t;
 
   const uint32_t least = t.key;
@@ -378,7 +412,8 @@ __device__ Threshold find_threshold(Block<T>& b, const Statistics& row) {
   const uint64_t each = mass(s.key), needed = (s.goal - s.above + each - 1) / each;
   if (needed * each < s.at)
     t.last_tie = select_code(b, [&](uint64_t) { return needed; },
-                             [&](uint32_t key, uint32_t) { return (uint64_t)(key == t.key); });
+                             [&](uint32_t key, uint32_t) { return key == t.key; },
+                             [](uint32_t, bool stays) { return (uint64_t)stays; });
   return t;
 }
 
