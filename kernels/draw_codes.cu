@@ -55,10 +55,9 @@ __global__ void __launch_bounds__(kDrawThreads, kResident) draw_kernel(const __g
       if (!(a.top_k == 1 && uniform <= 0.f)) threshold = find_threshold(b, statistics);
       const float most = value_of_key(statistics.most);
       code = select_code(b, [&](uint64_t total) { return draw_goal(uniform, total); },
-                         [&](uint32_t key, uint32_t j) { return is_kept(threshold, key, j); },
-                         [&](uint32_t key, bool stays) {
-        const float log_weight = stays ? value_of_key(key) - most : kNegInf;
-        return (uint64_t)(simt::fast_exp(log_weight) * launch.unit) + (log_weight > kLeastLog);
+                         [&](uint32_t key, uint32_t j) { return is_kept(threshold, key, j); }, [&](uint32_t key) {
+        const float log_weight = value_of_key(key) - most;
+        return (uint64_t)(expf(log_weight) * launch.unit) + (log_weight > kLeastLog);
       });
     }
     if (b.rank == 0 && simt::thread() == 0) launch.a.codes[row] = code;

@@ -234,8 +234,18 @@ __device__ Statistics load_row(Block<T>& b) {
   return {most, most <= kKeyOfMinusInf || most >= key_of(INFINITY) || simt::reduce_min(least) < kKeyOfMinusInf};
 }
 
-// Where a selection among keys stands: all keys weigh at least the goal, those above the digits found less, those above
-// or with them again at least the goal.
+// A digit of the keys among which a selection looks, and those above it, which are settled.
+struct Digit {
+  uint32_t found, settled;  // where `settled` has bits, keys that are looked at have those of `found`
+  uint32_t mask;
+  int low;  // its place
+};
+
+DDFAST_MATH bool is_among(const Digit& digit, uint32_t key) { return ((key ^ digit.found) & digit.settled) == 0; }
+DDFAST_MATH uint32_t bin_of(const Digit& digit, uint32_t key) { return key >> digit.low & digit.mask; }
+
+// Where a selection stands: all keys weigh at least the goal, those above the digits found less, with those that begin
+// with these digits at least the goal.
 struct Selection {
   uint32_t key;    // the digits found, in their places
   uint64_t goal;   // 0: not known before the first digit's histogram
@@ -250,7 +260,6 @@ __device__ __forceinline__ Sum* histogram(const Block<T>& b) {
 
 // A histogram's bin is the sum of 64 bits, by two additions of 32: one of 64 in shared memory is a loop of comparing and
 // swapping. Halfway between them a bin means nothing; after a barrier it is exact.
-__device__ __forceinline__ void add_to_bin(uint32_t* bin, uint32_t weight) { simt::atomic_add(bin, weight); }
 __device__ __forceinline__ void add_to_bin(uint64_t* bin, uint64_t weight) {
   uint32_t* words = (uint32_t*)bin;  // the lower one first
   const uint32_t low = (uint32_t)weight;
@@ -259,10 +268,7 @@ __device__ __forceinline__ void add_to_bin(uint64_t* bin, uint64_t weight) {
   if (high) simt::atomic_add(words + 1, high);
 }
 
-// One digit of a selection, bits low .. low + width - 1 of its keys. A pass fills the histogram whose turn it is; this
-// reads it in all blocks, and leaves it clear. goal: of all keys' weight, at least 1. A Sum is uint32_t to count (its
-// additions are one instruction), uint64_t for masses. Counts leave only a histogram's lower half clear, so that none may
-// follow masses.
+// Finds a selection's next digit in the histogram whose turn it is, of all blocks, and leaves that of the next one clear.
 template <class Sum, int T, class Goal>
 __device__ __forceinline__ void take_digit(Block<T>& b, Selection& s, int low, const Goal& goal) {
   constexpr int kBinsPerThread = kBins / T;
@@ -315,69 +321,64 @@ __device__ __forceinline__ void take_digit(Block<T>& b, Selection& s, int low, c
   s.at = c.at;
 }
 
-// The bits from `low` on, which are settled once they are found.
-DDFAST_MATH uint32_t bits_from(int low) { return low < 32 ? ~0u << low : 0u; }
-
-// The largest key with which all larger ones and itself weigh at least the goal.
-template <class Sum, int T, class Goal, class Weight>
-__device__ Selection select_key(Block<T>& b, const Goal& goal, const Weight& weight) {
+// The largest key of so many bits with which all larger ones and itself weigh at least goal(weight of all), which is
+// at least 1. fill(digit, bins) adds the weights of the keys among which the digit is sought. A Sum is uint32_t to count
+// (its additions are one instruction), uint64_t for masses. Counts leave only a histogram's lower half clear, so that
+// none may follow masses.
+template <class Sum, int T, class Goal, class Fill>
+__device__ Selection select(Block<T>& b, int bits, const Goal& goal, const Fill& fill) {
   Selection s = {0, 0, 0, 0};
-  for (int low = 32; low > 0;) {
-    const uint32_t settled = bits_from(low);
+  for (int low = bits; low > 0;) {
+    const uint32_t settled = low < 32 ? ~0u << low : 0u;
     low = low > kDigit ? low - kDigit : 0;
-    const uint32_t digits = ~settled >> low;
-    Sum* bins = histogram<Sum>(b);
-    for (int p = kFour * simt::thread(); p < b.positions; p += kFour * T) {
-      const FourKeys keys = *(const FourKeys*)(b.keys + p);
-#pragma unroll
-      for (int i = 0; i < kFour; ++i) {
-        const uint32_t key = keys.key[i];
-        if ((key ^ s.key) & settled) continue;
-        const Sum w = weight(key);
-        if (w) add_to_bin(&bins[key >> low & digits], w);
-      }
-    }
+    fill(Digit{s.key, settled, ~settled >> low, low}, histogram<Sum>(b));
     take_digit<Sum>(b, s, low, goal);
   }
   return s;
 }
 
-// The lowest code with which all lower ones and itself weigh at least the goal: weight(key, stays(key, code)), which is
-// 0 for what does not stay, as beyond V, where keys are 0. As keys of the selection codes count down from the last.
-template <int T, class Goal, class Stays, class Weight>
-__device__ uint32_t select_code(Block<T>& b, const Goal& goal, const Stays& stays, const Weight& weight) {
-  constexpr int kFourBits = 2;
-  int bits = kFourBits + 1;
+// Calls `visit` with the keys and codes that are wanted of positions begin .. end - 1, whole granules. Where these are
+// few, most lanes have none in what a warp reads, so each lane first notes its own of 32: a warp then takes as many turns
+// as its busiest lane has. (`wanted` without branches: it is asked of every code.)
+template <int T, class Wanted, class Visit>
+__device__ __forceinline__ void visit_wanted(const Block<T>& b, int begin, int end, const Wanted& wanted,
+                                             const Visit& visit) {
+  constexpr int kFours = 32 / kFour;
+  for (int first = begin + kFour * simt::thread(); first < end; first += kFours * kFour * T) {
+    uint32_t noted = 0;
+#pragma unroll
+    for (int n = 0; n < kFours; ++n) {
+      const int p = first + n * kFour * T;
+      if (p >= end) break;
+      const FourKeys keys = *(const FourKeys*)(b.keys + p);
+      const uint32_t code = code_of(b, p);
+#pragma unroll
+      for (int i = 0; i < kFour; ++i) noted |= wanted(keys.key[i], code + i) ? 1u << (n * kFour + i) : 0;
+    }
+    for (; noted; noted &= noted - 1) {
+      const int bit = simt::lowest_bit(noted), p = first + bit / kFour * kFour * T + bit % kFour;
+      visit(b.keys[p], code_of(b, p));
+    }
+  }
+}
+
+// The lowest wanted code with which all lower ones and itself weigh at least goal(weight of all). Codes count down from
+// the last, to be keys.
+template <int T, class Goal, class Wanted, class Weight>
+__device__ uint32_t select_code(Block<T>& b, const Goal& goal, const Wanted& wanted, const Weight& weight) {
+  int bits = 1;
   while (((b.filter->V - 1) >> bits) != 0) ++bits;
   const uint32_t last = (1u << bits) - 1u;
-  Selection s = {0, 0, 0, 0};
-  for (int low = bits; low > 0;) {
-    const uint32_t settled = bits_from(low);
-    // All digits but the last have four codes or more to a bin, which takes their sum at once.
-    const bool is_last = low < bits && low <= kDigit;
-    low = is_last ? 0 : low > kDigit + kFourBits ? low - kDigit : kFourBits;
-    const uint32_t digits = ~settled >> low;
-    uint64_t* bins = histogram<uint64_t>(b);
-    for (int p = kFour * simt::thread(); p < b.positions; p += kFour * T) {
-      const uint32_t code = code_of(b, p), reversed = last - code;
-      if ((reversed ^ s.key) & settled) continue;
-      const FourKeys keys = *(const FourKeys*)(b.keys + p);
-      bool stay[kFour], some = false;
-#pragma unroll
-      for (int i = 0; i < kFour; ++i) some |= stay[i] = stays(keys.key[i], code + i);
-      if (!some) continue;
-      uint64_t sum = 0;
-#pragma unroll
-      for (int i = 0; i < kFour; ++i) {
-        const uint64_t w = weight(keys.key[i], stay[i]);
-        sum += w;
-        if (is_last) bins[(reversed - i) & digits] = w;
-      }
-      if (!is_last) add_to_bin(&bins[reversed >> low & digits], sum);
-    }
-    take_digit<uint64_t>(b, s, low, goal);
-  }
-  return last - s.key;
+  const auto fill = [&](const Digit& digit, uint64_t* bins) {
+    // The granules that have such codes; a granule of every block is a power of two of them.
+    const int shift = simt::lowest_bit((uint32_t)(kGranule * b.cluster));
+    const int begin = (int)((last - (digit.found | ~digit.settled)) >> shift) * kGranule;
+    const int end = ((int)((last - digit.found) >> shift) + 1) * kGranule;
+    visit_wanted(b, begin, end < b.positions ? end : b.positions,
+                 [&](uint32_t key, uint32_t code) { return is_among(digit, last - code) & wanted(key, code); },
+                 [&](uint32_t key, uint32_t code) { add_to_bin(&bins[bin_of(digit, last - code)], weight(key)); });
+  };
+  return last - select<uint64_t>(b, bits, goal, fill).key;
 }
 
 // An entry stays if its key is above `key`, or equal to it and its code at most `last_tie`.
@@ -386,7 +387,7 @@ struct Threshold {
 };
 
 DDFAST_MATH bool is_kept(const Threshold& t, uint32_t key, uint32_t code) {
-  return key > t.key || (key == t.key && code <= t.last_tie);
+  return (key > t.key) | ((key == t.key) & (code <= t.last_tie));
 }
 
 template <int T>
@@ -397,23 +398,32 @@ __device__ Threshold find_threshold(Block<T>& b, const Statistics& row) {
     t.key = row.most;
   } else if (a.top_k > 0 && a.top_k < a.V) {
     const auto goal = [&](uint64_t) { return (uint64_t)a.top_k; };
-    const uint32_t kth_largest = select_key<uint32_t>(b, goal, [](uint32_t) { return 1u; }).key;
-    t.key = kth_largest > t.key ? kth_largest : t.key;
+    const uint32_t kth = select<uint32_t>(b, 32, goal, [&](const Digit& digit, uint32_t* bins) {
+      for (int p = kFour * simt::thread(); p < b.positions; p += kFour * T) {
+        const FourKeys keys = *(const FourKeys*)(b.keys + p);
+#pragma unroll
+        for (int i = 0; i < kFour; ++i)
+          if (is_among(digit, keys.key[i])) simt::atomic_add(&bins[bin_of(digit, keys.key[i])], 1);
+      }
+    }).key;
+    t.key = kth > t.key ? kth : t.key;
   }
   if (!(a.top_p < 1.)) return t;
 
   const uint32_t least = t.key;
   const float most = value_of_key(row.most);
   const auto mass = [&](uint32_t key) { return fixed_mass(expf(value_of_key(key) - most)); };
-  const Selection s = select_key<uint64_t>(b, [&](uint64_t total) { return mass_goal(a.top_p, total); },
-                                           [&](uint32_t key) { return key < least ? (uint64_t)0 : mass(key); });
+  const auto goal = [&](uint64_t total) { return mass_goal(a.top_p, total); };
+  const Selection s = select<uint64_t>(b, 32, goal, [&](const Digit& digit, uint64_t* bins) {
+    visit_wanted(b, 0, b.positions, [&](uint32_t key, uint32_t) { return (key >= least) & is_among(digit, key); },
+                 [&](uint32_t key, uint32_t) { add_to_bin(&bins[bin_of(digit, key)], mass(key)); });
+  });
   t.key = s.key;
   // All ties weigh the same; the i-th of them stays while the mass before it is below the goal.
   const uint64_t each = mass(s.key), needed = (s.goal - s.above + each - 1) / each;
   if (needed * each < s.at)
-    t.last_tie = select_code(b, [&](uint64_t) { return needed; },
-                             [&](uint32_t key, uint32_t) { return key == t.key; },
-                             [](uint32_t, bool stays) { return (uint64_t)stays; });
+    t.last_tie = select_code(b, [&](uint64_t) { return needed; }, [&](uint32_t key, uint32_t) { return key == t.key; },
+                             [](uint32_t) { return (uint64_t)1; });
   return t;
 }
 
