@@ -3,15 +3,16 @@
 //
 //   code = min { j : sum_{i <= j, kept} p_i > u sum_{kept} p_i },  at most the last code kept
 //
-// How the thresholds are found: row_filter.h, which finds the code in the same way: sums of p relative to the largest,
-// in fixed point, over ever shorter stretches of codes (2048 of them at first). Integer sums do not depend on their
-// order, so neither does the code on the cluster or on the order of threads, and u times the sum is exact. Every code
-// kept whose probability is not 0 in float64 weighs something, so that u = 0 draws the first of them, as the reference
-// does. The likeliest code (top-k of 1 and u = 0) needs no thresholds.
-// Blocks of 1024 threads: a decoder's step has few rows, so a row should fill a multiprocessor alone.
+// How the thresholds are found: row_filter.h; the code is found in the same way, by sums of p relative to the largest over
+// ever shorter stretches of codes, V / 2048 and then one. Sums are in fixed point, so that neither the order of threads
+// nor the number of blocks decides anything, and u times the whole is exact. A code that is kept and whose probability is
+// not 0 in float64 weighs at least a unit: u = 0 draws the first of these, as the reference does. The likeliest code
+// (top-k of 1 and u = 0) needs no thresholds.
+// Blocks of 512 threads: a decoder's step has few rows, so a row fills a multiprocessor where it can.
 // Shared memory: 4 bytes per code of the block's share, 32 KiB of histograms. Device memory: a row in (two with
-// guidance), 12 bytes more, which is the floor; the rest is about 10 operations per code and pass: one to read, three
-// for each threshold, two to draw.
+// guidance), 12 bytes more, which is the floor. Operations: about 14 per code to read it, 5 to 9 in each of the three
+// passes of a threshold, 11 to draw; 50 for each code kept; and 120 to 200 per thread for the digit that a pass finds,
+// which bind where V is small.
 // Built with -fmad=false: guidance and temperature round as in PyTorch.
 #include "draw_codes.h"
 
@@ -21,15 +22,15 @@ namespace ddfast {
 namespace {
 
 constexpr int kDrawThreads = 512;
+constexpr int kDrawResident = 2;     // blocks to a multiprocessor, by their registers
 constexpr int kDrawWords = 2;        // of a record
-constexpr int kResident = 2;         // blocks to a multiprocessor, by their registers
 constexpr int kDrawCodes = 1 << 14;  // of a block, where clusters can share a longer row
 constexpr float kLeastLog = -745.f;  // exp of less is 0 in float64
 
 struct DrawLaunch {
   DrawArguments a;
   uint32_t* lists;  // global memory for the keys; null: they fit in shared memory
-  float unit;       // of mass: 2^63 over as many codes as there may be
+  float whole;      // units of mass of the largest p: 2^63 over as many codes as there may be
   int cluster, groups;  // blocks that share a row; clusters, which take the rows in turn
 };
 
@@ -41,7 +42,8 @@ __device__ __forceinline__ uint64_t draw_goal(float uniform, uint64_t total) {
 }
 
 template <bool kInShared>
-__global__ void __launch_bounds__(kDrawThreads, kResident) draw_kernel(const __grid_constant__ DrawLaunch launch) {  // hot
+__global__ void __launch_bounds__(kDrawThreads, kDrawResident)
+    draw_kernel(const __grid_constant__ DrawLaunch launch) {  // hot
   const FilterArguments& a = launch.a.filter;
   Block<kDrawThreads> b;
   open_block(b, a, launch.cluster, sizeof(Control), kDrawWords, 1, kInShared ? nullptr : launch.lists);
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kDrawThreads, kResident) draw_kernel(const __g
       code = select_code(b, [&](uint64_t total) { return draw_goal(uniform, total); },
                          [&](uint32_t key, uint32_t j) { return is_kept(threshold, key, j); }, [&](uint32_t key) {
         const float log_weight = value_of_key(key) - most;
-        return (uint64_t)(expf(log_weight) * launch.unit) + (log_weight > kLeastLog);
+        return (uint64_t)(expf(log_weight) * launch.whole) + (log_weight > kLeastLog);
       });
     }
     if (b.rank == 0 && simt::thread() == 0) launch.a.codes[row] = code;

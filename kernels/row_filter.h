@@ -22,7 +22,7 @@
 namespace ddfast {
 namespace {
 
-constexpr int kWide = 256;  // threads of a block, but for those of draw_codes
+constexpr int kWide = 256;  // threads of a block, at most, but for draw_codes
 constexpr int kMaxWarps = kWide / 32;
 constexpr int kGranule = 32;
 constexpr int kFour = 4;  // codes that a thread takes at a time
@@ -370,7 +370,7 @@ __device__ uint32_t select_code(Block<T>& b, const Goal& goal, const Wanted& wan
   while (((b.filter->V - 1) >> bits) != 0) ++bits;
   const uint32_t last = (1u << bits) - 1u;
   const auto fill = [&](const Digit& digit, uint64_t* bins) {
-    // The granules that have such codes; a granule of every block is a power of two of them.
+    // Only the granules that have such codes. One of every block: a power of two of codes, which share a place in all.
     const int shift = simt::lowest_bit((uint32_t)(kGranule * b.cluster));
     const int begin = (int)((last - (digit.found | ~digit.settled)) >> shift) * kGranule;
     const int end = ((int)((last - digit.found) >> shift) + 1) * kGranule;

@@ -109,6 +109,18 @@ def test_guidance_and_strides(emulator, dtype):
     assert torch.equal(again, emulator.draw_codes(logits, numbers(6), **guidance, **settings))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_begin_anywhere(emulator, dtype):
+    """As many codes as fours have, at addresses that one load could not read, of logits or of their guidance only."""
+    rows = (2 * torch.randn(2, 3, 1004, generator=torch.Generator().manual_seed(8))).to(dtype)
+    scale = torch.full((3,), 1.5)
+    for first in range(4):
+        logits, uncond = (one[:, first : first + 1000] for one in rows)
+        expected = emulator.draw_codes(logits.contiguous(), numbers(3), uncond=uncond.contiguous(), cfg_scale=scale)
+        for one, other in [(logits, uncond.contiguous()), (logits.contiguous(), uncond), (logits, uncond)]:
+            assert torch.equal(emulator.draw_codes(one, numbers(3), uncond=other, cfg_scale=scale), expected)
+
+
 @pytest.mark.parametrize("cluster", [0, 1, 4])
 def test_keys_in_global_memory(emulator, cluster):
     """Also more rows than places."""
