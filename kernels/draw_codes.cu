@@ -81,8 +81,7 @@ DrawPlan draw_plan(const simt::Device& device, int64_t rows, int64_t V, int clus
   const size_t fixed = sizeof(Control) + 2 * (size_t)cluster * kWarps * kDrawWords * sizeof(uint32_t);
   const size_t keys = (size_t)share(V, cluster) * sizeof(uint32_t);
   const bool fits = fixed + keys + kHistogramBytes <= (size_t)device.shared_bytes;
-  const int64_t places = device.multiprocessors > cluster ? device.multiprocessors / cluster : 1;
-  const int64_t groups = fits || rows < places ? rows : places;
+  const int64_t groups = fits ? rows : groups_in_flight(device, rows, kDrawResident, cluster);
   return {cluster, groups, fits, fixed + (fits ? keys : 0) + kHistogramBytes};
 }
 

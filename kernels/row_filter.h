@@ -29,12 +29,13 @@ constexpr int kFour = 4;  // codes that a thread takes at a time
 constexpr int kDigit = 11, kBins = 1 << kDigit;
 constexpr size_t kHistogramBytes = 2 * kBins * sizeof(uint64_t);
 constexpr int kMaxCluster = 8;
-constexpr int kScratchRows = 1024;  // rows in flight where lists are in global memory
 constexpr uint32_t kNone = 0xffffffffu;
 
-// Clusters that take the rows in turn: one each, unless the lists are in global memory.
-inline int64_t groups_in_flight(int64_t rows, bool lists_fit) {
-  return lists_fit || rows < kScratchRows ? rows : kScratchRows;
+// Clusters that take the rows in turn where more would only wait for a place (and for scratch, where their lists are in
+// global memory): as many as a device holds that has `per_multiprocessor` blocks on each multiprocessor.
+inline int64_t groups_in_flight(const simt::Device& device, int64_t rows, int per_multiprocessor, int cluster) {
+  const int64_t places = (int64_t)device.multiprocessors * per_multiprocessor / cluster;
+  return rows < places ? rows : places > 1 ? places : 1;
 }
 
 DDFAST_MATH int64_t share(int64_t V, int cluster) {  // codes per block, at most

@@ -123,9 +123,10 @@ def test_rows_that_begin_anywhere(emulator, dtype):
 
 @pytest.mark.parametrize("cluster", [0, 1, 4])
 def test_keys_in_global_memory(emulator, cluster):
-    """Also more rows than places."""
+    """Also more rows than places: 9 on the 8 or 2 of 4 multiprocessors."""
     emulator.configure(shared_limit=40 << 10, multiprocessors=4)
     logits = torch.randn(9, 9000, generator=torch.Generator().manual_seed(5))
+    assert emulator.draw_scratch(9, 9000, cluster) == (8 * 9024 if cluster < 2 else 2 * 9088) * 4
     assert_drawn(emulator, logits, numbers(9), cluster, top_k=500, top_p=0.9)
 
 
