@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../kernels/codebook_posterior.h"
+#include "../kernels/draw_codes.h"
 #include "../kernels/filter_logits.h"
 #include "../kernels/flow_sample.h"
 #include "../kernels/nearest_code.h"
@@ -51,7 +52,7 @@ class DeviceGuard {
 
 PYBIND11_MODULE(ddfast_cuda, m) {
   m.doc() = "CUDA kernels of ddfast. Private: use ddfast.ops.";
-  m.attr("abi") = 3;
+  m.attr("abi") = 4;
   m.attr("version") = DDFAST_VERSION;
   m.attr("architectures") = DDFAST_CUDA_ARCHITECTURES;
 
@@ -117,6 +118,26 @@ PYBIND11_MODULE(ddfast_cuda, m) {
         uncond_stride, rows, V, top_k, top_p, temperature, dtype};
     check(filter_logits_cuda(arguments, pointer<float>(log_probs), pointer<void>(scratch), cluster, stream_of(stream)),
           "filter_logits");
+  }, no_gil);
+
+  // Bytes of device memory that draw_codes wants as `scratch`: 0 for the usual sizes.
+  m.def("draw_scratch_bytes", [](int64_t rows, int64_t V, int cluster, int device) {
+    const DeviceGuard guard(device);
+    int64_t bytes = 0;
+    check(draw_scratch_bytes(rows, V, cluster, &bytes), "draw_scratch_bytes");
+    return bytes;
+  });
+
+  m.def("draw_codes", [](Address logits, int dtype, int64_t stride, Address uncond, int64_t uncond_stride,
+                         Address cfg_scale, float temperature, int64_t top_k, double top_p, Address uniform,
+                         Address codes, Address scratch, int64_t rows, int64_t V, int cluster, int device,
+                         Address stream) {
+    const DeviceGuard guard(device);
+    const DrawArguments arguments{
+        {pointer<const void>(logits), pointer<const void>(uncond), pointer<const float>(cfg_scale), stride,
+         uncond_stride, rows, V, top_k, top_p, temperature, dtype},
+        pointer<const float>(uniform), pointer<int64_t>(codes), pointer<void>(scratch)};
+    check(draw_codes_cuda(arguments, cluster, stream_of(stream)), "draw_codes");
   }, no_gil);
 
   // Bytes of device memory that flow_sample and sample_codes want as `scratch`.

@@ -12,7 +12,8 @@
 namespace ddfast {
 namespace {
 
-constexpr int kFilterWords = 3;  // of a record
+constexpr int kFilterWords = 2;  // of a record
+constexpr int kResident = 2;     // blocks to a multiprocessor, by their registers
 
 struct FilterLaunch {
   FilterArguments a;
@@ -21,14 +22,14 @@ struct FilterLaunch {
   int cluster, groups;  // blocks that share a row; clusters, which take the rows in turn
 };
 
-__global__ void __launch_bounds__(kWide, 2) filter_kernel(const __grid_constant__ FilterLaunch launch) {  // hot
+__global__ void __launch_bounds__(kWide, kResident) filter_kernel(const __grid_constant__ FilterLaunch launch) {  // hot
   const FilterArguments& a = launch.a;
   Block<kWide> b;
   open_block(b, a, launch.cluster, sizeof(Control), kFilterWords, 1, launch.lists);
   for (int row = simt::block() / b.cluster; row < (int)a.rows; row += launch.groups) {
     b.row = row;
     const Statistics statistics = load_row(b);
-    const bool usable = !statistics.bad && statistics.finite > 0;
+    const bool usable = !statistics.bad;
     Threshold threshold = {0, 0};
     float log_sum = 0.f;
     const float most = value_of_key(statistics.most);
@@ -56,18 +57,19 @@ __global__ void __launch_bounds__(kWide, 2) filter_kernel(const __grid_constant_
 }
 
 struct FilterPlan {
-  int cluster;
+  int cluster, groups;
   bool fits;      // the keys in shared memory
   size_t shared;  // bytes
 };
 
-FilterPlan plan_of(const simt::Device& device, int64_t V, int cluster) {
+FilterPlan plan_of(const simt::Device& device, int64_t rows, int64_t V, int cluster) {
   if (cluster == 0)
     for (cluster = 1; device.clusters && cluster < kMaxCluster && V > 8192 * cluster;) cluster *= 2;
   const size_t fixed = sizeof(Control) + 2 * (size_t)cluster * kMaxWarps * kFilterWords * sizeof(uint32_t);
   const size_t keys = (size_t)share(V, cluster) * sizeof(uint32_t);
   const bool fits = fixed + keys + kHistogramBytes <= (size_t)device.shared_bytes;
-  return {cluster, fits, fixed + (fits ? keys : 0) + kHistogramBytes};
+  const int64_t groups = fits ? rows : groups_in_flight(device, rows, kResident, cluster);
+  return {cluster, (int)groups, fits, fixed + (fits ? keys : 0) + kHistogramBytes};
 }
 
 }  // namespace
@@ -76,8 +78,8 @@ cudaError_t filter_scratch_bytes(int64_t rows, int64_t V, int cluster, int64_t* 
   simt::Device device;
   const cudaError_t status = simt::device(&device);
   if (status) return status;
-  const FilterPlan plan = plan_of(device, V, cluster);
-  const int64_t lists = groups_in_flight(rows, false) * plan.cluster;
+  const FilterPlan plan = plan_of(device, rows, V, cluster);
+  const int64_t lists = (int64_t)plan.groups * plan.cluster;
   *bytes = plan.fits ? 0 : lists * share(V, plan.cluster) * (int64_t)sizeof(uint32_t);
   return cudaSuccess;
 }
@@ -91,11 +93,11 @@ cudaError_t filter_logits_cuda(const FilterArguments& a, float* log_probs, void*
   if ((cluster != 0 && !simt::is_cluster_size(cluster)) || a.V < 1 || a.V > (int64_t)1 << 23 ||
       a.rows > (int64_t)1 << 27)
     return cudaErrorInvalidValue;
-  const FilterPlan plan = plan_of(device, a.V, cluster);
+  const FilterPlan plan = plan_of(device, a.rows, a.V, cluster);
   if (!plan.fits && !scratch) return cudaErrorInvalidValue;
-  const int groups = (int)groups_in_flight(a.rows, plan.fits);
-  const FilterLaunch launch{a, log_probs, plan.fits ? nullptr : (uint32_t*)scratch, plan.cluster, groups};
-  return simt::launch(filter_kernel, (int64_t)groups * plan.cluster, kWide, plan.shared, plan.cluster, stream, launch);
+  const FilterLaunch launch{a, log_probs, plan.fits ? nullptr : (uint32_t*)scratch, plan.cluster, plan.groups};
+  const int64_t blocks = (int64_t)plan.groups * plan.cluster;
+  return simt::launch(filter_kernel, blocks, kWide, plan.shared, plan.cluster, stream, launch);
 }
 
 }  // namespace ddfast

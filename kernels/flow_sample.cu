@@ -589,7 +589,7 @@ __global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constan
     int64_t code = -1;
     int32_t evaluations = 0;
     bool deferred = false;
-    if (!row.bad && row.finite > 0 && noise_is_finite) {
+    if (!row.bad && noise_is_finite) {
       Flow flow;
       const Threshold threshold = find_threshold(b, row);
       flow.count = list_kept(b, threshold, &flow.in_cluster);
@@ -653,14 +653,14 @@ int choose_cluster(const simt::Device& device, int64_t V, int64_t d, int64_t top
 // Which launches a problem takes, and with what.
 struct Plan {
   bool narrow, wide;
-  int cluster;  // of the wide one
+  int cluster, groups;  // of the wide one
   Memory narrow_memory, wide_memory;
   int64_t deferred_bytes, list_bytes;
 };
 
 template <int L>
 Plan plan_of(const simt::Device& device, int64_t rows, int64_t V, int64_t d, int64_t top_k, double top_p, int cluster) {
-  Plan plan = {false, true, cluster ? cluster : choose_cluster(device, V, d, top_k), {}, {}, 0, 0};
+  Plan plan = {false, true, cluster ? cluster : choose_cluster(device, V, d, top_k), (int)rows, {}, {}, 0, 0};
   if (cluster == 0) {
     plan.narrow_memory = memory_of<L, kNarrow>(device, V, top_k, 1);
     const int64_t capacity = Shape<L, kNarrow>::kInRegisters + plan.narrow_memory.staged, most = most_kept(V, top_k);
@@ -669,9 +669,12 @@ Plan plan_of(const simt::Device& device, int64_t rows, int64_t V, int64_t d, int
     plan.wide = !(plan.narrow && most <= capacity);
   }
   plan.wide_memory = memory_of<L, kWide>(device, V, top_k, plan.cluster);
+  const bool lists_fit = plan.wide_memory.lists_fit;
+  // A block has a multiprocessor to itself. After narrow blocks there may be no rows to do.
+  if (plan.narrow || !lists_fit) plan.groups = (int)groups_in_flight(device, rows, 1, plan.cluster);
   if (plan.narrow && plan.wide) plan.deferred_bytes = (rows + 4) / 4 * 16;  // a count and the rows, 4 bytes each
-  if (plan.wide && !plan.wide_memory.lists_fit)
-    plan.list_bytes = groups_in_flight(rows, false) * plan.cluster * 2 * share(V, plan.cluster) * (int64_t)sizeof(uint32_t);
+  if (plan.wide && !lists_fit)
+    plan.list_bytes = (int64_t)plan.groups * plan.cluster * 2 * share(V, plan.cluster) * (int64_t)sizeof(uint32_t);
   return plan;
 }
 
@@ -691,15 +694,9 @@ cudaError_t launch_flow(const simt::Device& device, const FlowArguments& a, int 
     if (status || !plan.wide) return status;
   }
   launch.cluster = plan.cluster;
+  launch.groups = plan.groups;
   launch.staged = plan.wide_memory.staged;
-  if (plan.list_bytes) {
-    launch.lists = (uint32_t*)((unsigned char*)a.scratch + plan.deferred_bytes);
-    launch.groups = (int)groups_in_flight(rows, false);
-  }
-  if (plan.narrow) {  // as many as run at a time, for there may be none to do
-    const int resident = (device.multiprocessors + plan.cluster - 1) / plan.cluster;
-    launch.groups = launch.groups < resident ? launch.groups : resident;
-  }
+  if (plan.list_bytes) launch.lists = (uint32_t*)((unsigned char*)a.scratch + plan.deferred_bytes);
   return simt::launch(flow_kernel<L, kWide>, launch.groups * plan.cluster, kWide, plan.wide_memory.shared,
                       plan.cluster, stream, launch);
 }

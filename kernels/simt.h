@@ -41,7 +41,10 @@ constexpr unsigned kAll = 0xffffffffu;
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(kAll, value, mask); }
 __device__ __forceinline__ float shuffle(float value, int from) { return __shfl_sync(kAll, value, from); }
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(kAll, value, mask); }
-__device__ __forceinline__ uint64_t shuffle_up(uint64_t value, int by) {  // the lanes below `by` keep their own
+__device__ __forceinline__ uint32_t shuffle_up(uint32_t value, int by) {  // the lanes below `by` keep their own
+  return __shfl_up_sync(kAll, value, by);
+}
+__device__ __forceinline__ uint64_t shuffle_up(uint64_t value, int by) {
   return (uint64_t)__shfl_up_sync(kAll, (unsigned long long)value, by);
 }
 __device__ __forceinline__ uint32_t reduce_max(uint32_t value) { return __reduce_max_sync(kAll, value); }
@@ -53,12 +56,9 @@ __device__ __forceinline__ int count_bits(uint32_t value) { return __popc(value)
 __device__ __forceinline__ int lowest_bit(uint32_t value) { return __ffs((int)value) - 1; }
 
 __device__ __forceinline__ void atomic_add(uint32_t* at, uint32_t value) { atomicAdd(at, value); }
-__device__ __forceinline__ void atomic_add(uint64_t* at, uint64_t value) {
-  atomicAdd((unsigned long long*)at, (unsigned long long)value);
-}
-
-// What was there before one was added.
-__device__ __forceinline__ uint32_t count_up(uint32_t* at) { return atomicAdd(at, 1u); }
+// What was there before.
+__device__ __forceinline__ uint32_t fetch_add(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
+__device__ __forceinline__ uint32_t count_up(uint32_t* at) { return fetch_add(at, 1u); }
 __device__ __forceinline__ void atomic_min(uint64_t* at, uint64_t value) {
   atomicMin((unsigned long long*)at, (unsigned long long)value);
 }

@@ -24,7 +24,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "codebook_posterior": ("cpu", "cuda", "triton"),
     "flow_sample": ("cpu", "cuda", "triton"),
     "sample_codes": ("cpu", "cuda", "triton"),
-    "draw_codes": ("cpu", "triton"),
+    "draw_codes": ("cpu", "cuda", "triton"),
     "decode_attention": ("cpu", "triton"),
     "add_norm": ("triton",),
     "append_normed": ("triton",),

@@ -35,7 +35,7 @@ def draw_codes(
     Args:
         logits, uncond, cfg_scale, temperature, top_k, top_p: as in `filter_logits`, [..., V].
         uniform: float32 [...], in [0, 1).
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         int64 [...]. A kernel on a GPU, which is not waited for, gives a row that cannot be used the code -1.
@@ -97,11 +97,18 @@ def _draw_codes(
         native.triton("draw_codes").draw_codes(rows, uncond_rows, scale, *settings, numbers.view(-1), out.view(-1))
         check_filtered(common.marked_row(out), logits, uncond, cfg_scale, temperature)
         return out
-    assert native.cpu is not None
     arguments, _alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)
-    status = native.cpu.draw_codes(
-        *arguments, numbers.data_ptr(), out.data_ptr(), out.numel(), logits.shape[-1], common.threads()
-    )
+    addresses, sizes = (numbers.data_ptr(), out.data_ptr()), (out.numel(), logits.shape[-1])
+    if chosen == "cuda":
+        assert native.cuda is not None
+        place = common.launch_place(out)
+        size = native.cuda.draw_scratch_bytes(*sizes, 0, place[0])
+        scratch = out.new_empty(size, dtype=torch.uint8)
+        native.cuda.draw_codes(*arguments, *addresses, scratch.data_ptr() if size else 0, *sizes, 0, *place)
+        check_filtered(common.marked_row(out), logits, uncond, cfg_scale, temperature)
+        return out
+    assert native.cpu is not None
+    status = native.cpu.draw_codes(*arguments, *addresses, *sizes, common.threads())
     check_filtered(status, logits, uncond, cfg_scale, temperature)
     return out
 

@@ -34,7 +34,7 @@ def filter_logits(
         temperature: positive.
         top_k: 0 or at least V means off.
         top_p: in (0, 1]; 1 means off.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
         float32 [..., V] (float64 for float64 inputs), normalised, -inf where filtered.

@@ -2,6 +2,7 @@
 #include "emulator.h"
 
 #include "../../kernels/codebook_posterior.cu"
+#include "../../kernels/draw_codes.cu"
 #include "../../kernels/filter_logits.cu"
 #include "../../kernels/flow_sample.cu"
 #include "../../kernels/nearest_code.cu"
@@ -73,6 +74,16 @@ int filter_emulated(const FilterArguments* a, float* log_probs, void* scratch, i
 }
 int filter_scratch_emulated(int64_t rows, int64_t V, int cluster, int64_t* out) {
   return filter_scratch_bytes(rows, V, cluster, out);
+}
+
+int draw_emulated(const DrawArguments* a, int cluster) { return draw_codes_cuda(*a, cluster, nullptr); }
+int draw_scratch_emulated(int64_t rows, int64_t V, int cluster, int64_t* out) {
+  return draw_scratch_bytes(rows, V, cluster, out);
+}
+int draw_cluster_emulated(int64_t V) {  // blocks per row
+  simt::Device device;
+  simt::device(&device);
+  return draw_plan(device, 1, V, 0).cluster;
 }
 
 const char* emulator_error() { return emulator::state.error.c_str(); }

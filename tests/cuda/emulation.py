@@ -44,6 +44,15 @@ class FlowArguments(ctypes.Structure):
     ]
 
 
+class DrawArguments(ctypes.Structure):
+    """As in kernels/draw_codes.h."""
+
+    _fields_ = [
+        ("filter", FilterArguments),
+        *[(name, ctypes.c_void_p) for name in ("uniform", "codes", "scratch")],
+    ]
+
+
 def filter_arguments(
     logits: Tensor, uncond: Tensor | None = None, cfg_scale: Tensor | None = None, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0,
@@ -109,13 +118,11 @@ class Emulator:
         dim = codebook.shape[1]
         geometry = codebook_geometry(codebook)
         codes, evaluations = torch.full((rows,), -7), torch.full((rows,), -7, dtype=torch.int32)
-        size = ctypes.c_int64()
-        counts = [ctypes.c_int64(value) for value in (rows, num_codes, dim, top_k)]
-        self.check(self.library.flow_scratch_emulated(*counts, ctypes.c_double(top_p), cluster, ctypes.byref(size)))
-        scratch = torch.full((size.value,), 255, dtype=torch.uint8)
+        size = self.flow_scratch(rows, num_codes, dim, top_k, top_p, cluster)
+        scratch = torch.full((size,), 255, dtype=torch.uint8)
         arguments = FlowArguments(
             filter_arguments(logits, top_k=top_k, top_p=top_p, **filtering), address(noise), address(codebook),
-            address(geometry.packed), address(codes), address(evaluations), address(scratch) if size.value else None,
+            address(geometry.packed), address(codes), address(evaluations), address(scratch) if size else None,
             dim, geometry.sigma_min, steps, SOLVERS[solver], early_exit,
         )  # fmt: skip
         self.check(self.library.flow_sample_emulated(ctypes.byref(arguments), cluster))
@@ -124,14 +131,50 @@ class Emulator:
     def filter_logits(self, logits: Tensor, cluster: int = 0, **filtering: Any) -> Tensor:
         """float32 [rows, V]: log-probabilities."""
         out = torch.full(logits.shape, 7e7)
-        size = ctypes.c_int64()
-        counts = [ctypes.c_int64(value) for value in logits.shape]
-        self.check(self.library.filter_scratch_emulated(*counts, cluster, ctypes.byref(size)))
-        scratch = torch.full((size.value,), 255, dtype=torch.uint8)
-        pointers = [ctypes.c_void_p(address(tensor)) for tensor in (out, scratch if size.value else None)]
+        size = self.filter_scratch(*logits.shape, cluster)
+        scratch = torch.full((size,), 255, dtype=torch.uint8)
+        pointers = [ctypes.c_void_p(address(tensor)) for tensor in (out, scratch if size else None)]
         arguments = filter_arguments(logits, **filtering)
         self.check(self.library.filter_emulated(ctypes.byref(arguments), *pointers, cluster))
         return out
+
+    def draw_codes(self, logits: Tensor, uniform: Tensor, cluster: int = 0, **filtering: Any) -> Tensor:
+        """int64 [rows]."""
+        codes = torch.full((len(logits),), -7)
+        scratch = torch.full((self.draw_scratch(*logits.shape, cluster),), 255, dtype=torch.uint8)
+        arguments = DrawArguments(
+            filter_arguments(logits, **filtering), address(uniform), address(codes),
+            address(scratch) if len(scratch) else None,
+        )  # fmt: skip
+        self.check(self.library.draw_emulated(ctypes.byref(arguments), cluster))
+        return codes
+
+    def draw_scratch(self, rows: int, num_codes: int, cluster: int = 0) -> int:
+        """Bytes that draw_codes asks for."""
+        size = ctypes.c_int64()
+        counts = [ctypes.c_int64(value) for value in (rows, num_codes)]
+        self.check(self.library.draw_scratch_emulated(*counts, cluster, ctypes.byref(size)))
+        return size.value
+
+    def draw_cluster(self, num_codes: int) -> int:
+        """Blocks per row."""
+        return self.library.draw_cluster_emulated(ctypes.c_int64(num_codes))
+
+    def flow_scratch(
+        self, rows: int, num_codes: int, dim: int, top_k: int = 0, top_p: float = 1.0, cluster: int = 0
+    ) -> int:
+        """Bytes that sample_codes asks for."""
+        size = ctypes.c_int64()
+        counts = [ctypes.c_int64(value) for value in (rows, num_codes, dim, top_k)]
+        self.check(self.library.flow_scratch_emulated(*counts, ctypes.c_double(top_p), cluster, ctypes.byref(size)))
+        return size.value
+
+    def filter_scratch(self, rows: int, num_codes: int, cluster: int = 0) -> int:
+        """Bytes that filter_logits asks for."""
+        size = ctypes.c_int64()
+        counts = [ctypes.c_int64(value) for value in (rows, num_codes)]
+        self.check(self.library.filter_scratch_emulated(*counts, cluster, ctypes.byref(size)))
+        return size.value
 
     def flow_plan(self, num_codes: int, dim: int, top_k: int = 0, top_p: float = 1.0) -> tuple[int, int]:
         """Codes that a row may keep for a narrow block, -1 without these; wide blocks per row, 0 without these."""

@@ -200,6 +200,7 @@ T value_of_lane(T value, int from) {
 inline float shuffle(float value, int from) { return value_of_lane(value, from); }
 inline float shuffle_xor(float value, int mask) { return value_of_lane(value, lane() ^ mask); }
 inline uint32_t shuffle_xor(uint32_t value, int mask) { return value_of_lane(value, lane() ^ mask); }
+inline uint32_t shuffle_up(uint32_t value, int by) { return value_of_lane(value, lane() < by ? lane() : lane() - by); }
 inline uint64_t shuffle_up(uint64_t value, int by) { return value_of_lane(value, lane() < by ? lane() : lane() - by); }
 
 template <class Combine>
@@ -229,8 +230,12 @@ inline uint32_t ballot(bool predicate) {
 inline int count_bits(uint32_t value) { return __builtin_popcount(value); }
 inline int lowest_bit(uint32_t value) { return __builtin_ffs((int)value) - 1; }
 inline void atomic_add(uint32_t* at, uint32_t value) { *at += value; }
-inline void atomic_add(uint64_t* at, uint64_t value) { *at += value; }
-inline uint32_t count_up(uint32_t* at) { return (*at)++; }
+inline uint32_t fetch_add(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at += value;
+  return before;
+}
+inline uint32_t count_up(uint32_t* at) { return fetch_add(at, 1); }
 inline void atomic_min(uint64_t* at, uint64_t value) { *at = std::min(*at, value); }
 
 inline float fast_exp(float x) { return std::exp(x); }

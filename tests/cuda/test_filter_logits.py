@@ -77,11 +77,20 @@ def test_guidance_and_strides(emulator, dtype, cluster):
 
 @pytest.mark.parametrize("cluster", [0, 1, 4])
 def test_keys_in_global_memory(emulator, cluster):
-    """Also more rows than places: 1030 on 1024."""
-    emulator.configure(shared_limit=40 << 10)
-    rows = 1030 if cluster == 1 else 3
+    """Also more rows than places: 9 on the 6 of 3 multiprocessors."""
+    emulator.configure(shared_limit=40 << 10, multiprocessors=3 if cluster == 1 else 132)
+    rows = 9 if cluster == 1 else 3
     logits = torch.randn(rows, 9000, generator=torch.Generator().manual_seed(5))
-    assert_filtered(emulator, logits, cluster, top_k=0 if rows > 3 else 500, top_p=1.0 if rows > 3 else 0.9)
+    padded = -(-9000 // 32) * 32
+    assert cluster != 1 or emulator.filter_scratch(rows, 9000, cluster) == 6 * padded * 4
+    assert_filtered(emulator, logits, cluster, top_k=500, top_p=0.9)
+
+
+def test_scratch_is_for_the_rows_that_a_device_holds(emulator):
+    """Where a row's keys are in global memory: 2 MiB at V = 524288, and an H200 holds 33 clusters of 8."""
+    assert emulator.filter_scratch(4096, 524288) == 33 * 2 << 20
+    assert emulator.filter_scratch(3, 524288) == 3 * 2 << 20
+    assert emulator.filter_scratch(4096, 262144) == 0  # in shared memory
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

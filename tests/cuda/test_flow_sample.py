@@ -174,13 +174,25 @@ def test_lists_in_global_memory_give_the_same(emulator, cluster):
     assert torch.equal(again[1], expected[1])
 
 
-def test_more_rows_than_scratch_holds(emulator):
-    """1030 rows on the 1024 places of the scratch: the last six reuse the first blocks."""
-    logits = torch.full((1030, 6000), -math.inf)
-    logits[torch.arange(1030), torch.arange(1030) * 5] = 0.0
-    emulator.configure(shared_limit=64 << 10)
-    codes, _ = emulator.sample_codes(logits, torch.zeros(1030, 1), torch.randn(6000, 1), cluster=1)
-    assert torch.equal(codes, torch.arange(1030) * 5)
+@pytest.mark.parametrize(("cluster", "multiprocessors"), [(1, 4), (2, 9), (8, 3)])
+def test_more_rows_than_scratch_holds(emulator, cluster, multiprocessors):
+    """12 rows on 4 places, or on one: the last reuse the first blocks."""
+    logits = torch.full((12, 6000 * cluster), -math.inf)
+    logits[torch.arange(12), torch.arange(12) * 5] = 0.0
+    emulator.configure(shared_limit=64 << 10, multiprocessors=multiprocessors)
+    places = max(1, multiprocessors // cluster)
+    padded = -(-6000 // 32) * 32  # codes per block
+    assert emulator.flow_scratch(12, 6000 * cluster, 1, cluster=cluster) == places * cluster * padded * 2 * 4
+    codes, _ = emulator.sample_codes(logits, torch.zeros(12, 1), torch.randn(6000 * cluster, 1), cluster=cluster)
+    assert torch.equal(codes, torch.arange(12) * 5)
+
+
+def test_scratch_is_for_the_rows_that_a_device_holds(emulator):
+    """Where a row's lists are in global memory: 2 MiB of them at V = 262144, and an H200 holds 16 clusters of 8."""
+    assert emulator.flow_scratch(4096, 262144, 8) == 32 << 20
+    assert emulator.flow_scratch(4096, 262144, 8, 8000) == 32 << 20
+    assert emulator.flow_scratch(3, 262144, 8, 8000) == 3 * 2 << 20
+    assert emulator.flow_scratch(4096, 16384, 8) == 0  # in shared memory
 
 
 def test_choice_of_blocks(emulator):

@@ -5,10 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from emulation import FilterArguments, FlowArguments, NearestArguments, PosteriorArguments
+from emulation import DrawArguments, FilterArguments, FlowArguments, NearestArguments, PosteriorArguments
 from truth import problem
 
-from ddfast.ops import codebook_posterior, dispatch, filter_logits, flow_sample, native, nearest_code, sample_codes
+from ddfast.ops import (
+    codebook_posterior,
+    dispatch,
+    draw_codes,
+    filter_logits,
+    flow_sample,
+    native,
+    nearest_code,
+    sample_codes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +44,21 @@ def module(emulator, monkeypatch):
             logits, uncond, cfg_scale, stride, uncond_stride, rows, num_codes, top_k, top_p, temperature, dtype
         )
         check(library.filter_emulated(ctypes.byref(arguments), *map(ctypes.c_void_p, (log_probs, scratch)), cluster))
+
+    def draw_scratch_bytes(rows, num_codes, cluster, device):
+        size = ctypes.c_int64()
+        check(library.draw_scratch_emulated(*map(ctypes.c_int64, (rows, num_codes)), cluster, ctypes.byref(size)))
+        return size.value
+
+    def draw(
+        logits, dtype, stride, uncond, uncond_stride, cfg_scale, temperature, top_k, top_p, uniform, codes, scratch,
+        rows, num_codes, cluster, *_,
+    ):  # fmt: skip
+        rows_of_logits = FilterArguments(
+            logits, uncond, cfg_scale, stride, uncond_stride, rows, num_codes, top_k, top_p, temperature, dtype
+        )
+        arguments = DrawArguments(rows_of_logits, uniform, codes, scratch)
+        check(library.draw_emulated(ctypes.byref(arguments), cluster))
 
     def sample(
         logits, dtype, stride, uncond, uncond_stride, cfg_scale, temperature, top_k, top_p, noise, codebook, geometry,
@@ -70,6 +94,7 @@ def module(emulator, monkeypatch):
 
     stand_in = SimpleNamespace(
         max_dim=64, filter_scratch_bytes=filter_scratch_bytes, filter_logits=filtering,
+        draw_scratch_bytes=draw_scratch_bytes, draw_codes=draw,
         flow_scratch_bytes=flow_scratch_bytes, sample_codes=sample, flow_sample=flow, nearest_code=nearest,
         codebook_posterior_forward=forward, codebook_posterior_backward=backward,
     )  # fmt: skip
@@ -105,6 +130,15 @@ def test_filter(dtype):
     torch.testing.assert_close(ours, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draw(dtype):
+    logits, uncond = (torch.randn(2, 3, 90).to(dtype) for _ in range(2))
+    settings = {"uncond": uncond, "cfg_scale": 1.7, "temperature": 0.9, "top_k": 30, "top_p": 0.9}
+    for uniform in (torch.rand(2, 3, dtype=torch.float64), torch.zeros(3, 2).T):
+        codes, exact = (draw_codes(logits, uniform, **settings, backend=name) for name in ("cuda", "reference"))
+        assert torch.equal(codes, exact)
+
+
 def test_flow():
     log_probs, noise, codebook = (tensor.float() for tensor in problem(6, 90, 8, support=0.5))
     shaped = log_probs.view(2, 3, 90), noise.view(2, 3, 8)
@@ -121,5 +155,7 @@ def test_errors():
     with pytest.raises(ValueError, match="log_probs: row 2 has NaN"):
         flow_sample(torch.zeros(3, 5).index_fill(0, torch.tensor(2), torch.nan), torch.randn(3, 4), torch.randn(5, 4),
                     backend="cuda")  # fmt: skip
+    with pytest.raises(ValueError, match="logits: row 1 has NaN"):
+        draw_codes(torch.zeros(3, 5).index_fill(0, torch.tensor(1), -torch.inf), torch.zeros(3), backend="cuda")
     with pytest.raises(ValueError, match="codebook: got codes of dimension 65, expected at most 64"):
         nearest_code(torch.randn(2, 65), torch.randn(3, 65), backend="cuda")

@@ -137,14 +137,14 @@ def test_sample_codes(backend, dtype):
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("num_codes", SIZES)
-def test_draw_codes(num_codes, filters):
+def test_draw_codes(backend, num_codes, filters):
     rows = ROWS // 4 + 1
     logits, uncond = moved(3 * torch.randn(rows, num_codes), torch.randn(rows, num_codes))
     uniform = torch.rand(rows, device=DEVICE)
     settings = {"uncond": uncond, "cfg_scale": 2.0, "temperature": 0.9, **filters}
-    codes = ops.draw_codes(logits, uniform, **settings, backend="triton").cpu()
+    codes = ops.draw_codes(logits, uniform, **settings, backend=backend).cpu()
     # Of the distribution that the same kernel filters by: a sum that lies within rounding of top_p may fall either way.
-    mass = ops.filter_logits(logits, **settings, backend="triton").cpu().double().exp().cumsum(-1)
+    mass = ops.filter_logits(logits, **settings, backend=backend).cpu().double().exp().cumsum(-1)
     goal = uniform.cpu().double() * mass[:, -1]
     before = mass.gather(1, (codes[:, None] - 1).clamp(min=0))[:, 0].masked_fill(codes == 0, 0)
     passed = mass.gather(1, codes[:, None])[:, 0]
@@ -271,7 +271,7 @@ def test_bad_rows_are_marked_without_waiting(backend):
     codes, _ = ops.flow_sample(log_probs, noise, codebook, backend=backend)
     assert (codes == -1).nonzero()[:, 0].tolist() == [1, 2, 3, 5]
     assert ops.filter_logits(log_probs, backend=backend).isnan().all(-1).nonzero()[:, 0].tolist() == [1, 2, 3]
-    codes = ops.draw_codes(log_probs, torch.zeros(8, device=DEVICE), backend="triton")
+    codes = ops.draw_codes(log_probs, torch.zeros(8, device=DEVICE), backend=backend)
     assert (codes == -1).nonzero()[:, 0].tolist() == [1, 2, 3]
 
 
@@ -291,11 +291,13 @@ def test_same_bits_every_time(backend):
 @needs_a_gpu
 def test_in_a_cuda_graph(backend):
     logits, noise, codebook = moved(torch.randn(64, 4096), torch.randn(64, 8), torch.randn(4096, 8))
+    uniform = torch.rand(64, device=DEVICE)
 
     def step() -> torch.Tensor:
         log_probs = ops.filter_logits(logits, top_k=900, backend=backend)
         apart, _ = ops.flow_sample(log_probs, noise, codebook, backend=backend)
-        return torch.stack([ops.sample_codes(logits, noise, codebook, top_k=900, backend=backend)[0], apart])
+        drawn = ops.draw_codes(logits, uniform, top_k=900, backend=backend)
+        return torch.stack([ops.sample_codes(logits, noise, codebook, top_k=900, backend=backend)[0], apart, drawn])
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # compiles and tunes

@@ -30,6 +30,11 @@ def to_dtype(array: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray]:
     return array, array
 
 
+def from_dtype(bits: np.ndarray, dtype: int) -> np.ndarray:
+    """The float32 values of bits as the kernels write them."""
+    return (bits.astype(np.uint32) << 16).view(np.float32) if dtype == BFLOAT16 else bits.astype(np.float32)
+
+
 def noise(seed: int, index: np.ndarray, per_sample: int, threads: int = 1) -> np.ndarray:
     out = np.full((len(index), per_sample), np.nan, np.float32)
     native.noise(seed, address(index), len(index), per_sample, address(out), threads)
@@ -61,6 +66,52 @@ def filter_logits(
         temperature, top_k, top_p, address(out), rows, num_codes, threads,
     )  # fmt: skip
     return out, status
+
+
+def draw_codes(
+    logits: np.ndarray,
+    uniform: np.ndarray,
+    *,
+    dtype: int = FLOAT32,
+    uncond: np.ndarray | None = None,
+    cfg_scale: np.ndarray | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    threads: int = 1,
+) -> tuple[np.ndarray, int]:
+    rows, num_codes = logits.shape
+    codes = np.full(rows, -1, np.int64)
+    status = native.draw_codes(
+        address(logits), dtype, logits.strides[0] // logits.itemsize,
+        address(uncond), 0 if uncond is None else uncond.strides[0] // uncond.itemsize, address(cfg_scale),
+        temperature, top_k, top_p, address(uniform), address(codes), rows, num_codes, threads,
+    )  # fmt: skip
+    return codes, status
+
+
+def decode_attention(
+    qkv: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, *, dtype: int = FLOAT32,
+    rope: np.ndarray | None = None, first: np.ndarray | None = None, scale: float = 1.0, threads: int = 1,
+) -> np.ndarray:  # fmt: skip
+    """The result's bits; `keys` and `values` are written."""
+    rows, kv_heads, length, dim = keys.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    out, here = np.zeros((rows, heads * dim), qkv.dtype), np.array([position])
+    native.decode_attention(
+        address(qkv), dtype, qkv.strides[0] // qkv.itemsize, address(keys), address(values), address(here),
+        address(rope), address(first), address(out), rows, heads, kv_heads, length, dim, scale, threads,
+    )  # fmt: skip
+    return out
+
+
+def activate(
+    x: np.ndarray, times: np.ndarray | None = None, *, dtype: int = FLOAT32, gelu: bool = True, threads: int = 1
+) -> np.ndarray:
+    """The result's bits."""
+    out = np.zeros_like(x)
+    native.activate(address(x), address(times), address(out), dtype, x.size, gelu, threads)
+    return out
 
 
 def posterior_forward(
@@ -148,9 +199,13 @@ def kernels() -> Any:
         noise=noise,
         nearest_code=nearest_code,
         filter_logits=filter_logits,
+        draw_codes=draw_codes,
+        decode_attention=decode_attention,
+        activate=activate,
         posterior_forward=posterior_forward,
         posterior_backward=posterior_backward,
         to_dtype=to_dtype,
+        from_dtype=from_dtype,
         geometry=geometry,
         flow_sample=flow_sample,
         sample_codes=sample_codes,

@@ -37,7 +37,7 @@ def test_unknown_instruction_set() -> None:
 
 
 def test_module_states_its_convention() -> None:
-    assert native.abi == 3
+    assert native.abi == 4
     assert native.version[0].isdigit()
 
 

@@ -243,9 +243,6 @@ ELSEWHERE: dict[tuple[str, str], tuple[str, str] | None] = {
     ("noise", "tests/cuda/emulated.cpp"): None,
     ("noise", "tests/cuda/test_OP.py"): None,
     ("noise", "benchmarks/test_gpu_kernels.py"): None,
-    ("activate", "tests/native/test_OP.py"): None,
-    ("decode_attention", "tests/native/test_OP.py"): None,
-    ("draw_codes", "tests/native/test_OP.py"): None,
 }
 """(op, file that the page names) -> the file and the text that stand for it, or None where there is none yet."""
 
