@@ -39,7 +39,7 @@ GPU_ORDER = {
     "codebook_posterior": "cuda first: fewer instructions a score",
     "flow_sample": "cuda first: the codes that are kept stay in registers, against all of them streamed every step",
     "sample_codes": "cuda first: one launch, and the codes that are kept stay in registers",
-    "draw_codes": "one launch, against a dozen",
+    "draw_codes": "cuda first: 11 bits of a threshold per pass over a row in shared memory, against one",
     "decode_attention": "one launch, and only what the cache holds is read",
     "add_norm": "one pass, against two to four",
     "append_normed": "one pass, against six",
