@@ -24,21 +24,22 @@
 namespace ddfast {
 namespace {
 
-constexpr float kNegligible = 25.f;     // V weights of e^-25 are below float32's rounding
-constexpr float kExactBeyond = 64.f;    // 2^-22 of it is 1.5e-5
+constexpr float kLog2E = 1.44269504f, kLn2 = .693147181f, kLargest = 3e38f;
+constexpr float kNegligible = 25.f * kLog2E;  // V weights of e^-25 are below float32's rounding
+constexpr float kExactBeyond = 512.f;
 
 struct PosteriorLaunch {
   PosteriorArguments a;
-  bool vector_loads;  // log_probs' rows are 16-byte aligned
+  bool vector_loads, vector_codes;  // rows of log_probs, of the codebook, are 16-byte aligned; vector_codes: d = D, too
 };
 
-template <int D>
+template <int D, bool kBackward>
 struct PosteriorMemory {
   CodeTile<D> codes;
-  RowTile<D> x, grad;
-  float t[kRows], length[kRows], shift[kRows];  // shift: x0_hat.g
+  RowTile<D> rows[kBackward ? 2 : 1];  // x times (1-t)/t^2 log2(e), the gradient
+  float t[kRows], square[kRows], shift[kRows];  // square: |x|^2; shift: x0_hat.g
   // What the warps of the second strips leave for those of the first.
-  float most[kRows], total[kRows], bad[kRows], sum[kRows][D + 1];
+  float most[kRows], total[kRows], sum[kRows][D + 1];
 };
 
 struct alignas(16) Chunk {
@@ -75,104 +76,175 @@ __device__ __forceinline__ int64_t row_of(const PosteriorArguments& a, int64_t i
   return i % draws * a.period + i / draws;
 }
 
+// What scores need of a row, in powers of two.
+struct RowScore {
+  float along, norm_scale, base;  // (1-t)/t^2 |x|, ((1-t)/t)^2, |x|^2 / (2 t^2)
+  float limit;                    // the largest |c|^2 that a score without differences is right for
+};
+
+__device__ __forceinline__ RowScore row_score(float t, float square) {
+  const float inverse = 1.f / t, ratio = (1.f - t) * inverse;
+  RowScore row = {ratio * inverse * sqrtf(square) * kLog2E, ratio * ratio * kLog2E,
+                  .5f * square * inverse * inverse * kLog2E, -1.f};
+  // E_j <= kExactBeyond, a quadratic in |c_j|.
+  const float room = kExactBeyond * kLog2E - row.base / 16.f;
+  if (room > 0.f) {
+    const float norm = 2.f * room / (row.along + sqrtf(fmaf(2.f * row.norm_scale, room, row.along * row.along)));
+    row.limit = norm * norm;
+  }
+  return row;
+}
+
+// Of each of a lane's two rows; NaN is passed over.
+__device__ __forceinline__ void lane_max(const float (&score)[4][4], float (&largest)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    largest[r] = kNegInf;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest[r] = fmaxf(largest[r], score[i / 2][i % 2 + 2 * r]);
+  }
+}
+
+// What a lane has of a strip's scores: of codes code .. code + 7, of rows `row` and `row` + 8 of the block.
+// In place of scores that the products do not give exactly enough: those that may matter, from differences; else -inf.
+// False if no row of the warp has anything in the strip.
 template <int D, bool kBackward>
-__global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : 3)
+__device__ __forceinline__ bool refine(const PosteriorLaunch& launch, const PosteriorMemory<D, kBackward>& m, int64_t begin,
+                                       int row, int64_t code, const float (&most)[2], float (&score)[4][4],
+                                       float (&largest)[2]) {
+  const PosteriorArguments& a = launch.a;
+  const float square = largest_square(m.codes);
+  uint32_t mattering = 0;
+  bool inexact[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const RowScore of_row = row_score(m.t[row + 8 * r], m.square[row + 8 * r]);
+    inexact[r] = square > of_row.limit;
+    const float error =
+        kDotError<D> * fmaf(of_row.along, sqrtf(square), fmaf(of_row.norm_scale / 2.f, square, of_row.base));
+    float least = most[r];
+    if (!kBackward) {
+      const float highest = row_max(largest[r]);  // +inf must stand out from it
+      const float low = (highest < kLargest ? highest : kLargest) - error;
+      least = low > least ? low : least;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& s = score[i / 2][i % 2 + 2 * r];
+      // Written so that NaN matters.
+      if (inexact[r] && !(s <= least - error - kNegligible)) mattering |= 1u << (8 * r + i);
+      if (inexact[r]) s = kNegInf;
+    }
+  }
+  if (!simt::ballot(mattering || !inexact[0] || !inexact[1])) return false;
+  while (simt::ballot(mattering != 0)) {
+    int slot = -1;
+    float s = 0.f;
+    if (mattering) {
+      slot = simt::lowest_bit(mattering);
+      const int64_t i = begin + row + slot / 8 * 8, at = row_of(a, i < a.rows ? i : a.rows - 1);
+      const int64_t j = code + slot % 8 < a.V ? code + slot % 8 : a.V - 1;
+      const float *x = a.x + at * a.d, *c = a.codebook + j * a.d, t = a.t[at];
+      float distance = 0.f;
+#pragma unroll 4
+      for (int k = 0; k < (int)a.d; ++k) {
+        const float difference = fmaf(t - 1.f, c[k], x[k]);
+        distance = fmaf(difference, difference, distance);
+      }
+      s = (load_logit(a.log_probs, a.dtype, at % a.period * a.stride + j) - .5f / (t * t) * distance) * kLog2E;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      if (i == slot) score[i % 8 / 2][i % 2 + 2 * (i / 8)] = s;
+    mattering &= mattering - 1;
+  }
+  lane_max(score, largest);
+  return true;
+}
+
+template <int D, bool kBackward>
+__global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : D == 32 && kBackward ? 3 : 4)
     posterior_kernel(const __grid_constant__ PosteriorLaunch launch) {  // hot
   const PosteriorArguments& a = launch.a;
-  PosteriorMemory<D>& m = *(PosteriorMemory<D>*)simt::shared_memory();
+  PosteriorMemory<D, kBackward>& m = *(PosteriorMemory<D, kBackward>*)simt::shared_memory();
   const int d = (int)a.d;
   const int64_t begin = simt::block() * (int64_t)kRows;
   const int row_warp = simt::warp() / kCodeWarps, code_warp = simt::warp() % kCodeWarps;
-  const int g = simt::lane() / 4, q = simt::lane() % 4, first_row = 16 * row_warp, strip = kStrip * code_warp;
+  const int g = simt::lane() / 4, q = simt::lane() % 4, first_row = 16 * row_warp + g, strip = kStrip * code_warp;
   const auto clamped = [&](int i) { return row_of(a, begin + i < a.rows ? begin + i : a.rows - 1); };
 
   for (int i = simt::thread(); i < kRows * D; i += kTileThreads) {
-    const int64_t at = clamped(i / D) * d + i % D;
-    m.x.value[i / D][i % D] = i % D < d ? a.x[at] : 0.f;
-    if (kBackward) m.grad.value[i / D][i % D] = i % D < d ? a.grad[at] : 0.f;
+    const int row = i / D, k = i % D;
+    const int64_t at = clamped(row);
+    const float t = a.t[at];
+    put(m.rows[0], row, k, k < d ? a.x[at * d + k] * ((1.f - t) / t / t * kLog2E) : 0.f);
+    if (kBackward) put(m.rows[kBackward], row, k, k < d ? a.grad[at * d + k] : 0.f);
   }
-  simt::block_barrier();
   if (simt::thread() < kRows) {
-    const int i = simt::thread();
-    const int64_t row = clamped(i);
-    float square = 0.f, shift = 0.f;
+    const int row = simt::thread();
+    const int64_t at = clamped(row);
+    double square = 0.;
+    float shift = 0.f;
     for (int k = 0; k < d; ++k) {
-      square = fmaf(m.x.value[i][k], m.x.value[i][k], square);
-      if (kBackward) shift = fmaf(m.grad.value[i][k], a.x0[row * d + k], shift);
+      square += (double)a.x[at * d + k] * a.x[at * d + k];
+      if (kBackward) shift = fmaf(a.grad[at * d + k], a.x0[at * d + k], shift);
     }
-    m.t[i] = a.t[row];
-    m.length[i] = sqrtf(square);
-    m.shift[i] = shift;
+    m.t[row] = a.t[at];
+    m.square[row] = (float)square;
+    m.shift[row] = shift;
   }
   simt::block_barrier();
 
+  // Weights are 2^(score - peak); forward, peak is the largest score so far, 0 as long as that is -inf.
+  float norm_scale[2], base[2], most[2], peak[2], total[2] = {0.f, 0.f}, sum[D / 8][4] = {}, limit = INFINITY;
   int64_t source[2];
-  float keep[2], along[2], norm_scale[2], base[2], length[2], most[2], total[2] = {0.f, 0.f}, sum[D / 8][4] = {};
-  bool bad[2] = {false, false};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = first_row + g + 8 * r;
-    const float t = m.t[row], inverse = 1.f / t;
-    source[r] = clamped(row) % a.period;
-    keep[r] = 1.f - t;
-    along[r] = keep[r] * inverse * inverse;       // of x.c
-    norm_scale[r] = keep[r] * keep[r] * inverse * inverse;  // of |c|^2 / 2
-    length[r] = m.length[row];
-    base[r] = .5f * length[r] * length[r] * inverse * inverse;
-    most[r] = kBackward ? a.log_norm[clamped(row)] : kNegInf;
+    const RowScore row = row_score(m.t[first_row + 8 * r], m.square[first_row + 8 * r]);
+    norm_scale[r] = row.norm_scale;
+    base[r] = row.base;
+    limit = row.limit < limit ? row.limit : limit;
+    most[r] = kBackward ? a.log_norm[clamped(first_row + 8 * r)] * kLog2E : kNegInf;
+    peak[r] = kBackward ? most[r] : 0.f;
+    source[r] = clamped(first_row + 8 * r) % a.period;
   }
+  limit = warp_min(limit);
 
   for (int64_t first = 0; first < a.V; first += kTileCodes) {
+    Four codes[D / 8];
+    fetch_codes<D>(codes, a.codebook, a.V, d, launch.vector_codes, first);
     float log_p[2][8];
 #pragma unroll
     for (int r = 0; r < 2; ++r) load_log_probs(launch, source[r], first + strip + 8 * q, log_p[r]);
     simt::block_barrier();  // the last tile is done with
-    load_codes<D>(m.codes, a.codebook, a.V, d, first);
+    store_codes<D>(m.codes, codes);
     simt::block_barrier();
     float score[4][4];
-    strip_dots<D>(m.x, m.codes, first_row, strip, score);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first_row + g + 8 * r;
-      // Lower bounds of the row's largest score, from approximate scores less their error.
-      float least = most[r];
+    for (int n = 0; n < 4; ++n) {
+      const Two half_norm = *(const Two*)&m.codes.half_norm[strip + 8 * n + 2 * q];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int slot = strip + i / 2 * 8 + 2 * q + i % 2;
-        float& s = score[i / 2][i % 2 + 2 * r];
-        const float size = fmaf(along[r] * length[r], m.codes.norm[slot], norm_scale[r] * m.codes.half_norm[slot]);
-        bad[r] |= !(log_p[r][i] < INFINITY);
-        s = fmaf(along[r], s, log_p[r][i]) - norm_scale[r] * m.codes.half_norm[slot] - base[r];
-        const float low = s - kDotError<D> * (size + base[r]);
-        least = low > least ? low : least;
-      }
-      if (!kBackward) least = row_max(least);
-      float largest = kNegInf;
+      for (int i = 0; i < 4; ++i) score[n][i] = fmaf(-norm_scale[i / 2], half_norm.value[i % 2], -base[i / 2]);
+    }
+    strip_dots<D>(m.rows[0], m.codes, row_warp, strip, score);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int slot = strip + i / 2 * 8 + 2 * q + i % 2;
-        float& s = score[i / 2][i % 2 + 2 * r];
-        const float size = fmaf(along[r] * length[r], m.codes.norm[slot], norm_scale[r] * m.codes.half_norm[slot]);
-        if (size + base[r] / 16.f > kExactBeyond) {
-          const bool matters = s + kDotError<D> * (size + base[r]) > least - kNegligible;
-          s = kNegInf;
-          if (matters) {
-            float distance = 0.f;
-            for (int k = 0; k < d; ++k) {
-              const float c = m.codes.hi[slot][k] + m.codes.lo[slot][k];
-              const float difference = fmaf(-keep[r], c, m.x.value[row][k]);
-              distance = fmaf(difference, difference, distance);
-            }
-            s = fmaf(-.5f / (m.t[row] * m.t[row]), distance, log_p[r][i]);
-          }
-        }
-        largest = s > largest ? s : largest;
-      }
-      if (!kBackward) {
-        largest = row_max(largest);
-        largest = most[r] > largest ? most[r] : largest;
-        const float fade = largest == kNegInf ? 1.f : simt::fast_exp(most[r] - largest);
-        most[r] = largest;
+    for (int i = 0; i < 16; ++i) {
+      float& s = score[i % 8 / 2][i % 2 + 2 * (i / 8)];
+      s = fmaf(log_p[i / 8][i % 8], kLog2E, s);
+    }
+    float largest[2];
+    lane_max(score, largest);
+    if (largest_square(m.codes) > limit) {
+      const int64_t code = first + strip + 8 * q;
+      if (!refine<D, kBackward>(launch, m, begin, first_row, code, most, score, largest)) continue;
+    }
+    if (!kBackward && simt::ballot(largest[0] > most[0] || largest[1] > most[1])) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float before = most[r], now = row_max(largest[r]);
+        most[r] = now > before ? now : before;
+        peak[r] = most[r] == kNegInf ? 0.f : most[r];
+        const float fade = simt::fast_exp2(before - peak[r]);
         total[r] *= fade;
 #pragma unroll
         for (int k = 0; k < D / 8; ++k) {
@@ -181,20 +253,15 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : 3)
         }
       }
     }
-    float dot[kBackward ? 4 : 1][4];
-    if constexpr (kBackward) strip_dots<D>(m.grad, m.codes, first_row, strip, dot);
+    float dot[kBackward ? 4 : 1][4] = {};
+    if constexpr (kBackward) strip_dots<D>(m.rows[1], m.codes, row_warp, strip, dot);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float shift = most[r] == kNegInf ? 0.f : most[r];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& s = score[i / 2][i % 2 + 2 * r];
-        const float relative = s - shift;
-        // Written so that NaN stays.
-        s = relative < -kNegligible ? 0.f : simt::fast_exp(relative);
-        if constexpr (kBackward) s *= dot[i / 2][i % 2 + 2 * r] - m.shift[first_row + g + 8 * r];
-        total[r] += s;
-      }
+    for (int i = 0; i < 16; ++i) {
+      const int r = i / 8;
+      float& s = score[i % 8 / 2][i % 2 + 2 * r];
+      s = simt::fast_exp2(s - peak[r]);
+      if constexpr (kBackward) s *= dot[i % 8 / 2][i % 2 + 2 * r] - m.shift[first_row + 8 * r];
+      total[r] += s;
     }
     add_weighted<D>(m.codes, strip, score, sum);
   }
@@ -202,43 +269,40 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : 3)
   // Both halves of the codes, then the four lanes of a row.
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = first_row + g + 8 * r;
+    const int row = first_row + 8 * r;
     total[r] = row_sum(total[r]);
-    const float any_bad = row_max(bad[r] ? 1.f : 0.f);
-    if (code_warp == 1) {
-      if (q == 0) {
-        m.most[row] = most[r];
-        m.total[row] = total[r];
-        m.bad[row] = any_bad;
-      }
-#pragma unroll
-      for (int k = 0; k < D; ++k)
-        if (k % 8 / 2 == q) m.sum[row][k] = sum[k / 8][2 * r + k % 2];
-    } else {
-      bad[r] = any_bad > 0.f;
+    if (code_warp == 0) continue;
+    if (q == 0) {
+      m.most[row] = most[r];
+      m.total[row] = total[r];
     }
+#pragma unroll
+    for (int k = 0; k < D; ++k)
+      if (k % 8 / 2 == q) m.sum[row][k] = sum[k / 8][2 * r + k % 2];
   }
   static_assert(kCodeWarps == 2, "the merge below is of two");
   simt::block_barrier();
   if (code_warp == 1) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = first_row + g + 8 * r;
+    const int row = first_row + 8 * r;
     if (begin + row >= a.rows) continue;
     const int64_t out = clamped(row);
-    const float peak = most[r] > m.most[row] ? most[r] : m.most[row];
-    const float own = kBackward || peak == kNegInf ? 1.f : simt::fast_exp(most[r] - peak);
-    const float others = kBackward || peak == kNegInf ? 1.f : simt::fast_exp(m.most[row] - peak);
+    const float highest = most[r] > m.most[row] ? most[r] : m.most[row];
+    const float own = kBackward || highest == kNegInf ? 1.f : simt::fast_exp2(most[r] - highest);
+    const float others = kBackward || highest == kNegInf ? 1.f : simt::fast_exp2(m.most[row] - highest);
+    // NaN if a log-probability is NaN or +inf; 0 if all are -inf.
     const float all = own * total[r] + others * m.total[row];
-    const bool usable = !bad[r] && m.bad[row] == 0.f && (kBackward || all > 0.f);
-    if (!kBackward && q == 0) a.log_norm[out] = usable ? peak + logf(all) : NAN;
+    const bool usable = kBackward || all > 0.f;
+    if (!kBackward && q == 0) a.log_norm[out] = usable ? fmaf(highest, kLn2, logf(all)) : NAN;
+    const float t = m.t[row], along = (1.f - t) / t / t;
 #pragma unroll
     for (int k = 0; k < D; ++k) {
       if (k % 8 / 2 != q || k >= d) continue;
       const float value = own * sum[k / 8][2 * r + k % 2] + others * m.sum[row][k];
       if (kBackward) {
         // The weights' rounding shifts every (c_j - x0_hat).g alike; subtracting all x0_hat removes that shift.
-        a.dx[out * d + k] = usable ? along[r] * (value - all * a.x0[out * d + k]) : NAN;
+        a.dx[out * d + k] = along * (value - all * a.x0[out * d + k]);
       } else {
         a.x0[out * d + k] = usable ? value / all : NAN;
       }
@@ -254,15 +318,16 @@ cudaError_t launch_posterior(const PosteriorArguments& a, cudaStream_t stream) {
       blocks >= (int64_t)1 << 31)
     return cudaErrorInvalidValue;
   const int64_t per_chunk = a.dtype == 0 ? 4 : 8;
-  const PosteriorLaunch launch{a, (uintptr_t)a.log_probs % 16 == 0 && (a.period == 1 || a.stride % per_chunk == 0)};
+  const PosteriorLaunch launch{a, (uintptr_t)a.log_probs % 16 == 0 && (a.period == 1 || a.stride % per_chunk == 0),
+                               (uintptr_t)a.codebook % 16 == 0 && a.d == dim_class(a.d)};
   const auto run = [&](auto kernel, size_t shared) {
     return simt::launch(kernel, blocks, kTileThreads, shared, 1, stream, launch);
   };
   switch (dim_class(a.d)) {
-    case 8: return run(posterior_kernel<8, kBackward>, sizeof(PosteriorMemory<8>));
-    case 16: return run(posterior_kernel<16, kBackward>, sizeof(PosteriorMemory<16>));
-    case 32: return run(posterior_kernel<32, kBackward>, sizeof(PosteriorMemory<32>));
-    default: return run(posterior_kernel<64, kBackward>, sizeof(PosteriorMemory<64>));
+    case 8: return run(posterior_kernel<8, kBackward>, sizeof(PosteriorMemory<8, kBackward>));
+    case 16: return run(posterior_kernel<16, kBackward>, sizeof(PosteriorMemory<16, kBackward>));
+    case 32: return run(posterior_kernel<32, kBackward>, sizeof(PosteriorMemory<32, kBackward>));
+    default: return run(posterior_kernel<64, kBackward>, sizeof(PosteriorMemory<64, kBackward>));
   }
 }
 
