@@ -71,24 +71,24 @@ __device__ __forceinline__ void put(RowTile<D>& rows, int row, int k, float valu
   rows.part[row / 16][k / 8][1][lane].value[i] = value - hi;
 }
 
-// This thread's part of codes first .. first + kTileCodes - 1, two threads per code; beyond V, the last one again.
-// `vectors`: d = D, and the codes are 16-byte aligned.
+// Coordinates k .. k + 3 of a vector, zeros beyond d. `whole`: it is 16-byte aligned and has all four.
+__device__ __forceinline__ Four load_four(const float* vector, int k, int d, bool whole) {
+  if (whole) return *(const Four*)(vector + k);
+  Four out;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) out.value[e] = k + e < d ? vector[k + e] : 0.f;
+  return out;
+}
+
+// This thread's part of codes first .. first + kTileCodes - 1, two threads per code; beyond V, of the last one.
 template <int D>
-__device__ __forceinline__ void fetch_codes(Four (&c)[D / 8], const float* codebook, int64_t V, int d, bool vectors,
-                                            int64_t first) {
+__device__ __forceinline__ void fetch_codes(Four (&c)[D / 8], const float* codebook, int V, int d, bool whole,
+                                            int first) {
   static_assert(kTileThreads == 2 * kTileCodes, "two threads per code");
-  const int64_t code = first + simt::thread() / 2 < V ? first + simt::thread() / 2 : V - 1;
-  const float* from = codebook + code * d;
+  const int code = first + simt::thread() / 2 < V ? first + simt::thread() / 2 : V - 1;
 #pragma unroll
-  for (int i = 0; i < D / 8; ++i) {
-    const int k = 8 * i + simt::thread() % 2 * 4;
-    if (vectors) {
-      c[i] = *(const Four*)(from + k);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) c[i].value[e] = k + e < d ? from[k + e] : 0.f;
-    }
-  }
+  for (int i = 0; i < D / 8; ++i)
+    c[i] = load_four(codebook + (int64_t)code * d, 8 * i + simt::thread() % 2 * 4, d, whole);
 }
 
 // No barrier here.

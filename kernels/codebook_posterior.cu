@@ -24,13 +24,15 @@
 namespace ddfast {
 namespace {
 
-constexpr float kLog2E = 1.44269504f, kLn2 = .693147181f, kLargest = 3e38f;
+constexpr float kLog2E = 1.44269504f, kLn2 = .693147181f, kFinite = 3e38f;
+constexpr float kSlack = 8.f;                 // weights may be as large as 2^8 before the sums are scaled down
 constexpr float kNegligible = 25.f * kLog2E;  // V weights of e^-25 are below float32's rounding
 constexpr float kExactBeyond = 512.f;
 
 struct PosteriorLaunch {
   PosteriorArguments a;
-  bool vector_loads, vector_codes;  // rows of log_probs, of the codebook, are 16-byte aligned; vector_codes: d = D, too
+  bool vector_loads;  // log_probs' rows are 16-byte aligned
+  bool whole;         // x and the codebook are, too, and d = D
 };
 
 template <int D, bool kBackward>
@@ -39,35 +41,34 @@ struct PosteriorMemory {
   RowTile<D> rows[kBackward ? 2 : 1];  // x times (1-t)/t^2 log2(e), the gradient
   float t[kRows], square[kRows], shift[kRows];  // square: |x|^2; shift: x0_hat.g
   // What the warps of the second strips leave for those of the first.
-  float most[kRows], total[kRows], sum[kRows][D + 1];
+  float peak[kRows], total[kRows], sum[kRows][D + 1];
 };
 
 struct alignas(16) Chunk {
   uint32_t word[4];
 };
 
-// out = log p of codes first .. first + 7 of a row; -inf beyond V.
-__device__ __forceinline__ void load_log_probs(const PosteriorLaunch& launch, int64_t row, int64_t first,
+// out = log p of codes first .. first + 7 of the row that starts at `row`; -inf beyond V.
+__device__ __forceinline__ void load_log_probs(const PosteriorLaunch& launch, const unsigned char* row, int first,
                                                float (&out)[8]) {
-  const PosteriorArguments& a = launch.a;
-  const int64_t at = row * a.stride + first;
-  if (launch.vector_loads && first + 8 <= a.V) {
-    if (a.dtype == 0) {
+  const int32_t dtype = launch.a.dtype;
+  if (launch.vector_loads && first + 8 <= (int)launch.a.V) {
+    if (dtype == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Chunk chunk = *(const Chunk*)((const float*)a.log_probs + at + 4 * half);
+        const Four four = *(const Four*)((const float*)row + first + 4 * half);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[4 * half + i] = simt::bits_float(chunk.word[i]);
+        for (int i = 0; i < 4; ++i) out[4 * half + i] = four.value[i];
       }
     } else {
-      const Chunk chunk = *(const Chunk*)((const uint16_t*)a.log_probs + at);
+      const Chunk chunk = *(const Chunk*)((const uint16_t*)row + first);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = float_of_bits16((uint16_t)(chunk.word[i / 2] >> (i % 2 * 16)), a.dtype);
+      for (int i = 0; i < 8; ++i) out[i] = float_of_bits16((uint16_t)(chunk.word[i / 2] >> (i % 2 * 16)), dtype);
     }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] = first + i < a.V ? load_logit(a.log_probs, a.dtype, at + i) : kNegInf;
+  for (int i = 0; i < 8; ++i) out[i] = first + i < (int)launch.a.V ? load_logit(row, dtype, first + i) : kNegInf;
 }
 
 // The i-th row in the order of tokens, the draws of one token next to each other.
@@ -105,60 +106,66 @@ __device__ __forceinline__ void lane_max(const float (&score)[4][4], float (&lar
   }
 }
 
-// What a lane has of a strip's scores: of codes code .. code + 7, of rows `row` and `row` + 8 of the block.
-// In place of scores that the products do not give exactly enough: those that may matter, from differences; else -inf.
-// False if no row of the warp has anything in the strip.
+// A code's score, from differences.
+__device__ __forceinline__ float exact_score(const PosteriorLaunch& launch, int64_t row, int code) {
+  const PosteriorArguments& a = launch.a;
+  const int d = (int)a.d;
+  const float t = a.t[row];
+  float distance = 0.f;
+#pragma unroll 2
+  for (int k = 0; k < d; k += 4) {
+    const Four x = load_four(a.x + row * d, k, d, launch.whole);
+    const Four c = load_four(a.codebook + (int64_t)code * d, k, d, launch.whole);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float difference = fmaf(t - 1.f, c.value[e], x.value[e]);
+      distance = fmaf(difference, difference, distance);
+    }
+  }
+  return (load_logit(a.log_probs, a.dtype, row % a.period * a.stride + code) - .5f / (t * t) * distance) * kLog2E;
+}
+
+// `score`: of codes code .. code + 7 and of rows `row` and `row` + 8 of the block, relative to peak. In a row whose
+// products are not exact enough it becomes the score itself, from differences, where that may matter, else -inf.
+// `least`: what the largest scores, relative to peak, are not below. False if nothing of the warp's rows matters.
 template <int D, bool kBackward>
-__device__ __forceinline__ bool refine(const PosteriorLaunch& launch, const PosteriorMemory<D, kBackward>& m, int64_t begin,
-                                       int row, int64_t code, const float (&most)[2], float (&score)[4][4],
-                                       float (&largest)[2]) {
+__device__ __forceinline__ bool refine(const PosteriorLaunch& launch, const PosteriorMemory<D, kBackward>& m,
+                                       int64_t begin, int row, int code, const float (&least)[2],
+                                       const float (&largest)[2], float (&score)[4][4], bool (&refined)[2]) {
   const PosteriorArguments& a = launch.a;
   const float square = largest_square(m.codes);
   uint32_t mattering = 0;
-  bool inexact[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const RowScore of_row = row_score(m.t[row + 8 * r], m.square[row + 8 * r]);
-    inexact[r] = square > of_row.limit;
     const float error =
         kDotError<D> * fmaf(of_row.along, sqrtf(square), fmaf(of_row.norm_scale / 2.f, square, of_row.base));
-    float least = most[r];
-    if (!kBackward) {
-      const float highest = row_max(largest[r]);  // +inf must stand out from it
-      const float low = (highest < kLargest ? highest : kLargest) - error;
-      least = low > least ? low : least;
-    }
+    float bound = least[r];
+    if (!kBackward) bound = fmaxf(bound, fminf(row_max(largest[r]), kFinite) - error);  // +inf stands out from it
+    refined[r] = square > of_row.limit;
+    if (!refined[r]) continue;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& s = score[i / 2][i % 2 + 2 * r];
-      // Written so that NaN matters.
-      if (inexact[r] && !(s <= least - error - kNegligible)) mattering |= 1u << (8 * r + i);
-      if (inexact[r]) s = kNegInf;
+      if (!(s <= bound - error - kNegligible)) mattering |= 1u << (8 * r + i);  // NaN does
+      s = kNegInf;
     }
   }
-  if (!simt::ballot(mattering || !inexact[0] || !inexact[1])) return false;
+  if (!simt::ballot(mattering || !refined[0] || !refined[1])) return false;
   while (simt::ballot(mattering != 0)) {
     int slot = -1;
     float s = 0.f;
     if (mattering) {
       slot = simt::lowest_bit(mattering);
-      const int64_t i = begin + row + slot / 8 * 8, at = row_of(a, i < a.rows ? i : a.rows - 1);
-      const int64_t j = code + slot % 8 < a.V ? code + slot % 8 : a.V - 1;
-      const float *x = a.x + at * a.d, *c = a.codebook + j * a.d, t = a.t[at];
-      float distance = 0.f;
-#pragma unroll 4
-      for (int k = 0; k < (int)a.d; ++k) {
-        const float difference = fmaf(t - 1.f, c[k], x[k]);
-        distance = fmaf(difference, difference, distance);
-      }
-      s = (load_logit(a.log_probs, a.dtype, at % a.period * a.stride + j) - .5f / (t * t) * distance) * kLog2E;
+      const int64_t i = begin + row + slot / 8 * 8;
+      const int j = code + slot % 8 < (int)a.V ? code + slot % 8 : (int)a.V - 1;
+      s = exact_score(launch, row_of(a, i < a.rows ? i : a.rows - 1), j);
     }
 #pragma unroll
     for (int i = 0; i < 16; ++i)
       if (i == slot) score[i % 8 / 2][i % 2 + 2 * (i / 8)] = s;
     mattering &= mattering - 1;
   }
-  lane_max(score, largest);
   return true;
 }
 
@@ -195,27 +202,41 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : D == 32 && kBackwa
   }
   simt::block_barrier();
 
-  // Weights are 2^(score - peak); forward, peak is the largest score so far, 0 as long as that is -inf.
-  float norm_scale[2], base[2], most[2], peak[2], total[2] = {0.f, 0.f}, sum[D / 8][4] = {}, limit = INFINITY;
-  int64_t source[2];
+  // Weights are 2^(score - peak); backward, peak is log_norm; forward, what was the largest score when one last exceeded
+  // it by more than `slack`, and the products' scores are relative to it from their start.
+  float norm_scale[2], base[2], peak[2], slack[2], total[2] = {0.f, 0.f}, sum[D / 8][4] = {}, limit = INFINITY;
+  const unsigned char* log_probs[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const RowScore row = row_score(m.t[first_row + 8 * r], m.square[first_row + 8 * r]);
+    const int64_t at = clamped(first_row + 8 * r);
     norm_scale[r] = row.norm_scale;
     base[r] = row.base;
+    peak[r] = kBackward ? a.log_norm[at] * kLog2E : 0.f;
+    slack[r] = kBackward ? kSlack : kNegInf;
     limit = row.limit < limit ? row.limit : limit;
-    most[r] = kBackward ? a.log_norm[clamped(first_row + 8 * r)] * kLog2E : kNegInf;
-    peak[r] = kBackward ? most[r] : 0.f;
-    source[r] = clamped(first_row + 8 * r) % a.period;
+    log_probs[r] = (const unsigned char*)a.log_probs + at % a.period * a.stride * (a.dtype == 0 ? 4 : 2);
   }
   limit = warp_min(limit);
+  // Makes a row's peak `to`.
+  const auto raise = [&](int r, float to) {
+    const float fade = slack[r] == kNegInf ? 0.f : simt::fast_exp2(peak[r] - to);
+    peak[r] = to;
+    slack[r] = kSlack;
+    total[r] *= fade;
+#pragma unroll
+    for (int k = 0; k < D / 8; ++k) {
+      sum[k][2 * r] *= fade;
+      sum[k][2 * r + 1] *= fade;
+    }
+  };
 
-  for (int64_t first = 0; first < a.V; first += kTileCodes) {
+  for (int first = 0; first < (int)a.V; first += kTileCodes) {
     Four codes[D / 8];
-    fetch_codes<D>(codes, a.codebook, a.V, d, launch.vector_codes, first);
+    fetch_codes<D>(codes, a.codebook, (int)a.V, d, launch.whole, first);
     float log_p[2][8];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) load_log_probs(launch, source[r], first + strip + 8 * q, log_p[r]);
+    for (int r = 0; r < 2; ++r) load_log_probs(launch, log_probs[r], first + strip + 8 * q, log_p[r]);
     simt::block_barrier();  // the last tile is done with
     store_codes<D>(m.codes, codes);
     simt::block_barrier();
@@ -224,7 +245,8 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : D == 32 && kBackwa
     for (int n = 0; n < 4; ++n) {
       const Two half_norm = *(const Two*)&m.codes.half_norm[strip + 8 * n + 2 * q];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) score[n][i] = fmaf(-norm_scale[i / 2], half_norm.value[i % 2], -base[i / 2]);
+      for (int i = 0; i < 4; ++i)
+        score[n][i] = fmaf(-norm_scale[i / 2], half_norm.value[i % 2], -(base[i / 2] + peak[i / 2]));
     }
     strip_dots<D>(m.rows[0], m.codes, row_warp, strip, score);
 #pragma unroll
@@ -233,35 +255,47 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : D == 32 && kBackwa
       s = fmaf(log_p[i / 8][i % 8], kLog2E, s);
     }
     float largest[2];
-    lane_max(score, largest);
+    if (!kBackward) lane_max(score, largest);
     if (largest_square(m.codes) > limit) {
-      const int64_t code = first + strip + 8 * q;
-      if (!refine<D, kBackward>(launch, m, begin, first_row, code, most, score, largest)) continue;
-    }
-    if (!kBackward && simt::ballot(largest[0] > most[0] || largest[1] > most[1])) {
+      const float least[2] = {slack[0] - kSlack, slack[1] - kSlack};  // 0, or before there is a peak -inf
+      const int code = first + strip + 8 * q;
+      bool refined[2];
+      if (!refine<D, kBackward>(launch, m, begin, first_row, code, least, largest, score, refined)) continue;
+      float scores_largest[2];
+      if (!kBackward) lane_max(score, scores_largest);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float before = most[r], now = row_max(largest[r]);
-        most[r] = now > before ? now : before;
-        peak[r] = most[r] == kNegInf ? 0.f : most[r];
-        const float fade = simt::fast_exp2(before - peak[r]);
-        total[r] *= fade;
+        const float now = kBackward ? kNegInf : row_max(scores_largest[r]);
+        if (!refined[r]) continue;
+        if (!kBackward && now > peak[r] + slack[r]) raise(r, now);
+        largest[r] = kNegInf;
 #pragma unroll
-        for (int k = 0; k < D / 8; ++k) {
-          sum[k][2 * r] *= fade;
-          sum[k][2 * r + 1] *= fade;
-        }
+        for (int i = 0; i < 8; ++i) score[i / 2][i % 2 + 2 * r] -= peak[r];
       }
     }
-    float dot[kBackward ? 4 : 1][4] = {};
-    if constexpr (kBackward) strip_dots<D>(m.rows[1], m.codes, row_warp, strip, dot);
+    if (!kBackward && simt::ballot(largest[0] > slack[0] || largest[1] > slack[1])) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float now = row_max(largest[r]);
+        if (!(now > slack[r])) continue;
+        const float before = peak[r];
+        raise(r, before + now);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) score[i / 2][i % 2 + 2 * r] -= peak[r] - before;
+      }
+    }
+    float dot[4][4];
+    if constexpr (kBackward) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) dot[i / 4][i % 4] = -m.shift[first_row + i % 4 / 2 * 8];
+      strip_dots<D>(m.rows[1], m.codes, row_warp, strip, dot);
+    }
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const int r = i / 8;
-      float& s = score[i % 8 / 2][i % 2 + 2 * r];
-      s = simt::fast_exp2(s - peak[r]);
-      if constexpr (kBackward) s *= dot[i % 8 / 2][i % 2 + 2 * r] - m.shift[first_row + 8 * r];
-      total[r] += s;
+      float& s = score[i / 4][i % 4];
+      s = simt::fast_exp2(s);
+      if constexpr (kBackward) s *= dot[i / 4][i % 4];
+      total[i % 4 / 2] += s;
     }
     add_weighted<D>(m.codes, strip, score, sum);
   }
@@ -273,7 +307,7 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : D == 32 && kBackwa
     total[r] = row_sum(total[r]);
     if (code_warp == 0) continue;
     if (q == 0) {
-      m.most[row] = most[r];
+      m.peak[row] = slack[r] == kNegInf ? kNegInf : peak[r];
       m.total[row] = total[r];
     }
 #pragma unroll
@@ -288,14 +322,15 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : D == 32 && kBackwa
     const int row = first_row + 8 * r;
     if (begin + row >= a.rows) continue;
     const int64_t out = clamped(row);
-    const float highest = most[r] > m.most[row] ? most[r] : m.most[row];
-    const float own = kBackward || highest == kNegInf ? 1.f : simt::fast_exp2(most[r] - highest);
-    const float others = kBackward || highest == kNegInf ? 1.f : simt::fast_exp2(m.most[row] - highest);
+    const float mine = slack[r] == kNegInf ? kNegInf : peak[r], other = m.peak[row];
+    const float highest = fmaxf(fmaxf(mine, other), -kFinite);
+    const float own = kBackward ? 1.f : simt::fast_exp2(mine - highest);
+    const float others = kBackward ? 1.f : simt::fast_exp2(other - highest);
     // NaN if a log-probability is NaN or +inf; 0 if all are -inf.
     const float all = own * total[r] + others * m.total[row];
     const bool usable = kBackward || all > 0.f;
-    if (!kBackward && q == 0) a.log_norm[out] = usable ? fmaf(highest, kLn2, logf(all)) : NAN;
     const float t = m.t[row], along = (1.f - t) / t / t;
+    if (!kBackward && q == 0) a.log_norm[out] = usable ? fmaf(highest, kLn2, logf(all)) : NAN;
 #pragma unroll
     for (int k = 0; k < D; ++k) {
       if (k % 8 / 2 != q || k >= d) continue;
@@ -314,12 +349,12 @@ template <bool kBackward>
 cudaError_t launch_posterior(const PosteriorArguments& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
   const int64_t blocks = (a.rows + kRows - 1) / kRows;
-  if (a.d < 1 || a.d > kPosteriorMaxDim || a.V < 1 || a.period < 1 || a.rows % a.period != 0 ||
+  if (a.d < 1 || a.d > kPosteriorMaxDim || a.V < 1 || a.V >= (int64_t)1 << 30 || a.period < 1 || a.rows % a.period != 0 ||
       blocks >= (int64_t)1 << 31)
     return cudaErrorInvalidValue;
   const int64_t per_chunk = a.dtype == 0 ? 4 : 8;
   const PosteriorLaunch launch{a, (uintptr_t)a.log_probs % 16 == 0 && (a.period == 1 || a.stride % per_chunk == 0),
-                               (uintptr_t)a.codebook % 16 == 0 && a.d == dim_class(a.d)};
+                               ((uintptr_t)a.codebook | (uintptr_t)a.x) % 16 == 0 && a.d == dim_class(a.d)};
   const auto run = [&](auto kernel, size_t shared) {
     return simt::launch(kernel, blocks, kTileThreads, shared, 1, stream, launch);
   };
