@@ -1,7 +1,7 @@
 // Rows times codes on the tensor cores, in float32 precision, for codebook_posterior.cu.
 //
 // Every float is split as hi + lo, hi its nearest tf32 number; x.c = lo.hi + hi.lo + hi.hi by three tensor-core
-// products (3xTF32). lo is kept exactly, so hi + lo gives the float back. The error stays below kDotError<D> |x| |c|.
+// products (3xTF32). The error stays below kDotError<D> |x| |c|.
 //
 // A block has kRowWarps x kCodeWarps warps. A warp has 16 rows (two per lane) and, of every tile of codes in shared
 // memory, a strip of 32 (eight per lane). With lane = 4 g + q: rows g and g + 8, codes 8 q .. 8 q + 7 of the strip, so

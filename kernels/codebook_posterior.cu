@@ -3,19 +3,26 @@
 // docs/method.md section 2 (The closed-form flow).
 //
 // As in flash attention: scores of a tile of rows and codes by tensor cores, an online softmax in registers, the
-// weighted sum by tensor cores again; nothing of size [rows, V] is written. Products are 3xTF32 (code_tile.h), so with
-// E_j = (1-t)/t^2 |x| |c_j| + ((1-t)/t)^2 |c_j|^2 / 2 + |x|^2 / (2 t^2) / 16 a score is off by about 2^-22 E_j. Where
-// E_j exceeds kExactBeyond (small t) the score of a code that may matter is computed again, in float32 from the
-// difference x - (1-t) c_j, which is of order t for such a code: few matter then. One that cannot come within
-// kNegligible of the row's largest score, given the bound of the error, weighs nothing.
-// Which way a score is computed depends on its row and code alone; sums have a fixed order: a row's result does not
-// depend on the batch. Backward computes the weights again from log_norm = log sum_j exp(s_j).
+// weighted sum by tensor cores again; nothing of size [rows, V] is written. Products are 3xTF32 (code_tile.h). They start
+// from -((1-t)/t)^2 |c|^2 / 2 less what the weights are relative to, so that a score is one multiply-add away from them;
+// all is in powers of two, log2(e) being part of x and of the norms.
+//
+// With E_j = (1-t)/t^2 |x| |c_j| + ((1-t)/t)^2 |c_j|^2 / 2 such a score is off by about 2^-22 E_j, and x0_hat by that
+// times the distance of the codes that matter: up to E_j = 512 by less than 1e-4 max|c| (tests/cuda, at E_j = 512 between
+// two codes: 3e-5). At smaller t than that the score of a code that may matter is computed again, in float32 from the
+// difference x - (1-t) c_j, which is of order t for such a code: few are left then, of the papers' codebooks less than
+// 1 % (docs/numerics.md). One that cannot come within kNegligible of the row's largest score, given the bound of the
+// error, weighs nothing. A tile is asked by its longest code, once per warp; where no row of a warp has anything, the
+// warp leaves the tile.
+// Which way a score is computed depends on its row and the codebook alone; sums have a fixed order: a row's result does
+// not depend on the batch. Backward computes the weights again from log_norm = log sum_j exp(s_j).
 //
 // A block has 32 rows; its warps have 16 rows and every other strip of 32 codes, and are merged at the end. Rows are
 // taken token by token: the noise draws of a token, rows r, r + period, .., sit in one block and read its
-// log-probabilities from the L1 cache. Shared memory: 64 codes (hi and lo) and the rows. Registers: scores, log p and
-// the sums (d / 2 floats). Cost per row and code: forward 2 x 3 d tensor-core products, backward 3 x 3 d; one
-// exponential; log p once per token from memory, which is the floor: 4 V bytes per token in float32.
+// log-probabilities from the L1 cache. Shared memory: 64 codes and the rows, hi and lo. Registers: scores, log p and the
+// sums (d / 2 floats). Cost per row and code: forward 2 x 3 d tensor-core products, backward 3 x 3 d; one exponential;
+// log p once per token from memory, which is the floor: 4 V bytes per token in float32. Instructions of a warp per strip
+// on sm_90a, of which tensor cores: d = 8 forward 300 (24), backward 321 (36); d = 32 524 (96), 583 (144).
 #include "codebook_posterior.h"
 
 #include "code_tile.h"
@@ -27,7 +34,7 @@ namespace {
 constexpr float kLog2E = 1.44269504f, kLn2 = .693147181f, kFinite = 3e38f;
 constexpr float kSlack = 8.f;                 // weights may be as large as 2^8 before the sums are scaled down
 constexpr float kNegligible = 25.f * kLog2E;  // V weights of e^-25 are below float32's rounding
-constexpr float kExactBeyond = 512.f;
+constexpr float kExactBeyond = 512.f;         // 2^-22 of it is 1.2e-4
 
 struct PosteriorLaunch {
   PosteriorArguments a;
@@ -85,15 +92,10 @@ struct RowScore {
 
 __device__ __forceinline__ RowScore row_score(float t, float square) {
   const float inverse = 1.f / t, ratio = (1.f - t) * inverse;
-  RowScore row = {ratio * inverse * sqrtf(square) * kLog2E, ratio * ratio * kLog2E,
-                  .5f * square * inverse * inverse * kLog2E, -1.f};
-  // E_j <= kExactBeyond, a quadratic in |c_j|.
-  const float room = kExactBeyond * kLog2E - row.base / 16.f;
-  if (room > 0.f) {
-    const float norm = 2.f * room / (row.along + sqrtf(fmaf(2.f * row.norm_scale, room, row.along * row.along)));
-    row.limit = norm * norm;
-  }
-  return row;
+  const float along = ratio * inverse * sqrtf(square), norm_scale = ratio * ratio;
+  // The root of E_j = kExactBeyond, a quadratic in |c_j|.
+  const float norm = 2.f * kExactBeyond / (along + sqrtf(fmaf(2.f * kExactBeyond, norm_scale, along * along)));
+  return {along * kLog2E, norm_scale * kLog2E, .5f * square * inverse * inverse * kLog2E, norm * norm};
 }
 
 // Of each of a lane's two rows; NaN is passed over.
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(kTileThreads, D == 64 ? 2 : D == 32 && kBackwa
     const int64_t at = clamped(first_row + 8 * r);
     norm_scale[r] = row.norm_scale;
     base[r] = row.base;
-    peak[r] = kBackward ? a.log_norm[at] * kLog2E : 0.f;
+    peak[r] = kBackward ? a.log_norm[at] * kLog2E : -row.base;
     slack[r] = kBackward ? kSlack : kNegInf;
     limit = row.limit < limit ? row.limit : limit;
     log_probs[r] = (const unsigned char*)a.log_probs + at % a.period * a.stride * (a.dtype == 0 ? 4 : 2);
