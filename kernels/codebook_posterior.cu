@@ -22,7 +22,7 @@
 // log-probabilities from the L1 cache. Shared memory: 64 codes and the rows, hi and lo. Registers: scores, log p and the
 // sums (d / 2 floats). Cost per row and code: forward 2 x 3 d tensor-core products, backward 3 x 3 d; one exponential;
 // log p once per token from memory, which is the floor: 4 V bytes per token in float32. Instructions of a warp per strip
-// on sm_90a, of which tensor cores: d = 8 forward 300 (24), backward 321 (36); d = 32 524 (96), 583 (144).
+// on sm_90a, of which tensor cores: d = 8 forward 300 (24), backward 321 (36); d = 32 524 (96), 588 (144).
 #include "codebook_posterior.h"
 
 #include "code_tile.h"
