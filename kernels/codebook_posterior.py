@@ -1,18 +1,24 @@
 """codebook_posterior in Triton, forward and backward, one pass over the codes each.
 
 A program holds ROWS noisy tokens. Noise draws of one token (x [m, B, n, d] on log_probs [B, n, V]) lie in one program,
-so that they read its log-probabilities once. The forward keeps a running maximum and writes x0_hat and the logarithm of
-the weights' sum; with it the backward knows every weight at once: dx = ((1-t)/t^2) sum_j w_j c_j ((c_j - x0_hat).g).
+so that they read its log-probabilities once. Scores are in powers of two; their products are 3xTF32 and of size
+E = (1-t)/t^2 |x||c|, so that a score is off by about 2^-22 E, as the reference's is in float32. The forward keeps a
+running maximum and writes x0_hat and the logarithm of the weights' sum; with it the backward knows every weight at
+once: dx = ((1-t)/t^2) sum_j w_j c_j ((c_j - x0_hat).g).
 Per token: 4 V d FLOP forward, 6 V d backward, V exponentials each, V log-probabilities read (shared by the draws).
 """
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
-from ddfast_kernels.codes import along, code_tile, combined
+from ddfast_kernels.codes import add_product, along, code_tile, combined, parts
 from ddfast_kernels.launch import FUSED, current_device, padded_dim, shape_class, tiles, tuned
 from torch import Tensor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def configs(dim: int) -> list[triton.Config]:
@@ -32,22 +38,40 @@ def _rows_of(program, draws, period, ROWS: tl.constexpr):
 
 @triton.jit
 def _weighted(x, t):
-    """What a score needs of a row: x (1-t) / t^2 [ROWS, DIM] and ((1-t) / t)^2 [ROWS]."""
+    """What a score needs of a row, in powers of two: x (1-t) / t^2 [ROWS, DIM], ((1-t) / t)^2 and |x|^2 / (2 t^2)."""
     ratio = (1.0 - t) / t
-    return x * (ratio / t)[:, None], ratio * ratio
+    base = tl.sum(x * x, axis=1) / (2.0 * t * t)
+    return x * (ratio / t * LOG2_E)[:, None], ratio * ratio * LOG2_E, base * LOG2_E
 
 
 @triton.jit
 def _scores(
-    scaled, square, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim: tl.constexpr,
+    hi, lo, square, base, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim: tl.constexpr,
     ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Codes [CODES, DIM] from `start` on, and log p + x.c (1-t) / t^2 - |c|^2 / 2 ((1-t) / t)^2, [ROWS, CODES]."""
+    """Parts of the codes [CODES, DIM] from `start` on, and log p - |x - (1-t) c|^2 / (2 t^2), [ROWS, CODES]."""
     j = start + tl.arange(0, CODES)
     c, half_norm = code_tile(codes_ptr, j, k, num_codes, dim)
+    c_hi, c_lo = parts(c)
     mask = inside[:, None] & (j < num_codes)[None, :]
     log_p = tl.load(log_probs_ptr + source[:, None] * stride + j[None, :], mask=mask, other=float("-inf"))
-    return c, log_p.to(tl.float32) + (along(scaled, c, ROWS) - square[:, None] * half_norm[None, :])
+    if ROWS == 1:
+        product = along(hi + lo, c, ROWS)
+    else:
+        product = add_product(tl.zeros([ROWS, CODES], tl.float32), hi, lo, tl.trans(c_hi), tl.trans(c_lo))
+    score = product - (square[:, None] * half_norm[None, :] + base[:, None])
+    return c_hi, c_lo, log_p.to(tl.float32) * LOG2_E + score
+
+
+@triton.jit
+def _add_weighted(total, weight, c_hi, c_lo, ROWS: tl.constexpr):
+    """total + sum_j weight_j c_j, [ROWS, DIM]."""
+    if ROWS == 1:
+        total += combined(weight, c_hi + c_lo, ROWS)
+    else:
+        hi, lo = parts(weight)
+        total = add_product(total, hi, lo, c_hi, c_lo)
+    return total
 
 
 @tuned(configs, ["rows_class", "num_codes", "dim"])
@@ -61,25 +85,27 @@ def codebook_posterior_kernel(
     k = tl.arange(0, DIM)
     mask = inside[:, None] & (k < dim)[None, :]
     x = tl.load(x_ptr + row[:, None] * dim + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    scaled, square = _weighted(x, tl.load(t_ptr + row, mask=inside, other=1.0))
+    scaled, square, base = _weighted(x, tl.load(t_ptr + row, mask=inside, other=1.0))
+    hi, lo = parts(scaled)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, num_codes, CODES):
-        c, score = _scores(
-            scaled, square, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim, ROWS, CODES
-        )
+        c_hi, c_lo, score = _scores(
+            hi, lo, square, base, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim,
+            ROWS, CODES,
+        )  # fmt: skip
         reference = tl.maximum(most, tl.max(score, axis=1))
         # Where nothing finite was seen so far, -inf - -inf would be NaN.
         shift = tl.where(reference == float("-inf"), 0.0, reference)
-        weight = tl.exp(score - shift[:, None])
-        fade = tl.exp(most - shift)
+        weight = tl.exp2(score - shift[:, None])
+        fade = tl.exp2(most - shift)
         total = total * fade + tl.sum(weight, axis=1)
-        mean = mean * fade[:, None] + combined(weight, c, ROWS)
+        mean = _add_weighted(mean * fade[:, None], weight, c_hi, c_lo, ROWS)
         most = reference
     mean = mean / total[:, None]  # NaN for a row without support
     tl.store(out_ptr + row[:, None] * dim + k[None, :], mean.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(norm_ptr + row, most + tl.log(total), mask=inside)
+    tl.store(norm_ptr + row, (most + tl.log2(total)) / LOG2_E, mask=inside)
 
 
 @tuned(configs, ["rows_class", "num_codes", "dim"])
@@ -97,14 +123,22 @@ def codebook_posterior_backward_kernel(
     t = tl.load(t_ptr + row, mask=inside, other=1.0)
     norm = tl.load(norm_ptr + row, mask=inside, other=0.0)
     own = tl.sum(g * tl.load(x0_hat_ptr + place, mask=mask, other=0.0).to(tl.float32), axis=1)
-    scaled, square = _weighted(x, t)
+    scaled, square, base = _weighted(x, t)
+    hi, lo = parts(scaled)
+    g_hi, g_lo = parts(g)
+    norm = norm * LOG2_E
     out = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, num_codes, CODES):
-        c, score = _scores(
-            scaled, square, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim, ROWS, CODES
-        )
-        weight = tl.exp(score - norm[:, None]) * (along(g, c, ROWS) - own[:, None])
-        out += combined(weight, c, ROWS)
+        c_hi, c_lo, score = _scores(
+            hi, lo, square, base, log_probs_ptr, codes_ptr, source, inside, start, k, stride, num_codes, dim,
+            ROWS, CODES,
+        )  # fmt: skip
+        if ROWS == 1:
+            slope = along(g, c_hi + c_lo, ROWS) - own[:, None]
+        else:
+            slope = tl.zeros([ROWS, CODES], tl.float32) - own[:, None]
+            slope = add_product(slope, g_hi, g_lo, tl.trans(c_hi), tl.trans(c_lo))
+        out = _add_weighted(out, tl.exp2(score - norm[:, None]) * slope, c_hi, c_lo, ROWS)
     out = out * ((1.0 - t) / (t * t))[:, None]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -39,6 +39,21 @@ def combined(weight, c, ROWS: tl.constexpr):
 
 
 @triton.jit
+def parts(value):
+    """A float as hi + lo, hi its nearest tf32 number; a product of two is lo.hi + hi.lo + hi.hi (3xTF32)."""
+    hi = ((value.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return hi, value - hi
+
+
+@triton.jit
+def add_product(total, a_hi, a_lo, b_hi, b_lo):
+    """total + a b, of parts that serve more than one product; NaN stays NaN."""
+    total = tl.dot(a_lo, b_hi, acc=total, input_precision="tf32")
+    total = tl.dot(a_hi, b_lo, acc=total, input_precision="tf32")
+    return tl.dot(a_hi, b_hi, acc=total, input_precision="tf32")
+
+
+@triton.jit
 def log_prob_tile(
     log_probs_ptr, uncond_ptr, kept_ptr, scale_ptr, source, inside, j, stride, uncond_stride, temperature, num_codes,
     FILTER: tl.constexpr, GUIDED: tl.constexpr,

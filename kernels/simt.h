@@ -97,6 +97,12 @@ __device__ __forceinline__ void mma_tf32(float (&acc)[4], const uint32_t (&a)[4]
 
 // exp(x) for x <= 0 to about 2^-21 relative, in two instructions.
 __device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+// 2^x to about 2^-22 relative, in one.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
   float value;

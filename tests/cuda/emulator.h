@@ -239,6 +239,7 @@ inline uint32_t count_up(uint32_t* at) { return fetch_add(at, 1); }
 inline void atomic_min(uint64_t* at, uint64_t value) { *at = std::min(*at, value); }
 
 inline float fast_exp(float x) { return std::exp(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
 inline uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

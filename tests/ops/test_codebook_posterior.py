@@ -82,6 +82,35 @@ def test_real_shapes(backend, rows, num_codes, dim, support):
     assert (got - expected(noise, t, log_probs, codebook)).abs().max() < 5e-4
 
 
+@pytest.mark.parametrize("time", [0.3, 0.1, 0.05, 0.02])
+@pytest.mark.parametrize(("dim", "scale"), [(8, 0.35), (32, 0.5), (32, 1.0)])
+def test_small_times_between_two_codes(backend, dim, scale, time):
+    """Scores here are E = |x||c| / t^2 (1e5 at most), and what decides is of order one.
+
+    Kernels that take differences do not feel it. The others lose E float32 roundings of a score, as the reference does:
+    no more than that may reach the gradient, and of x0_hat the share of |c| by which the two codes differ.
+    """
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    near = scale * normal(16, dim)
+    codebook = torch.cat([near, near + 8.0 / dim**0.5 * time * normal(16, dim)]).float()
+    weight = torch.rand(16, 1, generator=generator, dtype=torch.float64)
+    x = ((1 - time) * (weight * codebook[:16] + (1 - weight) * codebook[16:]) + 0.1 * time * normal(16, dim)).float()
+    log_probs, upstream = torch.zeros(16, 32), normal(16, dim)
+    exact_x = x.double().requires_grad_()
+    exact = codebook_posterior(exact_x, time, log_probs.double(), codebook.double())
+    (exact_grad,) = torch.autograd.grad(exact, exact_x, upstream)
+    leaf = x.clone().requires_grad_()
+    got = codebook_posterior(leaf, time, log_probs, codebook, backend=backend)
+    (grad,) = torch.autograd.grad(got, leaf, upstream.float())
+    lost = 0.0 if backend in ("cpu", "cuda") else 2**-22 * (scale / time) ** 2 * dim
+    assert (got - exact).abs().max() < 2e-6 + 2 * lost * time
+    assert (grad - exact_grad).abs().max() < (2e-5 + 4 * lost) * exact_grad.abs().max()
+
+
 def test_at_pure_noise_it_is_the_mean(backend):
     log_probs, noise, codebook = (tensor.float() for tensor in problem(9, 40, 4))
     got = codebook_posterior(noise, 1.0, log_probs, codebook, backend=backend)
