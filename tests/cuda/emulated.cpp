@@ -5,6 +5,7 @@
 #include "../../kernels/filter_logits.cu"
 #include "../../kernels/flow_sample.cu"
 #include "../../kernels/nearest_code.cu"
+#include "../../kernels/noise.cu"
 
 using namespace ddfast;
 
@@ -107,6 +108,8 @@ int posterior_emulated(const PosteriorArguments* a, int backward) {
 }
 
 int nearest_emulated(const NearestArguments* a, int cluster) { return nearest_code_cuda(*a, cluster, nullptr); }
+
+int noise_emulated(const NoiseArguments* a) { return noise_cuda(*a, nullptr); }
 
 // v of nearest_code, in the order of operations that defines it.
 void nearest_scores(const float* x, const float* codebook, int64_t V, int64_t d, int cosine, float* out) {

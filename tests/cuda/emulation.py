@@ -74,6 +74,16 @@ class NearestArguments(ctypes.Structure):
     ]
 
 
+class NoiseArguments(ctypes.Structure):
+    """As in kernels/noise.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("index", "out")],
+        ("seed", ctypes.c_uint64),
+        *[(name, ctypes.c_int64) for name in ("count", "per_sample")],
+    ]
+
+
 def guided_rows(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits [6, 999] and their guidance, rows of wider tensors."""
     generator = torch.Generator().manual_seed(4)
@@ -160,6 +170,13 @@ class Emulator:
         arguments = NearestArguments(*map(address, (x, codebook, codes)), len(x), *codebook.shape, cosine)
         self.check(self.library.nearest_emulated(ctypes.byref(arguments), cluster))
         return codes
+
+    def noise(self, seed: int, index: Tensor, per_sample: int) -> Tensor:
+        """float32 [len(index), per_sample]."""
+        out = torch.full((len(index), per_sample), 7e7)
+        arguments = NoiseArguments(address(index), address(out), seed, len(index), per_sample)
+        self.check(self.library.noise_emulated(ctypes.byref(arguments)))
+        return out
 
     def nearest_scores(self, x: Tensor, codebook: Tensor, cosine: bool = False) -> Tensor:
         """float32 [rows, V]: what nearest_code compares, in the order of operations that defines it."""

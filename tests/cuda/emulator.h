@@ -313,6 +313,11 @@ inline cudaError_t clear(void* at, size_t bytes, cudaStream_t) {
 }
 
 template <class Arguments>
+cudaError_t load(void (*)(Arguments)) {
+  return cudaSuccess;
+}
+
+template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes, int cluster,
                    cudaStream_t, const Arguments& arguments) {
   emulator::State& s = emulator::state;

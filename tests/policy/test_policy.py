@@ -231,8 +231,6 @@ ELSEWHERE: dict[tuple[str, str], tuple[str, str] | None] = {
     ("noise", "csrc/kernels.h"): ("csrc/kernels.h", "void noise("),
     ("noise", "csrc/variant.cpp"): ("CMakeLists.txt", "csrc/noise.cpp"),
     # Missing.
-    ("noise", "tests/cuda/emulated.cpp"): None,
-    ("noise", "tests/cuda/test_OP.py"): None,
     ("noise", "benchmarks/test_gpu_kernels.py"): None,
     ("activate", "tests/native/test_OP.py"): None,
     ("decode_attention", "tests/native/test_OP.py"): None,
