@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ import torch
 from ddfast import env
 
 ABI = 3
-"""Version of the calling convention between this package and its native modules."""
+"""Version of the calling convention between this package and its native modules, which CMakeLists.txt reads here."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the native modules name the element type of logits."""
@@ -68,25 +69,95 @@ cpu, cpu_reason = _load_cpu()
 cuda, cuda_reason = _load("ddfast_cuda")
 
 
-@functools.cache
-def cuda_state() -> tuple[bool, str]:
-    """Whether the CUDA kernels can run, and a line that says so."""
-    if cuda is not None and not torch.cuda.is_available():
-        return False, "PyTorch sees no GPU"
-    return cuda is not None, cuda_reason
+def cuda_state(device: int | None = None) -> tuple[bool, str]:
+    """Whether the CUDA kernels can run on a GPU (None: the current one), and a line that says so or what to do."""
+    if cuda is None:
+        return False, cuda_reason
+    obstacle = _no_gpu()
+    return (False, obstacle) if obstacle else _cuda_on(_index(device))
 
 
-@functools.cache
-def triton_state() -> tuple[bool, str]:
-    """Whether the Triton kernels can run, and a line that says so; Triton itself is loaded by `triton` only."""
+def triton_state(device: int | None = None) -> tuple[bool, str]:
+    """The same of the Triton kernels; Triton itself is loaded by `triton` only."""
     for name, remedy in (("triton", "pip install triton"), ("ddfast_kernels", "pip install .")):
-        if importlib.util.find_spec(name) is None:
+        if not _is_installed(name):
             return False, f"{name} is not installed; run `{remedy}`"
     if env.triton_interpreted():
         return True, "ddfast_kernels, in Triton's interpreter"
+    obstacle = _no_gpu() or _no_compiler()
+    return (False, obstacle) if obstacle else _triton_on(_index(device))
+
+
+_is_installed = functools.cache(lambda name: importlib.util.find_spec(name) is not None)
+
+
+def _index(device: int | None) -> int:
+    return torch.cuda.current_device() if device is None else device
+
+
+@functools.cache
+def _no_gpu() -> str:
+    """Why PyTorch has no GPU for any kernel, or an empty string."""
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, the kernels are for NVIDIA's GPUs"
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA; for a GPU, install a build of PyTorch with it"
     if not torch.cuda.is_available():
-        return False, "PyTorch sees no GPU"
-    return True, "ddfast_kernels"
+        return "PyTorch sees no GPU; if there is one, `nvidia-smi` says whether its driver works"
+    return ""
+
+
+@functools.cache
+def _no_compiler() -> str:
+    """Why Triton could not build the C code of its launches, or an empty string."""
+    if env.c_compiler() is None:
+        return "Triton finds no C compiler; install gcc (Debian, Ubuntu: apt-get install gcc) or set CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks for them
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
+        return "Triton finds no Python.h; install Python's headers (Debian, Ubuntu: apt-get install python3-dev)"
+    return ""
+
+
+@functools.cache
+def _cuda_on(device: int) -> tuple[bool, str]:
+    assert cuda is not None
+    try:
+        cuda.check_device(device)
+    except RuntimeError as error:
+        return False, _remedy(device, str(error))
+    return True, cuda_reason
+
+
+def _remedy(device: int, error: str) -> str:
+    """What keeps the CUDA kernels from running, in words of the user's; `error` has CUDA's name for it."""
+    assert cuda is not None
+    if too_old := _too_old(device):
+        return too_old
+    major, minor = torch.cuda.get_device_capability(device)
+    build = f"`CUDAARCHS={major}{minor} pip install .`"
+    if "cudaErrorInsufficientDriver" in error:
+        built, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in (cuda.runtime_version, cuda.driver_version()))
+        fitting = f"`pip install .` with the nvcc of a CUDA {driver.split('.')[0]}"
+        return f"ddfast_cuda is built with CUDA {built}, the driver is of {driver}: update the driver, or {fitting}"
+    if "cudaErrorUnsupportedPtxVersion" in error:
+        return f"the GPU's driver cannot translate the code of ddfast_cuda: update the driver, or run {build}"
+    if "cudaErrorNoKernelImageForDevice" in error:
+        return f"ddfast_cuda has no code for sm_{major}{minor}, it is built for {cuda.architectures}: run {build}"
+    return f"ddfast_cuda: {error}"
+
+
+@functools.cache
+def _triton_on(device: int) -> tuple[bool, str]:
+    too_old = _too_old(device)
+    return (False, too_old) if too_old else (True, "ddfast_kernels")
+
+
+def _too_old(device: int) -> str:
+    """Why no kernel can run on this GPU, whatever is done, or an empty string; 8.0 is Triton's least as well."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return ""
+    return f"the kernels need a GPU of compute capability 8.0 or more, this one has {major}.{minor}"
 
 
 @functools.cache

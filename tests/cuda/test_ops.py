@@ -8,7 +8,16 @@ import torch
 from emulation import FilterArguments, FlowArguments, NearestArguments, NoiseArguments, PosteriorArguments
 from truth import problem
 
-from ddfast.ops import codebook_posterior, dispatch, filter_logits, flow_sample, native, nearest_code, noise, sample_codes
+from ddfast.ops import (
+    codebook_posterior,
+    dispatch,
+    filter_logits,
+    flow_sample,
+    native,
+    nearest_code,
+    noise,
+    sample_codes,
+)
 
 
 @pytest.fixture(autouse=True)
