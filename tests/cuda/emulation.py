@@ -98,13 +98,17 @@ class Emulator:
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_error.restype = ctypes.c_char_p
+        self.drawn = 0  # the order of threads where a test asks for none
         self.configure()
 
     def configure(
-        self, seed: int = 0, shared_limit: int = SHARED_LIMIT, clusters: bool = True, multiprocessors: int = 132
-    ) -> None:
-        """The order in which threads run (0: ascending, else drawn), and what the device reports about itself."""
-        self.library.emulator_configure(ctypes.c_uint64(seed), shared_limit, clusters, multiprocessors)
+        self, seed: int | None = None, shared_limit: int = SHARED_LIMIT, clusters: bool = True,
+        multiprocessors: int = 132, front: bool = False,
+    ) -> None:  # fmt: skip
+        """The order in which threads run (0: ascending, else drawn; None: `drawn`), what the device reports about
+        itself, and on which side of a tensor an access beyond it is an error."""
+        seed = self.drawn if seed is None else seed
+        self.library.emulator_configure(ctypes.c_uint64(seed), shared_limit, clusters, multiprocessors, front)
 
     def check(self, status: int) -> None:
         if status:
