@@ -247,10 +247,15 @@ inline bool finish(Cluster& cluster) {
   return true;
 }
 
+// Null: nobody's, as all have returned or wait. Mostly it stays with one cluster, whose memory the CPU's caches hold.
 inline Cluster* whose_turn() {
   auto& resident = state.resident;
   Cluster* last = state.me ? me().cluster : nullptr;
-  if (last && last->all_live == 0 && !finish(*last)) resident.erase(std::find(resident.begin(), resident.end(), last));
+  if (last && last->all_live == 0 && !finish(*last)) {
+    resident.erase(std::find(resident.begin(), resident.end(), last));
+    last = nullptr;
+  }
+  if (last && state.seed && !last->ready.empty() && draw(8)) return last;
   const size_t count = resident.size(), first = count && state.seed ? draw(count) : 0;
   for (size_t i = 0; i < count; ++i)
     if (!resident[(first + i) % count]->ready.empty()) return resident[(first + i) % count];

@@ -1,6 +1,8 @@
 """The emulator itself: a proof is worth what its tool would have caught."""
 
 import ctypes
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +69,14 @@ def test_trespasses_are_errors(emulator, kind):
         with pytest.raises(RuntimeError, match=TRESPASSES[kind]):
             emulator.check(status)
     assert run(emulator, 0).tolist() == list(range(63, -1, -1))
+
+
+def test_every_launcher_has_its_tensors_fenced():
+    source = Path(__file__).with_name("emulated.cpp").read_text()
+    launchers = re.split(r"^int (?=\w+\(const \w+Arguments\*)", source, flags=re.MULTILINE)[1:]
+    assert len(launchers) >= 5
+    for body in launchers:
+        assert "return tensors.close(" in body.split("\n}\n")[0], body.split("(")[0]
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

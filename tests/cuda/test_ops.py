@@ -20,9 +20,13 @@ from ddfast.ops import (
 )
 
 
-@pytest.fixture(autouse=True)
-def module(emulator, monkeypatch):
-    """A module with the compiled one's signatures, and the backend "cuda" on the CPU's tensors."""
+@pytest.fixture(autouse=True, params=["past the end", "before the beginning"])
+def module(emulator, monkeypatch, request):
+    """A module with the compiled one's signatures, and the backend "cuda" on the CPU's tensors.
+
+    Everything with accesses beyond a tensor failing on one side of it, then on the other.
+    """
+    emulator.configure(front=request.param == "before the beginning")
     library, check = emulator.library, emulator.check
 
     def flow_scratch_bytes(rows, num_codes, dim, top_k, top_p, cluster, device):
