@@ -71,31 +71,42 @@ cuda, cuda_reason = _load("ddfast_cuda")
 
 def cuda_state(device: int | None = None) -> tuple[bool, str]:
     """Whether the CUDA kernels can run on a GPU (None: the current one), and a line that says so or what to do."""
-    if cuda is None:
-        return False, cuda_reason
-    obstacle = _no_gpu()
-    return (False, obstacle) if obstacle else _cuda_on(_index(device))
+    return _cuda_state(_current() if device is None else device)
 
 
 def triton_state(device: int | None = None) -> tuple[bool, str]:
     """The same of the Triton kernels; Triton itself is loaded by `triton` only."""
-    for name, remedy in (("triton", "pip install triton"), ("ddfast_kernels", "pip install .")):
-        if not _is_installed(name):
-            return False, f"{name} is not installed; run `{remedy}`"
-    if env.triton_interpreted():
-        return True, "ddfast_kernels, in Triton's interpreter"
-    obstacle = _no_gpu() or _no_compiler()
-    return (False, obstacle) if obstacle else _triton_on(_index(device))
+    return _triton_state(_current() if device is None else device)
 
 
-_is_installed = functools.cache(lambda name: importlib.util.find_spec(name) is not None)
-
-
-def _index(device: int | None) -> int:
-    return torch.cuda.current_device() if device is None else device
+def _current() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
 
 
 @functools.cache
+def _cuda_state(device: int) -> tuple[bool, str]:
+    if cuda is None:
+        return False, cuda_reason
+    obstacle = _no_gpu() or _too_old(device)
+    if not obstacle:
+        try:
+            cuda.check_device(device)
+        except RuntimeError as error:
+            obstacle = _remedy(device, str(error))
+    return not obstacle, obstacle or cuda_reason
+
+
+@functools.cache
+def _triton_state(device: int) -> tuple[bool, str]:
+    for name, remedy in (("triton", "pip install triton"), ("ddfast_kernels", "pip install .")):
+        if importlib.util.find_spec(name) is None:
+            return False, f"{name} is not installed; run `{remedy}`"
+    if env.triton_interpreted():
+        return True, "ddfast_kernels, in Triton's interpreter"
+    obstacle = _no_gpu() or _too_old(device) or _no_compiler()
+    return not obstacle, obstacle or "ddfast_kernels"
+
+
 def _no_gpu() -> str:
     """Why PyTorch has no GPU for any kernel, or an empty string."""
     if torch.version.hip is not None:
@@ -107,7 +118,14 @@ def _no_gpu() -> str:
     return ""
 
 
-@functools.cache
+def _too_old(device: int) -> str:
+    """Why no kernel can run on this GPU, whatever is done, or an empty string; 8.0 is Triton's least as well."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return ""
+    return f"the kernels need a GPU of compute capability 8.0 or more, this one has {major}.{minor}"
+
+
 def _no_compiler() -> str:
     """Why Triton could not build the C code of its launches, or an empty string."""
     if env.c_compiler() is None:
@@ -118,21 +136,9 @@ def _no_compiler() -> str:
     return ""
 
 
-@functools.cache
-def _cuda_on(device: int) -> tuple[bool, str]:
-    assert cuda is not None
-    try:
-        cuda.check_device(device)
-    except RuntimeError as error:
-        return False, _remedy(device, str(error))
-    return True, cuda_reason
-
-
 def _remedy(device: int, error: str) -> str:
     """What keeps the CUDA kernels from running, in words of the user's; `error` has CUDA's name for it."""
     assert cuda is not None
-    if too_old := _too_old(device):
-        return too_old
     major, minor = torch.cuda.get_device_capability(device)
     build = f"`CUDAARCHS={major}{minor} pip install .`"
     if "cudaErrorInsufficientDriver" in error:
@@ -144,20 +150,6 @@ def _remedy(device: int, error: str) -> str:
     if "cudaErrorNoKernelImageForDevice" in error:
         return f"ddfast_cuda has no code for sm_{major}{minor}, it is built for {cuda.architectures}: run {build}"
     return f"ddfast_cuda: {error}"
-
-
-@functools.cache
-def _triton_on(device: int) -> tuple[bool, str]:
-    too_old = _too_old(device)
-    return (False, too_old) if too_old else (True, "ddfast_kernels")
-
-
-def _too_old(device: int) -> str:
-    """Why no kernel can run on this GPU, whatever is done, or an empty string; 8.0 is Triton's least as well."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if major >= 8:
-        return ""
-    return f"the kernels need a GPU of compute capability 8.0 or more, this one has {major}.{minor}"
 
 
 @functools.cache

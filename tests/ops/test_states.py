@@ -1,6 +1,5 @@
 """What native says of GPUs that are not here: PyTorch, the compiled module and the compilers are stand-ins."""
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ def forget():
     """Before and after, for a state is remembered."""
 
     def clear():
-        for function in (native._no_gpu, native._no_compiler, native._cuda_on, native._triton_on):
+        for function in (native._cuda_state, native._triton_state):
             function.cache_clear()
 
     clear()
@@ -32,9 +31,10 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     capabilities = {0: (9, 0), 1: (7, 5)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    machine = SimpleNamespace(errors={1: "cudaErrorNoKernelImageForDevice"}, capabilities=capabilities, asked=[])
+    machine = SimpleNamespace(errors={}, capabilities=capabilities, asked=[])
 
     def check_device(device):
         machine.asked.append(device)
@@ -46,7 +46,7 @@ def machine(monkeypatch):
     )
     monkeypatch.setattr(native, "cuda", machine.module)
     monkeypatch.setattr(native, "cuda_reason", "ddfast_cuda 1.0")
-    monkeypatch.setattr(native, "_is_installed", lambda name: True)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: name)
     return machine
 
 
@@ -54,7 +54,7 @@ def test_every_gpu_has_its_own_state(machine):
     for _ in range(3):
         assert native.cuda_state(0) == (True, "ddfast_cuda 1.0")
         assert native.cuda_state(1) == native.cuda_state()
-    assert machine.asked == [0, 1]  # once each
+    assert machine.asked == [0]  # once; of the other one there is nothing to ask
     usable, line = native.cuda_state()
     assert not usable
     assert line == "the kernels need a GPU of compute capability 8.0 or more, this one has 7.5"
@@ -98,6 +98,13 @@ def test_pytorch_without_a_gpu(machine, monkeypatch, where, value, words):
     assert not machine.asked
 
 
+def test_the_current_gpu_is_not_looked_for_where_nothing_uses_one(machine, monkeypatch):
+    """PyTorch would start CUDA for it, which a forked process must not."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", pytest.fail)
+    assert native.cuda_state() == native.cuda_state(0)
+
+
 def test_no_module(machine, monkeypatch):
     monkeypatch.setattr(native, "cuda", None)
     monkeypatch.setattr(native, "cuda_reason", "ddfast_cuda is not installed")
@@ -112,18 +119,18 @@ def test_triton_needs_a_compiler_and_headers(machine, monkeypatch, tmp_path):
     )  # fmt: skip
     (tmp_path / "mine").touch(0o755)
     for name in ("gcc", "clang", "CC"):
-        native._no_compiler.cache_clear()
+        native._triton_state.cache_clear()
         if name == "CC":
             monkeypatch.setenv("CC", str(tmp_path / "mine"))
         else:
             (tmp_path / name).touch(0o755)
         assert native.triton_state(0)[0]
         (tmp_path / name).unlink(missing_ok=True)
-    native._no_compiler.cache_clear()
+    native._triton_state.cache_clear()
     monkeypatch.setattr(native.sysconfig, "get_path", lambda *_: str(tmp_path))
     assert native.triton_state(0)[1].startswith("Triton finds no Python.h; install")
 
 
 def test_triton_is_not_installed(machine, monkeypatch):
-    monkeypatch.setattr(native, "_is_installed", functools.partial(str.__eq__, "triton"))
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: name if name == "triton" else None)
     assert native.triton_state(0) == (False, "ddfast_kernels is not installed; run `pip install .`")
