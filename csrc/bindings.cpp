@@ -48,7 +48,7 @@ Rows rows_of(Address data, int dtype, int64_t stride) { return {pointer<const vo
 
 PYBIND11_MODULE(ddfast_native, m) {
   m.doc() = "CPU kernels of ddfast. Private: use ddfast.ops.";
-  m.attr("abi") = 4;
+  m.attr("abi") = DDFAST_ABI;
   m.attr("version") = DDFAST_VERSION;
 
   m.def("isa_available", [] {

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "../kernels/codebook_posterior.h"
 #include "../kernels/draw_codes.h"
@@ -13,6 +11,7 @@
 #include "../kernels/flow_sample.h"
 #include "../kernels/nearest_code.h"
 #include "../kernels/noise.h"
+#include "cuda_call.h"
 
 namespace py = pybind11;
 
@@ -29,30 +28,11 @@ T* pointer(Address address) {
 
 cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-// Makes a device current while it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-};
-
 }  // namespace
 
 PYBIND11_MODULE(ddfast_cuda, m) {
   m.doc() = "CUDA kernels of ddfast. Private: use ddfast.ops.";
-  m.attr("abi") = 4;
+  m.attr("abi") = DDFAST_ABI;
   m.attr("version") = DDFAST_VERSION;
   m.attr("architectures") = DDFAST_CUDA_ARCHITECTURES;
 
@@ -60,11 +40,25 @@ PYBIND11_MODULE(ddfast_cuda, m) {
 
   const py::call_guard<py::gil_scoped_release> no_gil;
 
+  // CUDA versions as 1000 major + 10 minor: of the runtime that is built in, and of the driver (0: there is none).
+  m.attr("runtime_version") = CUDART_VERSION;
+  m.def("driver_version", [] {
+    int version = 0;
+    check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+    return version;
+  });
+
+  // Raises what every launch on the device would: no driver, one too old, or no code for this GPU.
+  m.def("check_device", [](int device) {
+    const DeviceGuard guard(device);
+    check(noise_cuda_is_loaded(), "loading the kernels");
+  }, no_gil);
+
   m.def("noise", [](uint64_t seed, Address index, int64_t count, int64_t per_sample, Address out, int device,
                     Address stream) {
     const DeviceGuard guard(device);
-    check(noise_cuda(seed, pointer<const int64_t>(index), count, per_sample, pointer<float>(out), stream_of(stream)),
-          "noise");
+    const NoiseArguments arguments{pointer<const int64_t>(index), pointer<float>(out), seed, count, per_sample};
+    check(noise_cuda(arguments, stream_of(stream)), "noise");
   }, no_gil);
 
   // For the cosine the codebook is normalised. cluster: 0 chooses.

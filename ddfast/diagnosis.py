@@ -15,6 +15,7 @@ from ddfast import env
 from ddfast.ops import dispatch, findings, native
 
 _PACKAGES = ("torch", "triton", "numpy", "einops", "nvtx", "safetensors")
+_STATES = {"CUDA kernels": native.cuda_state, "Triton kernels": native.triton_state}
 
 
 def diagnosis() -> list[str]:
@@ -25,7 +26,6 @@ def diagnosis() -> list[str]:
     if native.cpu is not None:
         lines.append(f"  instruction sets: {', '.join(native.cpu.isa_available())}; in use: {native.cpu.isa()}")
         lines.append(f"  threads: {torch.get_num_threads()} (torch.get_num_threads())")
-    lines.append(f"Triton kernels: {native.triton_state()[1]}")
     lines.append(f"CUDA kernels: {native.cuda_reason}")
     if native.cuda is not None:
         lines.append(f"  compiled for: {native.cuda.architectures}")
@@ -33,8 +33,9 @@ def diagnosis() -> list[str]:
     for index in gpus:
         major, minor = torch.cuda.get_device_capability(index)
         lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+        lines += [f"  {name}: {state(index)[1]}" for name, state in _STATES.items()]
     if not gpus:
-        lines.append("GPU: PyTorch sees none")
+        lines += ["GPU: PyTorch sees none", *(f"  {name}: {state()[1]}" for name, state in _STATES.items())]
     lines += ["", "environment:"]
     values = env.settings()
     lines += [f"  {name}={values[name] or ''}  ({meaning})" for name, meaning in env.VARIABLES.items()]

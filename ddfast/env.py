@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ VARIABLES = {
     "DDFAST_VERIFY": "0: kernels run on a GPU though nothing has shown that they are right there (default: 1)",
     "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one here)",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors too (for tests; never by itself)",
+    "CC": "C compiler with which Triton builds the launches of its kernels (default: gcc, else clang)",
     "RANK": "rank of this process, set by torchrun (default: 0)",
     "WORLD_SIZE": "number of processes, set by torchrun (default: 1)",
     "LOCAL_RANK": "rank among the processes on this machine, set by torchrun: which GPU --device cuda is (default: 0)",
@@ -78,6 +80,12 @@ def isa() -> str | None:
 def triton_interpreted() -> bool:
     """Whether Triton's own switch for its interpreter is on."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def c_compiler() -> str | None:
+    """Path of the C compiler that Triton would take, or None."""
+    given = os.environ.get("CC")
+    return shutil.which(given) if given is not None else shutil.which("gcc") or shutil.which("clang")
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -1,14 +1,22 @@
 // Launches the noise kernel; see kernels/philox.h for what it computes.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
+
+#include "cuda_api.h"
 
 namespace ddfast {
 
-// out[i, e] for i < count, e < per_sample; index and out in device memory of the current device.
-cudaError_t noise_cuda(uint64_t seed, const int64_t* index, int64_t count, int64_t per_sample, float* out,
-                       cudaStream_t stream);
+struct NoiseArguments {
+  const int64_t* index;  // [count]
+  float* out;            // [count, per_sample]
+  uint64_t seed;
+  int64_t count, per_sample;
+};
+
+cudaError_t noise_cuda(const NoiseArguments& arguments, cudaStream_t stream);
+
+// The error with which any kernel of this build would fail on the current device; the noise's is the smallest.
+cudaError_t noise_cuda_is_loaded();
 
 }  // namespace ddfast

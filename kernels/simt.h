@@ -20,6 +20,8 @@ inline bool is_cluster_size(int cluster) { return cluster == 1 || cluster == 2 |
 
 #ifndef DDFAST_EMULATE
 
+#include "device.h"
+
 namespace ddfast {
 namespace simt {
 
@@ -153,49 +155,21 @@ __device__ __forceinline__ T* of_rank(T* mine, int rank, int cluster) {
 #endif
 }
 
-struct Device {
-  int shared_bytes;  // that one block may have
-  int shared_per_multiprocessor;
-  int multiprocessors;
-  bool clusters;
-};
-
-inline cudaError_t device(Device* out) {
-  int id, clusters;
-  cudaError_t status = cudaGetDevice(&id);
-  if (!status) status = cudaDeviceGetAttribute(&out->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  if (!status)
-    status = cudaDeviceGetAttribute(&out->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
-  if (!status) status = cudaDeviceGetAttribute(&out->multiprocessors, cudaDevAttrMultiProcessorCount, id);
-  if (!status) status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, id);
-  if (!status) out->clusters = clusters != 0;
-  return status;
-}
-
 inline cudaError_t clear(void* at, size_t bytes, cudaStream_t stream) { return cudaMemsetAsync(at, 0, bytes, stream); }
+
+// An error where there is no code of the kernel for the current device.
+template <class Arguments>
+cudaError_t load(void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, (const void*)kernel);
+}
 
 // Asynchronous, capturable into a graph; `blocks` is a multiple of `cluster`.
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes, int cluster,
                    cudaStream_t stream, const Arguments& arguments) {
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
-  // A block that uses much of it should not be alone on its multiprocessor because the rest went to the L1 cache.
-  if (!status && shared_bytes > 48 << 10)
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared);
-  if (status) return status;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)blocks);
-  config.blockDim = dim3((unsigned)threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = (unsigned)cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
+  void* pointers[] = {const_cast<Arguments*>(&arguments)};
+  return launch((const void*)kernel, blocks, threads, shared_bytes, cluster, stream, pointers);
 }
 
 }  // namespace simt

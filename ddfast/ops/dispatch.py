@@ -99,19 +99,19 @@ def forget() -> None:
 
 def available() -> dict[str, str]:
     """Backends that can run here, with a line that says what they are; a missing one is in `missing()`."""
-    states = _states().items()
+    states = _states(None).items()
     return {"reference": f"PyTorch {torch.__version__}"} | {name: line for name, (usable, line) in states if usable}
 
 
-def missing() -> dict[str, str]:
-    """Backends that cannot run here, with the reason."""
-    return {name: line for name, (usable, line) in _states().items() if not usable}
+def missing(index: int | None = None) -> dict[str, str]:
+    """Backends that cannot run here, on the GPU of this number or the current one, with the reason."""
+    return {name: line for name, (usable, line) in _states(index).items() if not usable}
 
 
-def _states() -> dict[str, tuple[bool, str]]:
+def _states(index: int | None) -> dict[str, tuple[bool, str]]:
     """Of every backend with kernels: whether it can run here, and what it is or why it cannot."""
     cpu = (native.cpu is not None, native.cpu_reason)
-    return {"cpu": cpu, "cuda": native.cuda_state(), "triton": native.triton_state()}
+    return {"cpu": cpu, "cuda": native.cuda_state(index), "triton": native.triton_state(index)}
 
 
 def choose(
@@ -159,8 +159,8 @@ def _decide(
         _asked_now.append((op, dtype, rows, dim, size))
     preferred, strict = _asked(op, backend)
     if strict:
-        return _strict(op, preferred, device.type, dtype, dim), True
-    obstacle_of = {name: _obstacle(op, name, device.type, dtype, dim) for name in KERNELS[op]}
+        return _strict(op, preferred, device, dtype, dim), True
+    obstacle_of = {name: _obstacle(op, name, device, dtype, dim) for name in KERNELS[op]}
     interpreted = "triton" if env.triton_interpreted() else ""  # a thousand times slower, and right: by name only
     kernels = [name for name in KERNELS[op] if DEVICE_OF[name] == device.type and name != interpreted]
     reason = f"fastest kernel for {device.type} tensors"
@@ -208,7 +208,7 @@ def _asked(op: str, backend: str) -> tuple[tuple[str, ...], bool]:
     return names, bool(strict) and "auto" not in strict
 
 
-def _strict(op: str, names: tuple[str, ...], device: str, dtype: torch.dtype, dim: int) -> Choice:
+def _strict(op: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, dim: int) -> Choice:
     """The first of the names that can run."""
     obstacles = []
     for name in names:
@@ -219,17 +219,17 @@ def _strict(op: str, names: tuple[str, ...], device: str, dtype: torch.dtype, di
     raise ValueError(f"backend: {'; '.join(obstacles)}; use backend='auto' or 'reference'")
 
 
-def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype, dim: int) -> str:
+def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """Why `backend` cannot run, or an empty string."""
     if backend not in KERNELS[op]:
         return f"this version of ddfast has no {backend} kernel for it"
-    if device != DEVICE_OF[backend] and not (backend == "triton" and env.triton_interpreted()):
-        return f"the tensors are on {device}, it needs {DEVICE_OF[backend]}"
+    if device.type != DEVICE_OF[backend] and not (backend == "triton" and env.triton_interpreted()):
+        return f"the tensors are on {device.type}, it needs {DEVICE_OF[backend]}"
     if dtype not in native.DTYPE_CODES:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     if backend == "cuda" and op in _CODE_DIM and native.cuda is not None and dim > native.cuda.max_dim:
         return f"codes have {dim} dimensions, it takes {native.cuda.max_dim} at most"
-    return missing().get(backend, "")
+    return missing(device.index).get(backend, "")
 
 
 def _verdict(check: Check, device: torch.device) -> findings.Verdict:
@@ -266,13 +266,13 @@ def _first(op: str, dtype: torch.dtype, dim: int, device: torch.device) -> list[
     """The check of the kernel that "auto" would try first, if there is one."""
     interpreted = "triton" if env.triton_interpreted() else ""
     names = (name for name in KERNELS[op] if name != interpreted)
-    usable = (name for name in names if not _obstacle(op, name, device.type, dtype, dim))
+    usable = (name for name in names if not _obstacle(op, name, device, dtype, dim))
     return [Check(op, name, dtype, dim) for name in usable][:1]
 
 
 def is_right(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     """Whether a kernel can run on this device, and gives the reference's results there."""
-    if _obstacle(op, backend, device.type, dtype, dim):
+    if _obstacle(op, backend, device, dtype, dim):
         return False
     return device.type != "cuda" or _verdict(Check(op, backend, dtype, dim), device).passed
 

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +14,8 @@ import torch
 
 from ddfast import env
 
-ABI = 4
-"""Version of the calling convention between this package and its native modules."""
+ABI = 5
+"""Version of the calling convention between this package and its native modules, which CMakeLists.txt reads here."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the native modules name the element type of logits."""
@@ -68,25 +69,87 @@ cpu, cpu_reason = _load_cpu()
 cuda, cuda_reason = _load("ddfast_cuda")
 
 
-@functools.cache
-def cuda_state() -> tuple[bool, str]:
-    """Whether the CUDA kernels can run, and a line that says so."""
-    if cuda is not None and not torch.cuda.is_available():
-        return False, "PyTorch sees no GPU"
-    return cuda is not None, cuda_reason
+def cuda_state(device: int | None = None) -> tuple[bool, str]:
+    """Whether the CUDA kernels can run on a GPU (None: the current one), and a line that says so or what to do."""
+    return _cuda_state(_current() if device is None else device)
+
+
+def triton_state(device: int | None = None) -> tuple[bool, str]:
+    """The same of the Triton kernels; Triton itself is loaded by `triton` only."""
+    return _triton_state(_current() if device is None else device)
+
+
+def _current() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
 
 
 @functools.cache
-def triton_state() -> tuple[bool, str]:
-    """Whether the Triton kernels can run, and a line that says so; Triton itself is loaded by `triton` only."""
+def _cuda_state(device: int) -> tuple[bool, str]:
+    if cuda is None:
+        return False, cuda_reason
+    obstacle = _no_gpu() or _too_old(device)
+    if not obstacle:
+        try:
+            cuda.check_device(device)
+        except RuntimeError as error:
+            obstacle = _remedy(device, str(error))
+    return not obstacle, obstacle or cuda_reason
+
+
+@functools.cache
+def _triton_state(device: int) -> tuple[bool, str]:
     for name, remedy in (("triton", "pip install triton"), ("ddfast_kernels", "pip install .")):
         if importlib.util.find_spec(name) is None:
             return False, f"{name} is not installed; run `{remedy}`"
     if env.triton_interpreted():
         return True, "ddfast_kernels, in Triton's interpreter"
+    obstacle = _no_gpu() or _too_old(device) or _no_compiler()
+    return not obstacle, obstacle or "ddfast_kernels"
+
+
+def _no_gpu() -> str:
+    """Why PyTorch has no GPU for any kernel, or an empty string."""
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, the kernels are for NVIDIA's GPUs"
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA; for a GPU, install a build of PyTorch with it"
     if not torch.cuda.is_available():
-        return False, "PyTorch sees no GPU"
-    return True, "ddfast_kernels"
+        return "PyTorch sees no GPU; if there is one, `nvidia-smi` says whether its driver works"
+    return ""
+
+
+def _too_old(device: int) -> str:
+    """Why no kernel can run on this GPU, whatever is done, or an empty string; 8.0 is Triton's least as well."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return ""
+    return f"the kernels need a GPU of compute capability 8.0 or more, this one has {major}.{minor}"
+
+
+def _no_compiler() -> str:
+    """Why Triton could not build the C code of its launches, or an empty string."""
+    if env.c_compiler() is None:
+        return "Triton finds no C compiler; install gcc (Debian, Ubuntu: apt-get install gcc) or set CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks for them
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
+        return "Triton finds no Python.h; install Python's headers (Debian, Ubuntu: apt-get install python3-dev)"
+    return ""
+
+
+def _remedy(device: int, error: str) -> str:
+    """What keeps the CUDA kernels from running, in words of the user's; `error` has CUDA's name for it."""
+    assert cuda is not None
+    major, minor = torch.cuda.get_device_capability(device)
+    build = f"`CUDAARCHS={major}{minor} pip install .`"
+    if "cudaErrorInsufficientDriver" in error:
+        built, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in (cuda.runtime_version, cuda.driver_version()))
+        fitting = f"`pip install .` with the nvcc of a CUDA {driver.split('.')[0]}"
+        return f"ddfast_cuda is built with CUDA {built}, the driver is of {driver}: update the driver, or {fitting}"
+    if "cudaErrorUnsupportedPtxVersion" in error:
+        return f"the GPU's driver cannot translate the code of ddfast_cuda: update the driver, or run {build}"
+    if "cudaErrorNoKernelImageForDevice" in error:
+        return f"ddfast_cuda has no code for sm_{major}{minor}, it is built for {cuda.architectures}: run {build}"
+    return f"ddfast_cuda: {error}"
 
 
 @functools.cache

@@ -6,6 +6,7 @@
 #include "../../kernels/filter_logits.cu"
 #include "../../kernels/flow_sample.cu"
 #include "../../kernels/nearest_code.cu"
+#include "../../kernels/noise.cu"
 
 using namespace ddfast;
 
@@ -28,6 +29,49 @@ void mistake_kernel(const Mistake mistake) {
   if (mistake.kind == 4 && i == 0) shared[64] = 1.f;                            // past the end
   if (mistake.kind != 6) simt::block_barrier();                                 // 6: forgotten
   mistake.out[i] = shared[63 - i];
+}
+
+// And some that touch what is not theirs. in, out: [64], of one block's threads.
+enum TrespassKind {
+  kPastTheEnd, kBeforeTheBeginning, kIntoAnInput, kPastSharedMemory, kMisaligned, kNobodys, kShift,
+  kReturned, kNotStarted, kNoSuchRank,  // clusters of 2 blocks, of which the one of rank 1 writes `out`
+};
+
+struct Trespass {
+  int kind;
+  const float* in;
+  float* out;
+};
+
+struct alignas(16) Vector {
+  float value[4];
+};
+
+void trespass_kernel(const Trespass a) {
+  float* shared = (float*)simt::shared_memory();  // [64]
+  const int i = simt::thread(), rank = simt::cluster_rank(2);
+  shared[i] = (float)i;
+  if (a.kind == kNotStarted && rank == 0) *simt::of_rank(shared + i, 1, 2) = 0.f;
+  simt::cluster_barrier(2);
+  if (a.kind >= kReturned && rank == 0) return;
+  float value = a.in[i];
+  if (a.kind == kPastTheEnd) value = a.in[i + 1];
+  if (a.kind == kBeforeTheBeginning) value = a.in[i - 1];
+  if (a.kind == kIntoAnInput) ((float*)a.in)[i] = value + 1.f;
+  if (a.kind == kPastSharedMemory) value = shared[i + 1];
+  if (a.kind == kMisaligned) value = ((const Vector*)(a.in + i % 32))->value[3];
+  if (a.kind == kNobodys) value = *(volatile float*)((uintptr_t)64 << 40);
+  if (a.kind == kShift) value = (float)(1 << i);
+  if (a.kind == kReturned) value = *simt::of_rank(shared + i, 0, 2);
+  if (a.kind == kNoSuchRank) value = *simt::of_rank(shared + i, 2, 2);
+  a.out[i] = value;
+}
+
+// out: [64], 1, 2, .. if the blocks run one after the other, which nothing here makes them do.
+void chain_kernel(float* const out) {
+  const int block = simt::block();
+  simt::block_barrier();
+  if (simt::thread() == 0) out[block] = block ? out[block - 1] + 1.f : 1.f;
 }
 
 enum ProductKind { kTf32, kBf16Short, kBf16 };
@@ -59,6 +103,16 @@ void product_kernel(const Product p) {  // out [16, 8] = a [16, K] b [K, 8]; K i
   for (int i = 0; i < 4; ++i) p.out[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = out[i];
 }
 
+int64_t bytes_of_rows(int64_t rows, int64_t stride, int64_t V, int dtype) {
+  return rows > 0 ? ((rows - 1) * stride + V) * (dtype == 0 ? 4 : 2) : 0;
+}
+
+void fence_filter(emulator::Tensors& tensors, FilterArguments& a) {
+  tensors.input(a.logits, bytes_of_rows(a.rows, a.stride, a.V, a.dtype), "logits");
+  tensors.input(a.uncond, bytes_of_rows(a.rows, a.uncond_stride, a.V, a.dtype), "uncond");
+  tensors.input(a.cfg_scale, a.rows, "cfg_scale");
+}
+
 }  // namespace
 
 extern "C" {
@@ -66,17 +120,43 @@ extern "C" {
 int mistake_emulated(int kind, float* out) {
   return simt::launch(mistake_kernel, 1, 64, 64 * sizeof(float), 1, nullptr, Mistake{kind, out});
 }
+int trespass_emulated(int kind, const float* in, float* out) {
+  emulator::Tensors tensors;
+  tensors.input(in, 64, "in");
+  tensors.output(out, 64, "out");
+  const int cluster = kind >= kReturned ? 2 : 1;
+  return tensors.close(
+      simt::launch(trespass_kernel, cluster, 64, 64 * sizeof(float), cluster, nullptr, Trespass{kind, in, out}));
+}
+int chain_emulated(float* out, int cluster) { return simt::launch(chain_kernel, 64, 64, 0, cluster, nullptr, out); }
 int product_emulated(const float* a, const float* b, float* out, int kind) {
   return simt::launch(product_kernel, 1, 32, 0, 1, nullptr, Product{a, b, out, kind});
 }
 int filter_emulated(const FilterArguments* a, float* log_probs, void* scratch, int cluster) {
-  return filter_logits_cuda(*a, log_probs, scratch, cluster, nullptr);
+  emulator::Tensors tensors;
+  FilterArguments fenced = *a;
+  int64_t bytes = 0;
+  filter_scratch_bytes(a->rows, a->V, cluster, &bytes);
+  fence_filter(tensors, fenced);
+  tensors.output(log_probs, a->rows * a->V, "log_probs");
+  tensors.output(scratch, bytes, "scratch");
+  return tensors.close(filter_logits_cuda(fenced, log_probs, scratch, cluster, nullptr));
 }
 int filter_scratch_emulated(int64_t rows, int64_t V, int cluster, int64_t* out) {
   return filter_scratch_bytes(rows, V, cluster, out);
 }
 
-int draw_emulated(const DrawArguments* a, int cluster) { return draw_codes_cuda(*a, cluster, nullptr); }
+int draw_emulated(const DrawArguments* a, int cluster) {
+  emulator::Tensors tensors;
+  DrawArguments fenced = *a;
+  int64_t bytes = 0;
+  draw_scratch_bytes(a->filter.rows, a->filter.V, cluster, &bytes);
+  fence_filter(tensors, fenced.filter);
+  tensors.input(fenced.uniform, a->filter.rows, "uniform");
+  tensors.output(fenced.codes, a->filter.rows, "codes");
+  tensors.output(fenced.scratch, bytes, "scratch");
+  return tensors.close(draw_codes_cuda(fenced, cluster, nullptr));
+}
 int draw_scratch_emulated(int64_t rows, int64_t V, int cluster, int64_t* out) {
   return draw_scratch_bytes(rows, V, cluster, out);
 }
@@ -88,15 +168,31 @@ int draw_cluster_emulated(int64_t V) {  // blocks per row
 
 const char* emulator_error() { return emulator::state.error.c_str(); }
 
-// seed: draws the order in which threads run (0: ascending); the rest is what the device would report.
-void emulator_configure(uint64_t seed, int shared_limit, int clusters, int multiprocessors) {
+// seed: draws the order in which threads run (0: ascending); front: an access before a tensor is what must fail, not one
+// past its end; the rest is what the device would report.
+void emulator_configure(uint64_t seed, int shared_limit, int clusters, int multiprocessors, int front) {
   emulator::state.seed = seed;
+  emulator::state.front = front != 0;
   emulator::state.shared_limit = shared_limit;
-  emulator::state.clusters = clusters != 0;
+  emulator::state.has_clusters = clusters != 0;
   emulator::state.multiprocessors = multiprocessors;
 }
 
-int flow_sample_emulated(const FlowArguments* a, int cluster) { return flow_sample_cuda(*a, cluster, nullptr); }
+int flow_sample_emulated(const FlowArguments* a, int cluster) {
+  emulator::Tensors tensors;
+  FlowArguments fenced = *a;
+  const FilterArguments& filter = a->filter;
+  int64_t bytes = 0;
+  flow_scratch_bytes(filter.rows, filter.V, a->d, filter.top_k, filter.top_p, cluster, &bytes);
+  fence_filter(tensors, fenced.filter);
+  tensors.input(fenced.noise, filter.rows * a->d, "noise");
+  tensors.input(fenced.codebook, filter.V * a->d, "codebook");
+  tensors.input(fenced.geometry, filter.V + 1, "geometry");
+  tensors.output(fenced.codes, filter.rows, "codes");
+  tensors.output(fenced.evaluations, filter.rows, "evaluations");
+  tensors.output(fenced.scratch, bytes, "scratch");
+  return tensors.close(flow_sample_cuda(fenced, cluster, nullptr));
+}
 int flow_scratch_emulated(int64_t rows, int64_t V, int64_t d, int64_t top_k, double top_p, int cluster, int64_t* out) {
   return flow_scratch_bytes(rows, V, d, top_k, top_p, cluster, out);
 }
@@ -114,10 +210,37 @@ void flow_plan_emulated(int64_t V, int64_t d, int64_t top_k, double top_p, int64
 }
 
 int posterior_emulated(const PosteriorArguments* a, int backward) {
-  return backward ? codebook_posterior_backward_cuda(*a, nullptr) : codebook_posterior_forward_cuda(*a, nullptr);
+  emulator::Tensors tensors;
+  PosteriorArguments fenced = *a;
+  const int64_t size = a->rows * a->d;
+  tensors.input(fenced.x, size, "x");
+  tensors.input(fenced.t, a->rows, "t");
+  tensors.input(fenced.log_probs, bytes_of_rows(a->period, a->stride, a->V, a->dtype), "log_probs");
+  tensors.input(fenced.codebook, a->V * a->d, "codebook");
+  tensors.output(fenced.x0, size, "x0");
+  tensors.output(fenced.log_norm, a->rows, "log_norm");
+  if (!backward) return tensors.close(codebook_posterior_forward_cuda(fenced, nullptr));
+  tensors.input(fenced.grad, size, "grad");
+  tensors.output(fenced.dx, size, "dx");
+  return tensors.close(codebook_posterior_backward_cuda(fenced, nullptr));
 }
 
-int nearest_emulated(const NearestArguments* a, int cluster) { return nearest_code_cuda(*a, cluster, nullptr); }
+int nearest_emulated(const NearestArguments* a, int cluster) {
+  emulator::Tensors tensors;
+  NearestArguments fenced = *a;
+  tensors.input(fenced.x, a->rows * a->d, "x");
+  tensors.input(fenced.codebook, a->V * a->d, "codebook");
+  tensors.output(fenced.codes, a->rows, "codes");
+  return tensors.close(nearest_code_cuda(fenced, cluster, nullptr));
+}
+
+int noise_emulated(const NoiseArguments* a) {
+  emulator::Tensors tensors;
+  NoiseArguments fenced = *a;
+  tensors.input(fenced.index, a->count, "index");
+  tensors.output(fenced.out, a->count * a->per_sample, "out");
+  return tensors.close(noise_cuda(fenced, nullptr));
+}
 
 // v of nearest_code, in the order of operations that defines it.
 void nearest_scores(const float* x, const float* codebook, int64_t V, int64_t d, int cosine, float* out) {

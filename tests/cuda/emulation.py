@@ -83,6 +83,16 @@ class NearestArguments(ctypes.Structure):
     ]
 
 
+class NoiseArguments(ctypes.Structure):
+    """As in kernels/noise.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("index", "out")],
+        ("seed", ctypes.c_uint64),
+        *[(name, ctypes.c_int64) for name in ("count", "per_sample")],
+    ]
+
+
 def guided_rows(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits [6, 999] and their guidance, rows of wider tensors."""
     generator = torch.Generator().manual_seed(4)
@@ -97,13 +107,17 @@ class Emulator:
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.emulator_error.restype = ctypes.c_char_p
+        self.drawn = 0  # the order of threads where a test asks for none
         self.configure()
 
     def configure(
-        self, seed: int = 0, shared_limit: int = SHARED_LIMIT, clusters: bool = True, multiprocessors: int = 132
-    ) -> None:
-        """The order in which threads run (0: ascending, else drawn), and what the device reports about itself."""
-        self.library.emulator_configure(ctypes.c_uint64(seed), shared_limit, clusters, multiprocessors)
+        self, seed: int | None = None, shared_limit: int = SHARED_LIMIT, clusters: bool = True,
+        multiprocessors: int = 132, front: bool = False,
+    ) -> None:  # fmt: skip
+        """The order in which threads run (0: ascending, else drawn; None: `drawn`), what the device reports about
+        itself, and on which side of a tensor an access beyond it is an error."""
+        seed = self.drawn if seed is None else seed
+        self.library.emulator_configure(ctypes.c_uint64(seed), shared_limit, clusters, multiprocessors, front)
 
     def check(self, status: int) -> None:
         if status:
@@ -203,6 +217,13 @@ class Emulator:
         arguments = NearestArguments(*map(address, (x, codebook, codes)), len(x), *codebook.shape, cosine)
         self.check(self.library.nearest_emulated(ctypes.byref(arguments), cluster))
         return codes
+
+    def noise(self, seed: int, index: Tensor, per_sample: int) -> Tensor:
+        """float32 [len(index), per_sample]."""
+        out = torch.full((len(index), per_sample), 7e7)
+        arguments = NoiseArguments(address(index), address(out), seed, len(index), per_sample)
+        self.check(self.library.noise_emulated(ctypes.byref(arguments)))
+        return out
 
     def nearest_scores(self, x: Tensor, codebook: Tensor, cosine: bool = False) -> Tensor:
         """float32 [rows, V]: what nearest_code compares, in the order of operations that defines it."""

@@ -1,22 +1,33 @@
-// Runs CUDA kernels on the CPU: every thread of a cluster is a fiber, which runs until it must wait for others at a
+// Runs CUDA kernels on the CPU: every thread of a few clusters is a fiber, which runs until it must wait for others at a
 // barrier or a warp collective. The names in ddfast::simt are those of kernels/simt.h.
 //
 // What it makes visible: results; reads of memory that nobody wrote (shared memory starts as NaN); barriers that not
-// all threads reach, or where they meet different ones (an error, never a hang); writes past the end of shared memory;
-// and, because who goes first after a barrier is drawn from `seed`, results that depend on the order of threads.
+// all threads reach, or where they meet different ones (an error, never a hang); and, because which block starts, who
+// goes first after a barrier and whose turn it is among the clusters are drawn from `seed`, results that depend on the
+// order of threads, blocks or clusters. Errors, too: an access beyond shared memory or beyond a tensor of a launcher
+// that has `Tensors` below (each lies at the edge of a page that nobody may touch), a write to an input, an access to
+// the shared memory of a block that has not started or has returned; and what UBSan finds, such as a vector load from
+// an address that is not aligned, as far as the compiler was asked to look (conftest.py).
 // What it cannot show: speed, memory-model effects finer than barriers, and what only the hardware checks.
 #pragma once
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <list>
+#include <numeric>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -28,12 +39,56 @@
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 using cudaStream_t = void*;
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 namespace emulator {
 
-constexpr size_t kStack = 64 << 10, kGuard = 1024, kPayload = 10;
+constexpr size_t kStack = 64 << 10, kAlignment = 16, kPayload = 10;
+constexpr int kResident = 3, kResidentThreads = 2048;  // clusters that run at the same time, two at least
 constexpr unsigned char kPoison = 0xff;  // NaN as float, far out of range as an index
+
+// Memory between two pages that nobody may touch: it ends at the second one or, if `front`, begins at the first. Its
+// alignment is that of `like`, which may leave a few poisoned bytes in between.
+class Fenced {
+ public:
+  Fenced(const char* name, size_t bytes, bool front, uintptr_t like = 0) : name(name), bytes(bytes) {
+    page_ = (size_t)sysconf(_SC_PAGESIZE);
+    const size_t offset = like % kAlignment;
+    room_ = (bytes + 2 * kAlignment + page_ - 1) / page_ * page_;
+    void* map = mmap(nullptr, room_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED) std::abort();
+    inside_ = (unsigned char*)map + page_;
+    protect(PROT_READ | PROT_WRITE);
+    std::memset(inside_, kPoison, room_);
+    begin = inside_ + (front ? offset : (room_ - bytes - offset) / kAlignment * kAlignment + offset);
+  }
+  ~Fenced() { munmap(inside_ - page_, room_ + 2 * page_); }
+  Fenced(const Fenced&) = delete;
+  Fenced& operator=(const Fenced&) = delete;
+
+  void protect(int how) { mprotect(inside_, room_, how); }
+
+  // Whether somebody wrote beside it, where it does not reach to the page.
+  bool is_damaged() const {
+    const auto is_poison = [](unsigned char byte) { return byte == kPoison; };
+    return !std::all_of(inside_, begin, is_poison) || !std::all_of(begin + bytes, inside_ + room_, is_poison);
+  }
+
+  // What an access to `address` did wrong; empty: it is not near.
+  std::string describe(const unsigned char* address) const {
+    if (address < inside_ - page_ || address >= inside_ + room_ + page_) return "";
+    if (address >= begin + bytes) return std::to_string(address - begin - bytes) + " bytes past the end of " + name;
+    if (address < begin) return std::to_string(begin - address) + " bytes before " + name;
+    return std::string("access to ") + name + closed;
+  }
+
+  const char *name, *closed = "";  // closed: why it may not be accessed
+  size_t bytes;
+  unsigned char* begin;
+
+ private:
+  size_t page_, room_;
+  unsigned char* inside_;
+};
 
 struct Group {  // threads that wait for one another
   int size = 0, kind = 0;
@@ -44,123 +99,334 @@ struct Exchange {  // what the lanes of a warp show each other; two rounds can b
   uint32_t value[2][32][kPayload];
 };
 
+struct Cluster;
+
 struct Fiber {
-  ucontext_t start;
   jmp_buf resume;
-  bool started;
+  bool started;  // and waits: within a kernel, or for the next one
   int thread, rank, round;
+  Cluster* cluster;
+};
+
+struct Cluster {  // that is resident
+  int64_t first_block;
+  Fiber* fibers;
+  std::vector<int> ready;  // the next to run is at the back
+  std::vector<Group> warps, blocks;
+  Group all;
+  std::vector<Exchange> exchanges;
+  std::list<Fenced> memory;  // shared, of every block
+  std::vector<Fenced*> shared;
+  std::vector<int> live;  // threads of every block that have not returned
+  int all_live;
+  std::vector<bool> begun;
 };
 
 struct State {
   std::vector<Fiber> fibers;
-  std::vector<int> ready;  // the next to run is at the back
-  std::vector<Group> warps, blocks;
-  std::vector<Exchange> exchanges;
-  Group cluster;
-  std::vector<std::vector<unsigned char>> shared;
-  std::function<void()> body;
   unsigned char* stacks = nullptr;
-  size_t stack_count = 0;
+  std::list<Cluster> clusters;
+  std::vector<Cluster*> resident;  // those that have not returned
+  std::vector<int64_t> order;      // in which the grid's clusters start
+  size_t next = 0;                 // of them
+  std::list<Fenced> tensors;
+  std::function<void()> body;
   jmp_buf scheduler;
-  int current = 0, live = 0, threads = 0;
-  int64_t first_block = 0;
+  Fiber* me = nullptr;  // null: outside of a kernel
+  int threads = 0;
   std::string error;
-  uint64_t seed = 0;               // 0: in order
-  int shared_limit = 227 << 10;    // of the emulated device
+  uint64_t seed = 0;             // 0: in order, one cluster after the other
+  bool front = false;            // where tensors are fenced
+  int shared_limit = 227 << 10;  // of the emulated device
   int multiprocessors = 132;
-  bool clusters = true;
+  bool has_clusters = true;
 };
 inline State state;
 
-inline Fiber& me() { return state.fibers[state.current]; }
+inline Fiber& me() { return *state.me; }
 
-inline void fail(const std::string& message) {
-  if (state.error.empty()) state.error = message;
+[[noreturn]] inline void fail(const std::string& message) {
+  if (!state.me) {
+    std::fprintf(stderr, "outside of a kernel: %s\n", message.c_str());
+    std::abort();
+  }
+  if (state.error.empty())
+    state.error = "block " + std::to_string(me().cluster->first_block + me().rank) + ", thread " +
+                  std::to_string(me().thread) + ": " + message;
   _longjmp(state.scheduler, 1);
 }
 
-inline void make_ready(std::vector<int>& fibers) {
+inline size_t draw(size_t below) {
+  state.seed = state.seed * 6364136223846793005ull + 1442695040888963407ull;
+  return (size_t)(state.seed >> 33) % below;
+}
+
+template <class T>
+void shuffle(std::vector<T>& all) {
   if (state.seed)
-    for (size_t i = fibers.size(); i > 1; --i) {
-      state.seed = state.seed * 6364136223846793005ull + 1442695040888963407ull;
-      std::swap(fibers[i - 1], fibers[(state.seed >> 33) % i]);
-    }
-  state.ready.insert(state.ready.end(), fibers.rbegin(), fibers.rend());
+    for (size_t i = all.size(); i > 1; --i) std::swap(all[i - 1], all[draw(i)]);
+}
+
+inline void make_ready(Cluster& cluster, std::vector<int>& fibers) {
+  shuffle(fibers);
+  cluster.ready.insert(cluster.ready.end(), fibers.rbegin(), fibers.rend());
   fibers.clear();
 }
 
 inline void wait(Group& group, int kind) {
   if (group.waiting.empty()) group.kind = kind;
   if (group.kind != kind) fail("threads meet at different barriers or collectives");
-  group.waiting.push_back(state.current);
-  if ((int)group.waiting.size() == group.size) make_ready(group.waiting);
+  Cluster& cluster = *me().cluster;
+  group.waiting.push_back((int)(state.me - cluster.fibers));
+  if ((int)group.waiting.size() == group.size) make_ready(cluster, group.waiting);
   if (!_setjmp(me().resume)) _longjmp(state.scheduler, 1);
 }
 
-inline void entry() {
-  state.body();
-  --state.live;
-  _longjmp(state.scheduler, 1);
-}
-
-inline Group& my_warp() { return state.warps[(me().rank * state.threads + me().thread) / 32]; }
+inline int number_in_cluster() { return me().rank * state.threads + me().thread; }
+inline Group& my_warp() { return me().cluster->warps[number_in_cluster() / 32]; }
+inline Fenced& my_shared() { return *me().cluster->shared[me().rank]; }
 
 // Shows `count` words to the warp; returns those of all lanes, valid until this lane's next exchange.
 inline const uint32_t (*exchange(int kind, const void* words, int count))[kPayload] {
   Fiber& fiber = me();
-  Exchange& buffer = state.exchanges[(fiber.rank * state.threads + fiber.thread) / 32];
+  Exchange& buffer = fiber.cluster->exchanges[number_in_cluster() / 32];
   const int round = fiber.round++ & 1;
   std::memcpy(buffer.value[round][fiber.thread & 31], words, (size_t)count * 4);
   wait(my_warp(), kind);
   return buffer.value[round];
 }
 
-inline void run_cluster(int cluster, int threads, size_t shared_bytes) {
-  State& s = state;
-  const int total = cluster * threads;
-  s.threads = threads;
-  s.fibers.resize(total);
-  s.shared.assign(cluster, std::vector<unsigned char>(shared_bytes + kGuard, kPoison));
-  s.warps.assign(total / 32, Group{32, 0, {}});
-  s.blocks.assign(cluster, Group{threads, 0, {}});
-  s.cluster = Group{total, 0, {}};
-  s.exchanges.resize(total / 32);
-  s.ready.clear();
-  s.live = total;
-  if (s.stack_count < (size_t)total) {
-    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    s.stacks = (unsigned char*)mmap(nullptr, total * kStack, PROT_READ | PROT_WRITE, flags, -1, 0);
-    s.stack_count = total;
+// A fiber's stack serves one thread after the other.
+inline void entry() {
+  for (;;) {
+    state.body();
+    --me().cluster->all_live;
+    if (--me().cluster->live[me().rank] == 0 && me().cluster->shared.size() > 1) {
+      my_shared().closed = " of a block that has returned";
+      my_shared().protect(PROT_NONE);
+    }
+    if (!_setjmp(me().resume)) _longjmp(state.scheduler, 1);
   }
-  std::vector<int> all;
+}
+
+// Makes the grid's next cluster resident in the place of one that has returned.
+inline void start(Cluster& cluster) {
+  const int blocks = (int)cluster.shared.size(), total = blocks * state.threads;
+  cluster.first_block = state.order[state.next++] * blocks;
+  cluster.warps.assign(total / 32, Group{32, 0, {}});
+  cluster.blocks.assign(blocks, Group{state.threads, 0, {}});
+  cluster.all = Group{total, 0, {}};
+  cluster.live.assign(blocks, state.threads);
+  cluster.all_live = total;
+  cluster.begun.assign(blocks, false);
+  for (Fenced* shared : cluster.shared) {
+    std::memset(shared->begin, kPoison, shared->bytes);
+    shared->closed = " of a block that has not started";
+    if (blocks > 1) shared->protect(PROT_NONE);
+  }
+  std::vector<int> all(total);
   for (int i = 0; i < total; ++i) {
-    Fiber& fiber = s.fibers[i];
-    fiber.started = false;
-    fiber.thread = i % threads;
-    fiber.rank = i / threads;
+    Fiber& fiber = cluster.fibers[i];
+    fiber.thread = i % state.threads;
+    fiber.rank = i / state.threads;
     fiber.round = 0;
-    all.push_back(i);
+    fiber.cluster = &cluster;
+    all[i] = i;
   }
-  make_ready(all);
+  make_ready(cluster, all);
+}
+
+// After the last of its threads; false: there is no other cluster to start.
+inline bool finish(Cluster& cluster) {
+  for (Fenced* shared : cluster.shared) {
+    shared->protect(PROT_READ | PROT_WRITE);
+    if (state.error.empty() && shared->is_damaged()) state.error = "write past the end of shared memory";
+  }
+  if (state.next == state.order.size()) return false;
+  start(cluster);
+  return true;
+}
+
+// Null: nobody's, as all have returned or wait. Mostly it stays with one cluster, whose memory the CPU's caches hold.
+inline Cluster* whose_turn() {
+  auto& resident = state.resident;
+  Cluster* last = state.me ? me().cluster : nullptr;
+  if (last && last->all_live == 0 && !finish(*last)) {
+    resident.erase(std::find(resident.begin(), resident.end(), last));
+    last = nullptr;
+  }
+  if (last && state.seed && !last->ready.empty() && draw(8)) return last;
+  const size_t count = resident.size(), first = count && state.seed ? draw(count) : 0;
+  for (size_t i = 0; i < count; ++i)
+    if (!resident[(first + i) % count]->ready.empty()) return resident[(first + i) % count];
+  if (count && state.error.empty()) state.error = "some threads wait at a barrier that others never reach";
+  return nullptr;
+}
+
+inline void run(int64_t blocks, int threads, size_t shared_bytes, int cluster_size) {
+  State& s = state;
+  const int total = cluster_size * threads;
+  const int64_t most = s.seed ? std::max(2, std::min(kResident, kResidentThreads / total)) : 1;
+  const size_t resident = (size_t)std::min(blocks / cluster_size, most);
+  if (s.fibers.size() < resident * total) {
+    if (s.stacks) munmap(s.stacks, s.fibers.size() * kStack);
+    s.fibers.assign(resident * total, Fiber{});
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    s.stacks = (unsigned char*)mmap(nullptr, s.fibers.size() * kStack, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (s.stacks == MAP_FAILED) std::abort();
+  }
+  s.threads = threads;
+  s.order.resize(blocks / cluster_size);
+  std::iota(s.order.begin(), s.order.end(), (int64_t)0);
+  shuffle(s.order);
+  s.next = 0;
+  for (size_t i = 0; i < resident; ++i) {
+    Cluster& cluster = s.clusters.emplace_back();
+    cluster.fibers = s.fibers.data() + i * total;
+    cluster.exchanges.resize(total / 32);
+    for (int rank = 0; rank < cluster_size; ++rank)
+      cluster.shared.push_back(&cluster.memory.emplace_back("shared memory", shared_bytes, false));
+    start(cluster);
+    s.resident.push_back(&cluster);
+  }
   _setjmp(s.scheduler);
-  while (s.error.empty() && !s.ready.empty()) {
-    s.current = s.ready.back();
-    s.ready.pop_back();
-    Fiber& fiber = me();
+  while (Cluster* cluster = s.error.empty() ? whose_turn() : nullptr) {
+    Fiber& fiber = cluster->fibers[cluster->ready.back()];
+    cluster->ready.pop_back();
+    if (!cluster->begun[fiber.rank]) {
+      cluster->begun[fiber.rank] = true;
+      if (cluster_size > 1) cluster->shared[fiber.rank]->protect(PROT_READ | PROT_WRITE);
+    }
+    s.me = &fiber;
     if (fiber.started) _longjmp(fiber.resume, 1);
     fiber.started = true;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = s.stacks + (size_t)s.current * kStack;
-    fiber.start.uc_stack.ss_size = kStack;
-    fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, entry, 0);
-    setcontext(&fiber.start);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = s.stacks + (size_t)(&fiber - s.fibers.data()) * kStack;
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+    setcontext(&context);
   }
-  if (s.error.empty() && s.live) s.error = "some threads wait at a barrier that others never reach";
-  for (const auto& memory : s.shared)
-    for (size_t i = shared_bytes; i < memory.size(); ++i)
-      if (s.error.empty() && memory[i] != kPoison) s.error = "write past the end of shared memory";
+  s.me = nullptr;
+  s.resident.clear();
+  s.clusters.clear();
+  if (!s.error.empty())
+    for (Fiber& fiber : s.fibers) fiber.started = false;  // they are in the middle of the kernel
 }
+
+// ---- accesses that fail -------------------------------------------------------------------------------------------
+
+constexpr int kSignals[] = {SIGSEGV, SIGBUS};
+
+// Turns a kernel's access to memory that it must not touch into an error of the launch, while it lives.
+class FaultGuard {
+ public:
+  FaultGuard() {
+    static unsigned char memory[64 << 10];  // a fiber's stack may be what is at fault
+    stack_t stack = {};
+    stack.ss_sp = memory;
+    stack.ss_size = sizeof memory;
+    sigaltstack(&stack, &stack_);
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &before_[i]);
+  }
+  ~FaultGuard() {
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &before_[i], nullptr);
+    sigaltstack(&stack_, nullptr);
+  }
+
+ private:
+  static void on_fault(int, siginfo_t* info, void*) {
+    const auto* address = (const unsigned char*)info->si_addr;
+    std::string words;
+    for (const Fenced& tensor : state.tensors) words += tensor.describe(address);
+    for (const Cluster& cluster : state.clusters)
+      for (const Fenced* shared : cluster.shared) words += shared->describe(address);
+    fail(words.empty() ? "access to memory that is nobody's" : words);
+  }
+
+  stack_t stack_;
+  struct sigaction before_[2];
+};
+
+// A launch's own copies of its tensors, fenced. A launcher's wrapper in emulated.cpp names them all, with the number of
+// elements that the kernels may touch, and gives the launch's status to `close`.
+class Tensors {
+ public:
+  template <class T>
+  void input(const T*& pointer, int64_t count, const char* name) {
+    pointer = (const T*)add((void*)pointer, count * size_of<T>(), name, false);
+  }
+  template <class T>
+  void output(T*& pointer, int64_t count, const char* name) {
+    pointer = (T*)add((void*)pointer, count * size_of<T>(), name, true);
+  }
+
+  cudaError_t close(cudaError_t status) {
+    for (auto& [memory, original, is_output] : all_) {
+      if (is_output) std::memcpy(original, memory->begin, memory->bytes);
+      if (memory->is_damaged() && status == cudaSuccess) {
+        state.error = std::string("write beside ") + memory->name;
+        status = cudaErrorLaunchFailure;
+      }
+    }
+    state.tensors.clear();
+    return status;
+  }
+
+ private:
+  struct Entry {
+    Fenced* memory;
+    void* original;
+    bool is_output;
+  };
+
+  template <class T>
+  static constexpr int64_t size_of() {
+    return sizeof(std::conditional_t<std::is_void_v<T>, char, T>);
+  }
+
+  void* add(void* original, int64_t bytes, const char* name, bool is_output) {
+    if (!original || bytes <= 0) return original;
+    Fenced& memory = state.tensors.emplace_back(name, (size_t)bytes, state.front, (uintptr_t)original);
+    std::memcpy(memory.begin, original, (size_t)bytes);
+    memory.closed = ", which is an input";
+    if (!is_output) memory.protect(PROT_READ);
+    all_.push_back({&memory, original, is_output});
+    return memory.begin;
+  }
+
+  std::vector<Entry> all_;
+};
+
+// ---- UBSan's findings: its library's functions, which would end the process ---------------------------------------
+
+struct SourceLine {
+  const char* file;
+  uint32_t line, column;
+};
+
+[[noreturn]] inline void report(const SourceLine* at, const char* what) {
+  fail(std::string(what) + " at " + at->file + ":" + std::to_string(at->line));
+}
+
+#define DDFAST_UBSAN(check, words)                                                                              \
+  extern "C" __attribute__((used, noreturn)) inline void __ubsan_handle_##check##_abort(const SourceLine* at, ...) { \
+    report(at, words);                                                                                          \
+  }
+DDFAST_UBSAN(type_mismatch_v1, "an address that is not aligned, or null,")
+DDFAST_UBSAN(out_of_bounds, "an index out of bounds")
+DDFAST_UBSAN(shift_out_of_bounds, "a shift by too much")
+DDFAST_UBSAN(add_overflow, "a sum that overflows")
+DDFAST_UBSAN(sub_overflow, "a difference that overflows")
+DDFAST_UBSAN(mul_overflow, "a product that overflows")
+DDFAST_UBSAN(negate_overflow, "a negation that overflows")
+DDFAST_UBSAN(divrem_overflow, "a division by zero")
+DDFAST_UBSAN(pointer_overflow, "an address that overflows")
+DDFAST_UBSAN(load_invalid_value, "a bool or enum that is none")
 
 inline float truncate_to_tf32(uint32_t bits) {
   bits &= 0xffffe000u;
@@ -179,16 +445,18 @@ namespace simt {
 inline int thread() { return emulator::me().thread; }
 inline int lane() { return thread() & 31; }
 inline int warp() { return thread() >> 5; }
-inline int block() { return (int)emulator::state.first_block + emulator::me().rank; }
-inline unsigned char* shared_memory() { return emulator::state.shared[emulator::me().rank].data(); }
+inline int block() { return (int)emulator::me().cluster->first_block + emulator::me().rank; }
+inline unsigned char* shared_memory() { return emulator::my_shared().begin; }
 
-inline void block_barrier() { emulator::wait(emulator::state.blocks[emulator::me().rank], emulator::kBlock); }
+inline void block_barrier() { emulator::wait(emulator::me().cluster->blocks[emulator::me().rank], emulator::kBlock); }
 inline void warp_barrier() { emulator::wait(emulator::my_warp(), emulator::kWarp); }
-inline void cluster_barrier(int) { emulator::wait(emulator::state.cluster, emulator::kCluster); }
+inline void cluster_barrier(int) { emulator::wait(emulator::me().cluster->all, emulator::kCluster); }
 inline int cluster_rank(int) { return emulator::me().rank; }
 template <class T>
 T* of_rank(T* mine, int rank, int) {
-  return (T*)(emulator::state.shared[rank].data() + ((unsigned char*)mine - shared_memory()));
+  const auto& shared = emulator::me().cluster->shared;
+  if (rank < 0 || rank >= (int)shared.size()) emulator::fail("a rank that the cluster does not have");
+  return (T*)(shared[rank]->begin + ((unsigned char*)mine - shared_memory()));
 }
 
 template <class T>
@@ -309,7 +577,7 @@ struct Device {
 };
 inline cudaError_t device(Device* out) {
   *out = {emulator::state.shared_limit, emulator::state.shared_limit + 1024, emulator::state.multiprocessors,
-          emulator::state.clusters};
+          emulator::state.has_clusters};
   return cudaSuccess;
 }
 
@@ -319,19 +587,24 @@ inline cudaError_t clear(void* at, size_t bytes, cudaStream_t) {
 }
 
 template <class Arguments>
+cudaError_t load(void (*)(Arguments)) {
+  return cudaSuccess;
+}
+
+template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared_bytes, int cluster,
                    cudaStream_t, const Arguments& arguments) {
   emulator::State& s = emulator::state;
   s.error.clear();
   const bool possible = threads % 32 == 0 && threads <= 1024 && blocks % cluster == 0 && blocks < (1ll << 31) &&
-                        (cluster == 1 || (s.clusters && cluster <= 8)) && (int)shared_bytes <= s.shared_limit;
+                        (cluster == 1 || (s.has_clusters && cluster <= 8)) && (int)shared_bytes <= s.shared_limit;
   if (!possible) {
     s.error = "a launch that the device would refuse";
     return cudaErrorInvalidValue;
   }
   s.body = [&] { kernel(arguments); };
-  for (s.first_block = 0; s.first_block < blocks && s.error.empty(); s.first_block += cluster)
-    emulator::run_cluster(cluster, threads, shared_bytes);
+  const emulator::FaultGuard guard;
+  emulator::run(blocks, threads, shared_bytes, cluster);
   return s.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

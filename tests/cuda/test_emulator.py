@@ -1,14 +1,21 @@
 """The emulator itself: a proof is worth what its tool would have caught."""
 
 import ctypes
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from emulation import address as address_of
+
+
+def address(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(address_of(tensor))
 
 
 def run(emulator, kind: int) -> torch.Tensor:
     out = torch.full((64,), torch.nan)
-    emulator.check(emulator.library.mistake_emulated(kind, ctypes.c_void_p(out.data_ptr())))
+    emulator.check(emulator.library.mistake_emulated(kind, address(out)))
     return out
 
 
@@ -38,12 +45,59 @@ def test_a_forgotten_barrier_shows(emulator):
     assert torch.cat(results).isnan().any()
 
 
+TRESPASSES = {
+    "past the end": "thread 63: 0 bytes past the end of in",
+    "before the beginning": "thread 0: 4 bytes before in",
+    "into an input": "access to in, which is an input",
+    "past shared memory": "thread 63: 0 bytes past the end of shared memory",
+    "misaligned": r"an address that is not aligned, or null, at .*emulated.cpp:\d+",
+    "nobody's": "access to memory that is nobody's",
+    "shift": r"thread 32: a shift by too much at .*emulated.cpp:\d+",
+    "returned": "access to shared memory of a block that has returned",
+    "not started": "access to shared memory of a block that has not started",
+    "no such rank": "a rank that the cluster does not have",
+}
+"""By kind, as emulated.cpp numbers them: what the error says, threads in order."""
+
+
+@pytest.mark.parametrize("kind", TRESPASSES)
+def test_trespasses_are_errors(emulator, kind):
+    emulator.configure(seed=0, front=kind == "before the beginning")
+    tensor, out = torch.arange(64.0), torch.full((64,), torch.nan)
+    for _ in range(2):  # the first leaves no trace
+        status = emulator.library.trespass_emulated(list(TRESPASSES).index(kind), *map(address, (tensor, out)))
+        with pytest.raises(RuntimeError, match=TRESPASSES[kind]):
+            emulator.check(status)
+    assert run(emulator, 0).tolist() == list(range(63, -1, -1))
+
+
+def test_every_launcher_has_its_tensors_fenced():
+    source = Path(__file__).with_name("emulated.cpp").read_text()
+    launchers = re.split(r"^int (?=\w+\(const \w+Arguments\*)", source, flags=re.MULTILINE)[1:]
+    assert len(launchers) >= 5
+    for body in launchers:
+        assert "return tensors.close(" in body.split("\n}\n")[0], body.split("(")[0]
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_blocks_have_no_order(emulator, cluster):
+    def chain(seed):
+        emulator.configure(seed=seed)
+        out = torch.full((64,), torch.nan)
+        emulator.check(emulator.library.chain_emulated(address(out), cluster))
+        return out
+
+    assert chain(0).tolist() == list(range(1, 65))
+    assert chain(1).isnan().any()
+    assert not torch.equal(chain(1).nan_to_num(-1), chain(2).nan_to_num(-1))
+
+
 TF32, BF16_SHORT, BF16 = range(3)
 
 
 def product(emulator, a: torch.Tensor, b: torch.Tensor, kind: int) -> torch.Tensor:
     out = torch.empty(16, 8)
-    emulator.check(emulator.library.product_emulated(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, out)), kind))
+    emulator.check(emulator.library.product_emulated(*(address(x) for x in (a, b, out)), kind))
     return out
 
 

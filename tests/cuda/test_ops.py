@@ -5,7 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from emulation import DrawArguments, FilterArguments, FlowArguments, NearestArguments, PosteriorArguments
+from emulation import (
+    DrawArguments,
+    FilterArguments,
+    FlowArguments,
+    NearestArguments,
+    NoiseArguments,
+    PosteriorArguments,
+)
 from truth import problem
 
 from ddfast.ops import (
@@ -16,13 +23,18 @@ from ddfast.ops import (
     flow_sample,
     native,
     nearest_code,
+    noise,
     sample_codes,
 )
 
 
-@pytest.fixture(autouse=True)
-def module(emulator, monkeypatch):
-    """A module with the compiled one's signatures, and the backend "cuda" on the CPU's tensors."""
+@pytest.fixture(autouse=True, params=["past the end", "before the beginning"])
+def module(emulator, monkeypatch, request):
+    """A module with the compiled one's signatures, and the backend "cuda" on the CPU's tensors.
+
+    Everything with accesses beyond a tensor failing on one side of it, then on the other.
+    """
+    emulator.configure(front=request.param == "before the beginning")
     library, check = emulator.library, emulator.check
 
     def flow_scratch_bytes(rows, num_codes, dim, top_k, top_p, cluster, device):
@@ -92,15 +104,19 @@ def module(emulator, monkeypatch):
         arguments = NearestArguments(x, codebook, codes, rows, num_codes, dim, cosine)
         check(library.nearest_emulated(ctypes.byref(arguments), cluster))
 
+    def normals(seed, index, count, per_sample, out, device, stream):
+        check(library.noise_emulated(ctypes.byref(NoiseArguments(index, out, seed, count, per_sample))))
+
     stand_in = SimpleNamespace(
         max_dim=64, filter_scratch_bytes=filter_scratch_bytes, filter_logits=filtering,
         draw_scratch_bytes=draw_scratch_bytes, draw_codes=draw,
         flow_scratch_bytes=flow_scratch_bytes, sample_codes=sample, flow_sample=flow, nearest_code=nearest,
         codebook_posterior_forward=forward, codebook_posterior_backward=backward,
+        noise=normals,
     )  # fmt: skip
     monkeypatch.setattr(native, "cuda", stand_in)
     monkeypatch.setitem(dispatch.DEVICE_OF, "cuda", "cpu")
-    monkeypatch.setattr(dispatch, "missing", dict)
+    monkeypatch.setattr(dispatch, "missing", lambda *_: {})
 
 
 def test_nearest_code():
@@ -147,6 +163,11 @@ def test_flow():
     filters = {"uncond": torch.randn(2, 3, 90), "cfg_scale": 1.7, "temperature": 0.9, "top_k": 30, "top_p": 0.9}
     codes, _ = sample_codes(*shaped, codebook, **filters, backend="cuda")
     assert torch.equal(codes, sample_codes(*shaped, codebook, **filters, backend="reference")[0])
+
+
+def test_noise():
+    index = torch.tensor([[3, -1], [2**40, 0]])
+    assert torch.equal(noise(5, index, (3, 7), backend="cuda"), noise(5, index, (3, 7), backend="reference"))
 
 
 def test_errors():

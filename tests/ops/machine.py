@@ -30,7 +30,7 @@ def machine_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Machine:
     monkeypatch.setenv("DDFAST_CACHE", str(folder))
     for name in ("DDFAST_BACKEND", "DDFAST_VERIFY", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dispatch, "missing", dict)
+    monkeypatch.setattr(dispatch, "missing", lambda *_: {})
     monkeypatch.setattr(native, "cuda", SimpleNamespace(max_dim=64))
     monkeypatch.setattr(dispatch, "_choices", {})
     monkeypatch.setattr(findings, "identity", lambda index: {"gpu": "Test GPU", "index": index})

@@ -240,8 +240,6 @@ ELSEWHERE: dict[tuple[str, str], tuple[str, str] | None] = {
     ("noise", "csrc/kernels.h"): ("csrc/kernels.h", "void noise("),
     ("noise", "csrc/variant.cpp"): ("CMakeLists.txt", "csrc/noise.cpp"),
     # Missing.
-    ("noise", "tests/cuda/emulated.cpp"): None,
-    ("noise", "tests/cuda/test_OP.py"): None,
     ("noise", "benchmarks/test_gpu_kernels.py"): None,
 }
 """(op, file that the page names) -> the file and the text that stand for it, or None where there is none yet."""

@@ -300,9 +300,7 @@ def test_another_backend_does_not_go_on(tmp_path, monkeypatch):
     store = new_store(tmp_path / "store")  # with settings of this machine: not refused
     before = contents(tmp_path / "store")
     assert generate_trajectories(ToyTeacher(), store, 20).pairs == 0
-    message = (
-        r"begun with the backend 'reference' of sample_codes, here it is 'cpu': set DDFAST_BACKEND"
-    )
+    message = r"begun with the backend 'reference' of sample_codes, here it is 'cpu': set DDFAST_BACKEND"
     with pytest.raises(DDFastError, match=message):
         generate_trajectories(ToyTeacher(), store, 40)
     assert contents(tmp_path / "store") == before
