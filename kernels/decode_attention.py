@@ -64,7 +64,7 @@ def _rotated(x_ptr, angle_ptr, k, mask, ROPE: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def decode_attention_kernel(
     qkv_ptr, keys_ptr, values_ptr, position_ptr, rope_ptr, first_ptr, out_ptr, partial_ptr, qkv_stride, length, scale,
     ROPE: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
