@@ -63,7 +63,8 @@ def draw_codes(
     with current_device(logits):
         draw_codes_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             logits, logits if uncond is None else uncond, uniform if scale is None else scale, uniform, out,
-            rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), float(temperature), float(top_p), num_codes, top_k,
+            rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), float(temperature), float(top_p),
+            num_codes, top_k,
             GUIDED=uncond is not None, TOP_K=0 < top_k < num_codes, TOP_P=top_p < 1.0,
             PART=min(sizes["CODES"], _PART), **sizes, **UNFUSED,
         )  # fmt: skip

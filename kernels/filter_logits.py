@@ -267,7 +267,8 @@ def filter_logits(
     with current_device(logits):
         filter_logits_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             logits, logits if uncond is None else uncond, result if scale is None else scale, result, result,
-            rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), float(temperature), float(top_p), num_codes, top_k,
+            rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), float(temperature), float(top_p),
+            num_codes, top_k,
             GUIDED=uncond is not None, TOP_K=0 < top_k < num_codes, TOP_P=top_p < 1.0, WRITE=out is not None,
             **sizes, **UNFUSED,
         )  # fmt: skip
