@@ -2,9 +2,9 @@
 
     code = min { j : sum_{i <= j, kept} p_i > u sum_{kept} p_i },  at most the last code kept
 
-Sums are in float64, as the thresholds' are. The running sum takes parts of the row, read again from the nearest cache:
-a whole one in float64 would not stay in registers. Bytes: a row in (two with guidance), 12 more; operations: those of
-filter_logits, which bind, and a scan of V sums.
+The running sum is in float64, and takes parts of a long row, read again from the nearest cache: a whole one would not
+stay in registers. Bytes: a row in (two with guidance), 12 more; operations: those of filter_logits, which bind, and a
+scan of V sums.
 """
 
 from __future__ import annotations

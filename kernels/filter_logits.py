@@ -1,10 +1,13 @@
 """filter_logits in Triton: the two thresholds of a row are found without sorting.
 
 Floats map to unsigned keys of the same order; the k-th largest key is built bit by bit from the top, 32 counts of keys
-at least as large as a candidate. The nucleus' last key is built in the same way from 32 sums of probabilities (float64,
-so that 16384 of them add up); among equal keys at its edge the lowest indices stay. A program has one long row or
-several short ones; a row that fits one tile is held in registers throughout, a longer one is read again from the cache.
-Bytes: a row in (two with guidance), a float32 row out; operations: 64 V compares and adds, which bind.
+at least as large as a candidate. The nucleus' last key is built in the same way from 32 sums of masses, in fixed point:
+exact in any order, and half the registers of float64; among equal keys at its edge the lowest indices stay, up to one
+that is found bit by bit too. A program has one long row or several short ones. The keys of a row that fits one tile are
+made once and held in registers; of a longer one they are made again from the cache for every bit.
+Bytes: a row in (two with guidance), a float32 row out; operations: 64 V compares and adds, which bind. For a bit of a
+guided row of 16384 codes a thread, which has 32 of them, takes 123 instructions on sm_90 (top-k) or 146 (top-p); with
+keys made anew for every bit it took 1041 and 1362.
 
 `sample_codes` takes only the thresholds, and applies them to the logits as it reads them; `draw_codes` shares all but
 the last pass.

@@ -166,7 +166,7 @@ class CudaGraphs:
         self.stream = self._streams.setdefault(device, torch.cuda.Stream(device))
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Do the work outside of a graph, as capturing needs it: kernels get loaded and tuned."""
+        """Do the work outside of a graph, as capturing needs it: kernels get loaded."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             work()
