@@ -95,18 +95,17 @@ def _tabled(architecture: int) -> Iterator[Case]:
     assert kernels.keys() == tiles.TILES.keys()
     strides = ("num_codes", "stride", "uncond_stride", "x_stride")
     for kernel, function in kernels.items():
-        filtering, types = {}, {}
+        variants: dict[str, dict[str, Any]] = {kernel: {}}
+        types = {"out_ptr": "*fp32"} if kernel.startswith("codebook_posterior") else {}
         if kernel == "flow_sample":
             flow = {"SOLVER": 3, "EARLY_EXIT": True, "COUNT": False}
-            filtering = {
+            variants = {
                 name: {**flow, "FILTER": on, "GUIDED": on}
                 for name, on in (("flow_sample", False), ("sample_codes", True))
             }
-        elif kernel.startswith("codebook_posterior"):
-            types = {"out_ptr": "*fp32"}
         for dim in (8, 32, 64, 128):
             tile = tiles.tile_of(kernel, architecture, dim)
-            for name, switches in (filtering or {kernel: {}}).items():
+            for name, switches in variants.items():
                 constants = {**tiles.constants(tile, dim), **switches}
                 yield Case(name, function, constants, tile.num_warps, tile.num_stages, types, multiples=strides)
 
