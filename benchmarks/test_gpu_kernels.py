@@ -108,7 +108,7 @@ def compiled(function: Callable) -> Callable:
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     """The call as a CUDA graph, as a decoder replays its step: the host's share is left out of everyone's time."""
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # compiles and tunes
+    with torch.cuda.stream(stream):  # compiles
         call()
         call()
     torch.cuda.synchronize()

@@ -99,7 +99,7 @@ def add_norm(
     with current_device(x):
         add_norm_kernel[(rows * triton.cdiv(length, tile),)](
             x, x if branch is None else branch, *(x if vector is None else vector for vector in vectors),
-            total, normed, *strides, length, eps,
+            total, normed, *strides, length, float(eps),
             BRANCH=branch is not None, GATE=gate is not None, WEIGHT=weight is not None, BIAS=bias is not None,
             RMS=rms, width=width, WIDTH=triton.next_power_of_2(width), TILE=tile, num_warps=num_warps, **FUSED,
         )  # fmt: skip

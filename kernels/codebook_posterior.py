@@ -15,16 +15,11 @@ import math
 import triton
 import triton.language as tl
 from ddfast_kernels.codes import add_product, along, code_tile, combined, parts
-from ddfast_kernels.launch import FUSED, current_device, padded_dim, shape_class, tiles, tuned
+from ddfast_kernels.launch import FUSED, current_device
+from ddfast_kernels.tiles import tile
 from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-def configs(dim: int) -> list[triton.Config]:
-    """Tiles that fit the registers."""
-    every = tiles((64, 32, 4), (64, 32, 8), (128, 32, 8))
-    return every + (tiles((16, 32, 4), (32, 32, 4), (64, 64, 8)) if dim <= 16 else tiles((16, 64, 4)))
 
 
 @triton.jit
@@ -74,11 +69,9 @@ def _add_weighted(total, weight, c_hi, c_lo, ROWS: tl.constexpr):
     return total
 
 
-@tuned(configs, ["rows_class", "num_codes", "dim"])
-@triton.heuristics({"DIM": padded_dim})
-@triton.jit
+@triton.jit(do_not_specialize=["period", "draws"])
 def codebook_posterior_kernel(
-    x_ptr, t_ptr, log_probs_ptr, codes_ptr, out_ptr, norm_ptr, period, draws, num_codes, stride, rows_class,
+    x_ptr, t_ptr, log_probs_ptr, codes_ptr, out_ptr, norm_ptr, period, draws, num_codes, stride,
     dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     row, source, inside = _rows_of(tl.program_id(0), draws, period, ROWS)
@@ -108,12 +101,10 @@ def codebook_posterior_kernel(
     tl.store(norm_ptr + row, (most + tl.log2(total)) / LOG2_E, mask=inside)
 
 
-@tuned(configs, ["rows_class", "num_codes", "dim"])
-@triton.heuristics({"DIM": padded_dim})
-@triton.jit
+@triton.jit(do_not_specialize=["period", "draws"])
 def codebook_posterior_backward_kernel(
     grad_ptr, x_ptr, t_ptr, log_probs_ptr, codes_ptr, x0_hat_ptr, norm_ptr, out_ptr, period, draws, num_codes, stride,
-    rows_class, dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
+    dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     row, source, inside = _rows_of(tl.program_id(0), draws, period, ROWS)
     k = tl.arange(0, DIM)
@@ -148,11 +139,12 @@ def codebook_posterior(x: Tensor, t: Tensor, log_probs: Tensor, codes: Tensor, o
 
     Into out [m P, d] and norm float32 [m P]; a row without support becomes NaN.
     """
-    (period, num_codes), dim = log_probs.shape, x.shape[1]
+    period, num_codes = log_probs.shape
+    sizes = tile("codebook_posterior", x)
     with current_device(x):
-        codebook_posterior_kernel[lambda meta: (triton.cdiv(len(x), meta["ROWS"]),)](
+        codebook_posterior_kernel[(triton.cdiv(len(x), sizes["ROWS"]),)](
             x, t, log_probs, codes, out, norm, period, len(x) // period, num_codes, log_probs.stride(0),
-            shape_class(len(x)), dim=dim, **FUSED,
+            **sizes, **FUSED,
         )  # fmt: skip
 
 
@@ -160,9 +152,10 @@ def codebook_posterior_backward(
     grad: Tensor, x: Tensor, t: Tensor, log_probs: Tensor, codes: Tensor, x0_hat: Tensor, norm: Tensor, out: Tensor
 ) -> None:
     """As the forward, with its results; grad, x0_hat and out [m P, d], contiguous."""
-    (period, num_codes), dim = log_probs.shape, x.shape[1]
+    period, num_codes = log_probs.shape
+    sizes = tile("codebook_posterior_backward", x)
     with current_device(x):
-        codebook_posterior_backward_kernel[lambda meta: (triton.cdiv(len(x), meta["ROWS"]),)](
+        codebook_posterior_backward_kernel[(triton.cdiv(len(x), sizes["ROWS"]),)](
             grad, x, t, log_probs, codes, x0_hat, norm, out, period, len(x) // period, num_codes, log_probs.stride(0),
-            shape_class(len(x)), dim=dim, **FUSED,
+            **sizes, **FUSED,
         )  # fmt: skip

@@ -9,7 +9,9 @@ values, in registers), and only after the last tile do the places meet: no warp 
 position never comes back from memory: one program stores its key and value, and adds them from where it computed them.
 
 Where rows and heads leave multiprocessors idle the cache is split: tile i is of split i modulo their number, since only
-the device knows the position, and a second launch merges what the splits found, float32 [R, H, splits, K + 2].
+the device knows the position, and a second launch merges what the splits found, float32 [R, H, splits, K + 2]. How many
+positions a tile has, and how many splits there are, follows from rows, heads and the number of multiprocessors: other
+numbers of them round other sums, as they do in the matrix products of a network around it.
 Bytes: 2 K elements per key head and position seen, which bind; FLOP: 4 K per query head and position, on CUDA cores.
 """
 
@@ -64,7 +66,7 @@ def _rotated(x_ptr, angle_ptr, k, mask, ROPE: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def decode_attention_kernel(
     qkv_ptr, keys_ptr, values_ptr, position_ptr, rope_ptr, first_ptr, out_ptr, partial_ptr, qkv_stride, length, scale,
     ROPE: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,

@@ -2,45 +2,46 @@
 
     code = min { j : sum_{i <= j, kept} p_i > u sum_{kept} p_i },  at most the last code kept
 
-Sums are in float64, as the thresholds' are. The running sum takes parts of the row, read again from the nearest cache:
-a whole one in float64 would not stay in registers. Bytes: a row in (two with guidance), 12 more; operations: those of
-filter_logits, which bind, and a scan of V sums.
+The running sum is in float64, and takes parts of a long row, read again from the nearest cache: a whole one would not
+stay in registers. Bytes: a row in (two with guidance), 12 more; operations: those of filter_logits, which bind, and a
+scan of V sums.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ddfast_kernels.filter_logits import is_kept, logit_tile, rows_and_codes, rows_of_program, thresholds
+from ddfast_kernels.filter_logits import is_kept, keys_from, rows_and_codes, rows_of_program, thresholds, value_of
 from ddfast_kernels.launch import UNFUSED, current_device
 from torch import Tensor
 
 _PART = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "top_k"])
 def draw_codes_kernel(
     logits_ptr, uncond_ptr, scale_ptr, uniform_ptr, out_ptr, rows, logits_stride, uncond_stride,
     temperature, top_p, num_codes, top_k,
     GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
-    PART: tl.constexpr,
+    WHOLE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     row, inside, scale, logits_ptr, uncond_ptr = rows_of_program(
         logits_ptr, uncond_ptr, scale_ptr, rows, logits_stride, uncond_stride, GUIDED, ROWS
     )
-    least, last, most, mass, bad = thresholds(
-        logits_ptr, uncond_ptr, scale, temperature, inside, num_codes, top_k, top_p, GUIDED, TOP_K, TOP_P, ROWS, CODES
-    )
+    least, last, most, mass, bad, held = thresholds(
+        logits_ptr, uncond_ptr, scale, temperature, inside, num_codes, top_k, top_p, GUIDED, TOP_K, TOP_P, ROWS, CODES,
+        WHOLE,
+    )  # fmt: skip
     goal = tl.load(uniform_ptr + row, mask=row < rows, other=0.0).to(tl.float64) * mass
     before = tl.zeros([ROWS], tl.float64)
     code = tl.zeros([ROWS], tl.int32) + num_codes
     latest = tl.full([ROWS], -1, tl.int32)
     for start in range(0, num_codes, PART):
-        j = start + tl.arange(0, PART)[None, :]
-        mask = inside & (j < num_codes)
-        value, key = logit_tile(logits_ptr, uncond_ptr, scale, temperature, j, mask, GUIDED)
-        stays = is_kept(key, j, least[:, None], last[:, None]) & mask
-        weight = tl.where(stays, tl.exp(value - most[:, None]), 0.0).to(tl.float64)
+        j, key = keys_from(
+            start, held, logits_ptr, uncond_ptr, scale, temperature, inside, num_codes, GUIDED, PART, PART == CODES
+        )
+        stays = is_kept(key, j, least[:, None], last[:, None]) & inside & (j < num_codes)
+        weight = tl.where(stays, tl.exp(value_of(key) - most[:, None]), 0.0).to(tl.float64)
         passed = stays & (before[:, None] + tl.cumsum(weight, axis=1) > goal[:, None])
         code = tl.minimum(code, tl.min(tl.where(passed, j, num_codes), axis=1))
         latest = tl.maximum(latest, tl.max(tl.where(stays, j, -1), axis=1))
@@ -62,7 +63,8 @@ def draw_codes(
     with current_device(logits):
         draw_codes_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             logits, logits if uncond is None else uncond, uniform if scale is None else scale, uniform, out,
-            rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), temperature, top_p, num_codes, top_k,
+            rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), float(temperature), float(top_p),
+            num_codes, top_k,
             GUIDED=uncond is not None, TOP_K=0 < top_k < num_codes, TOP_P=top_p < 1.0,
             PART=min(sizes["CODES"], _PART), **sizes, **UNFUSED,
         )  # fmt: skip

@@ -12,15 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from ddfast_kernels.codes import along, code_tile, combined, log_prob_tile
-from ddfast_kernels.launch import FUSED, current_device, padded_dim, shape_class, tiles, tuned
+from ddfast_kernels.launch import FUSED, current_device
+from ddfast_kernels.tiles import tile
 from torch import Tensor
-
-
-def configs(dim: int) -> list[triton.Config]:
-    """Tiles that fit the registers."""
-    if dim <= 16:
-        return tiles((1, 256, 8), (1, 512, 16), (64, 32, 8), (64, 16, 4), (128, 16, 8))
-    return tiles((1, 128, 4), (1, 256, 8), (16, 32, 4), (16, 64, 4))
 
 
 @triton.jit
@@ -69,12 +63,10 @@ def evaluate(
     return mean / mass[:, None], 2.0 * square / mass, total, top, own, largest
 
 
-@tuned(configs, ["rows_class", "num_codes", "dim", "FILTER"])
-@triton.heuristics({"DIM": padded_dim})
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def flow_sample_kernel(
     log_probs_ptr, uncond_ptr, kept_ptr, scale_ptr, noise_ptr, codes_ptr, nearest_ptr, out_ptr, evaluations_ptr,
-    rows, num_codes, stride, uncond_stride, temperature, steps, sigma_min, diameter_at, rows_class,
+    rows, num_codes, stride, uncond_stride, temperature, steps, sigma_min,
     SOLVER: tl.constexpr, FILTER: tl.constexpr, GUIDED: tl.constexpr, EARLY_EXIT: tl.constexpr,
     COUNT: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +106,7 @@ def flow_sample_kernel(
 
     u = tl.where(good[:, None], sigma[:, None] * eps, 0.0) + mean
     before, previous = mean, mean
-    diameter = tl.load(nearest_ptr + diameter_at)
+    diameter = tl.load(nearest_ptr + num_codes)
     code = tl.zeros([ROWS], tl.int32)
     count = tl.zeros([ROWS], tl.int32)
     going = good
@@ -169,13 +161,14 @@ def flow_sample(
     filtered as they are read. noise float32 [rows, d] and codes float32 [V, d], centred, both contiguous; nearest
     float32 [V + 1] as in CodebookGeometry.packed.
     """
-    rows, dim = noise.shape
+    rows = len(noise)
+    sizes = tile("flow_sample", noise)
     with current_device(noise):
-        flow_sample_kernel[lambda meta: (triton.cdiv(rows, meta["ROWS"]),)](
+        flow_sample_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
             log_probs, log_probs if uncond is None else uncond, out if kept is None else kept,
             noise if scale is None else scale, noise, codes, nearest, out, out if evaluations is None else evaluations,
-            rows, len(codes), log_probs.stride(0), 0 if uncond is None else uncond.stride(0), temperature, steps,
-            sigma_min, len(codes), shape_class(rows),
+            rows, len(codes), log_probs.stride(0), 0 if uncond is None else uncond.stride(0),
+            float(temperature), steps, sigma_min,
             SOLVER=solver, FILTER=kept is not None, GUIDED=uncond is not None, EARLY_EXIT=early_exit,
-            COUNT=evaluations is not None, dim=dim, **FUSED,
+            COUNT=evaluations is not None, **sizes, **FUSED,
         )  # fmt: skip

@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import FUSED, current_device, padded_dim, shape_class, tiles, tuned
+from ddfast_kernels.launch import FUSED, current_device
+from ddfast_kernels.tiles import tile
 from torch import Tensor
 
 
-def configs(dim: int) -> list[triton.Config]:
-    """Tiles that fit the registers."""
-    return tiles((64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 8), (16, 64, 2), num_stages=3)
-
-
-@tuned(configs, ["rows_class", "num_codes", "dim"])
-@triton.heuristics({"DIM": padded_dim})
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def nearest_code_kernel(
-    x_ptr, codes_ptr, out_ptr, rows, num_codes, x_stride, rows_class,
+    x_ptr, codes_ptr, out_ptr, rows, num_codes, x_stride,
     dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -47,8 +41,9 @@ def nearest_code_kernel(
 
 def nearest_code(x: Tensor, codes: Tensor, out: Tensor) -> None:
     """x [rows, d] with unit stride along d, contiguous codes [V, d], out int64 [rows]."""
-    rows, dim = x.shape
+    rows = len(x)
+    sizes = tile("nearest_code", x)
     with current_device(x):
-        nearest_code_kernel[lambda meta: (triton.cdiv(rows, meta["ROWS"]),)](
-            x, codes, out, rows, len(codes), x.stride(0), shape_class(rows), dim=dim, **FUSED
+        nearest_code_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
+            x, codes, out, rows, len(codes), x.stride(0), **sizes, **FUSED
         )

@@ -79,7 +79,7 @@ def _box_muller(x, y):
     return (r * first).to(tl.float32), (r * second).to(tl.float32)  # 12
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "count", "per_sample", "quads"])
 def noise_kernel(seed_low, seed_high, index_ptr, out_ptr, count, per_sample, quads, QUADS: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * QUADS + tl.arange(0, QUADS)
     sample = i // quads

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ddfast import private_api
 from ddfast.models.autoregressive import AutoRegressive, Condition
-from ddfast.ops import dispatch, draw_codes, sample_codes
+from ddfast.ops import dispatch, draw_codes
 from ddfast.ops.common import kernel_dtype
 from ddfast.ops.geometry import CodebookGeometry, codebook_geometry
+from ddfast.ops.sample_codes import only_codes
 
 Sampler: TypeAlias = Literal["multinomial", "greedy", "flow"]
 
@@ -132,7 +133,7 @@ class Decoding:
             codes = draw_codes(logits, logits.new_zeros(logits.shape[:-1]), **{**arguments, "top_k": 1})
         elif plan.sampler == "flow":
             noise = chance.index_select(1, here)
-            codes = sample_codes(logits, noise, teacher.codebook, **arguments, **dict(plan.flow))[0]
+            codes = only_codes(logits, noise, teacher.codebook, **arguments, **dict(plan.flow))
         else:
             codes = draw_codes(logits, chance.index_select(1, here), **arguments)
         torch.clamp_min(codes, 0, out=self.latest[:, :size])  # -1 marks a bad row, and is no index
@@ -165,7 +166,7 @@ class CudaGraphs:
         self.stream = self._streams.setdefault(device, torch.cuda.Stream(device))
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Do the work outside of a graph, as capturing needs it: kernels get loaded and tuned."""
+        """Do the work outside of a graph, as capturing needs it: kernels get loaded."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             work()

@@ -60,7 +60,7 @@ def noise(
     elif isinstance(index, Integral) and not isinstance(index, bool):
         if not -(2**63) <= index < 2**63:
             raise ValueError(f"index: got {index}, expected a 64-bit integer")
-        index = torch.tensor(index, dtype=torch.int64, device=device or "cpu")
+        index = common.scalar(index, torch.int64, device or "cpu")
     else:
         raise TypeError(f"index: got {type(index).__name__}, expected an int or an int64 tensor")
     signed = seed - 2**64 if seed >= 2**63 else seed  # the bits as a schema's int can hold them

@@ -52,12 +52,42 @@ def sample_codes(
     Autograd: none.
     Raises: as `filter_logits` and `flow_sample`.
     """
+    codes = only_codes(
+        logits,
+        noise,
+        codebook,
+        uncond=uncond,
+        cfg_scale=cfg_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        steps=steps,
+        solver=solver,
+        backend=backend,
+    )
+    return codes, codebook.detach()[codes]
+
+
+def only_codes(
+    logits: Tensor,
+    noise: Tensor,
+    codebook: Tensor,
+    *,
+    uncond: Tensor | None = None,
+    cfg_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    steps: int = DEFAULT_STEPS,
+    solver: str = DEFAULT_SOLVER,
+    backend: str = "auto",
+) -> Tensor:
+    """The codes of `sample_codes` without their embeddings: a launch less, for who looks none up."""
     check_filter(logits, uncond, temperature, top_k, top_p)
     check_flow(noise, codebook, steps, solver)
     common.check_shape("logits", logits, (*noise.shape[:-1], codebook.shape[0]))
     scale = cfg_rows(logits, uncond, cfg_scale)
-    codebook = codebook.detach()
-    codes = _op(
+    return _op(
         logits.detach(),
         None if uncond is None else uncond.detach(),
         scale,
@@ -65,12 +95,11 @@ def sample_codes(
         top_k,
         top_p,
         noise.detach(),
-        codebook,
+        codebook.detach(),
         steps,
         solver,
         backend,
     )
-    return codes, codebook[codes]
 
 
 def _sample_codes(

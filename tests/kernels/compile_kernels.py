@@ -1,6 +1,6 @@
 """Compiles every Triton kernel to a cubin for GPUs that need not be there; prints what each needs of the hardware.
 
-python tests/kernels/compile_kernels.py 90 80     # a JSON line per kernel and architecture, the first of them whole
+python tests/kernels/compile_kernels.py 90 80     # a JSON line per kernel and architecture
 
 Run in a process of its own, without TRITON_INTERPRET: that switch decides what `triton.jit` makes of a function.
 """
@@ -28,12 +28,16 @@ from ddfast_kernels import (
     flow_sample,
     nearest_code,
     noise,
+    tiles,
 )
 from ddfast_kernels.launch import FUSED, UNFUSED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+WHOLE = (80, 90)
+"""Architectures that all kernels are compiled for; others get those of the table of tiles."""
 
 POINTERS = {
     "out_ptr": "*i64", "kept_ptr": "*i32", "evaluations_ptr": "*i32", "index_ptr": "*i64",
@@ -56,33 +60,54 @@ class Case(NamedTuple):
     """Numbers that 16 divides, which a launch finds out."""
 
 
-def cases(*, every: bool) -> Iterator[Case]:
-    """At the papers' code dimensions: everything that tuning may choose, or of each kernel one configuration."""
+def cases(architecture: int) -> Iterator[Case]:
+    """Every kernel as it is launched at the papers' sizes; those of the table of tiles at every line of it."""
+    yield from _tabled(architecture)
+    if architecture not in WHOLE:
+        return
     floats = {"out_ptr": "*fp32"}
     quads = {"QUADS": 256}
     yield Case("noise", noise.noise_kernel, quads, types=floats, options=UNFUSED)
     switches = {"GUIDED": True, "TOP_K": True, "TOP_P": True}
+    strides = ("num_codes", "logits_stride", "uncond_stride")
+    row = {**switches, "ROWS": 1, "CODES": 16384, "WHOLE": True}
     for write in (True, False):
-        constants = {**switches, "WRITE": write, "ROWS": 1, "CODES": 16384}
-        # A row of LlamaGen's fills the registers, and what spills is read again from the nearest cache: not marked hot.
+        # With what is written a row of LlamaGen's does not fit the registers, once and outside of all loops: not hot.
         kernel = filter_logits.filter_logits_kernel
-        yield Case("filter_logits", kernel, constants, 16, types=floats, options=UNFUSED, hot=False)
-    constants = {**switches, "ROWS": 1, "CODES": 16384, "PART": 4096}
-    yield Case("draw_codes", draw_codes.draw_codes_kernel, constants, 16, options=UNFUSED, hot=False)
+        constants = {**row, "WRITE": write}
+        yield Case("filter_logits", kernel, constants, 16, 2, floats, UNFUSED, hot=not write, multiples=strides)
+    for whole in (True, False):
+        constants = {**row, "WHOLE": whole, "PART": 4096}
+        kernel = draw_codes.draw_codes_kernel
+        yield Case("draw_codes", kernel, constants, 16, options=UNFUSED, hot=whole, multiples=strides)
     yield from _decode_attention()
     yield from _fused_layers()
-    for dim in (8, 32):
-        for config in nearest_code.configs(dim)[: None if every else 1]:
-            yield _tuned("nearest_code", nearest_code.nearest_code_kernel, dim, config)
-        for config in codebook_posterior.configs(dim)[: None if every else 1]:
-            module = codebook_posterior
-            yield _tuned("codebook_posterior", module.codebook_posterior_kernel, dim, config, floats)
-            yield _tuned("codebook_posterior_backward", module.codebook_posterior_backward_kernel, dim, config, floats)
-        for config in flow_sample.configs(dim)[: None if every else 1]:
-            for filtered in (False, True):
-                switches = {"SOLVER": 3, "FILTER": filtered, "GUIDED": filtered, "EARLY_EXIT": True, "COUNT": False}
-                name = "sample_codes" if filtered else "flow_sample"
-                yield _tuned(name, flow_sample.flow_sample_kernel, dim, config, **switches)
+
+
+def _tabled(architecture: int) -> Iterator[Case]:
+    """Of the kernels whose tiles are in kernels/tiles.py: 8 coordinates (LlamaGen), 32 (VAR), and what lies behind."""
+    kernels = {
+        "nearest_code": nearest_code.nearest_code_kernel,
+        "codebook_posterior": codebook_posterior.codebook_posterior_kernel,
+        "codebook_posterior_backward": codebook_posterior.codebook_posterior_backward_kernel,
+        "flow_sample": flow_sample.flow_sample_kernel,
+    }
+    assert kernels.keys() == tiles.TILES.keys()
+    strides = ("num_codes", "stride", "uncond_stride", "x_stride")
+    for kernel, function in kernels.items():
+        variants: dict[str, dict[str, Any]] = {kernel: {}}
+        types = {"out_ptr": "*fp32"} if kernel.startswith("codebook_posterior") else {}
+        if kernel == "flow_sample":
+            flow = {"SOLVER": 3, "EARLY_EXIT": True, "COUNT": False}
+            variants = {
+                name: {**flow, "FILTER": on, "GUIDED": on}
+                for name, on in (("flow_sample", False), ("sample_codes", True))
+            }
+        for dim in (8, 32, 64, 128):
+            tile = tiles.tile_of(kernel, architecture, dim)
+            for name, switches in variants.items():
+                constants = {**tiles.constants(tile, dim), **switches}
+                yield Case(name, function, constants, tile.num_warps, tile.num_stages, types, multiples=strides)
 
 
 def _decode_attention() -> Iterator[Case]:
@@ -120,18 +145,9 @@ def _fused_layers() -> Iterator[Case]:
         yield Case("append_normed", append_normed.append_normed_kernel, constants, types=bf16)
 
 
-def _tuned(name: str, kernel: Any, dim: int, config: triton.Config, types: dict[str, str] | None = None, **more: Any):
-    constants = {"dim": dim, **config.kwargs, **more}
-    constants["DIM"] = nearest_code.padded_dim(constants)
-    return Case(name, kernel, constants, config.num_warps, config.num_stages, types or {})
-
-
 def compiled(case: Case, architecture: int) -> Any:
     """The kernel of a case, compiled."""
-    function = case.kernel
-    while not isinstance(function, triton.JITFunction):
-        function = function.fn
-    names = function.arg_names
+    names = case.kernel.arg_names
     pointers = {**POINTERS, **case.types}
     signature = {
         name: "constexpr" if name in case.constants
@@ -144,7 +160,7 @@ def compiled(case: Case, architecture: int) -> Any:
     multiples = [name for name in names if name.endswith("_ptr") or name in case.multiples]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    source = ASTSource(function, signature, constants, aligned)
+    source = ASTSource(case.kernel, signature, constants, aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED, **case.options}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -159,8 +175,8 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for number, architecture in enumerate(map(int, sys.argv[1:])):
-        for case in cases(every=number == 0):
+    for architecture in map(int, sys.argv[1:]):
+        for case in cases(architecture):
             kernel = compiled(case, architecture)
             shown = ("ROWS", "CODES", "dim", "width", "TILE", "SPLITS")
             sizes = {name: value for name, value in case.constants.items() if name in shown}

@@ -1,6 +1,7 @@
 """Launches every Triton kernel the way its op does on a GPU that is not there: all that happens before the device runs.
 
-PYTHONPATH=tests/ops python tests/kernels/launch_kernels.py     # a line per op: how many kernels were launched
+PYTHONPATH=tests/ops python tests/kernels/launch_kernels.py           # a line per op: how many kernels were launched
+PYTHONPATH=tests/ops python tests/kernels/launch_kernels.py decoding  # what VAR's decoding compiles, per batch
 
 The driver below stands for CUDA's: arguments are specialised (a 1 becomes a constant, multiples of 16 are noted),
 kernels are compiled for sm_90 and loaded nowhere, launches do nothing. In a process of its own, without
@@ -9,6 +10,10 @@ TRITON_INTERPRET: that switch decides what `triton.jit` makes of a function.
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +26,14 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
 from ddfast import ops
+from ddfast.models.decoding import Decoding, Inputs, Plan
+from ddfast.models.var.network import VARSizes, VARTeacher
+from ddfast.models.var.tokenizer import VARTokenizer
+from ddfast.models.vqgan import ConvSizes
 from ddfast.ops import dispatch
 
 launched: list[str] = []
+loaded: list[str] = []
 
 
 class Launcher:
@@ -34,6 +44,12 @@ class Launcher:
         launched.append(self.name)
 
 
+def load(name: str, *_: Any) -> tuple[int, ...]:
+    """A binary's module, function, registers, spills and most threads."""
+    loaded.append(name)
+    return 1, 1, 0, 0, 1024
+
+
 class Driver(DriverBase):
     """CUDA's, as far as a launch asks it."""
 
@@ -41,7 +57,7 @@ class Driver(DriverBase):
         self.launcher_cls = Launcher
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": 227 << 10, "multiprocessor_count": 132},
-            load_binary=lambda *_: (1, 1, 0, 0, 1024),
+            load_binary=load,
         )
 
     @classmethod
@@ -64,7 +80,7 @@ class Driver(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        return lambda call, **_: (call(), [1.0, 1.0, 1.0])[1]
+        raise AssertionError("a kernel's tile is looked up, not timed")
 
 
 def report(run: dict[str, Callable[[], Any]], *shape: Any) -> None:
@@ -130,12 +146,36 @@ def every_layer(rows: int, heads: int, dim: int, length: int, dtype: torch.dtype
     report(run, rows, heads, dim, length, dtype)
 
 
+@torch.inference_mode()
+def var_decoding(batch: int, temperature: float) -> dict[str, int]:
+    """How many variants of each kernel a decoding of VAR's ten scales adds, by the flow."""
+    torch.manual_seed(0)
+    sizes = ConvSizes(channels=32, multipliers=(1, 1), blocks=1, latent_channels=32)
+    network = VARSizes(num_classes=5, depth=2, embed_dim=128, num_heads=2)
+    teacher = VARTeacher(VARTokenizer(sizes=sizes), network).eval()
+    scales = tuple(teacher.group_cfg_scale(2.0, group) for group in range(10))
+    filters = (("temperature", temperature), ("top_k", 900), ("top_p", 0.95))
+    plan = Plan(batch=batch, first=0, stop=10, sampler="flow", scales=scales, filters=filters, flow=(("steps", 20),))
+    inputs = Inputs(
+        condition=torch.zeros(batch, dtype=torch.int64),
+        prefix=torch.zeros(batch, 0, dtype=torch.int64),
+        chance=torch.randn(batch, teacher.num_tokens, 32),
+    )
+    before = len(loaded)
+    Decoding(teacher, plan, inputs).run()
+    return dict(Counter(loaded[before:]))
+
+
 if __name__ == "__main__":
     driver.set_active(Driver())
     dispatch._obstacle = lambda *_: ""
     torch.Tensor.new_empty, torch.empty = torch.Tensor.new_zeros, torch.zeros  # what a kernel would fill
+    if sys.argv[1:] == ["decoding"]:
+        os.environ["DDFAST_BACKEND"] = "triton"
+        print(json.dumps([var_decoding(1, 1.0), var_decoding(8, 1.0), var_decoding(8, 1)]))
+        sys.exit()
     every = {"nearest_code": lambda: ops.nearest_code(torch.zeros(64, 8), torch.zeros(64, 8), backend="triton")}
-    report(every, "tuned")
+    report(every, "of the table")
     use_tile(pytest.MonkeyPatch(), 16, 32)
     for sizes in [(1, 1, 1), (3, 17, 33)]:
         every_op(*sizes, torch.float32)

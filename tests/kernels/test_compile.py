@@ -20,7 +20,10 @@ def kernels() -> list[dict]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, "90", "80"], env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", script, "90", "80", "100", "120"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -35,8 +38,8 @@ def test_every_kernel_compiles(kernels):
 
 
 def test_hot_kernels_do_not_spill(kernels):
-    """At the papers' code dimensions, whatever tuning chooses, on the GPU that it is made for."""
-    assert [kernel for kernel in kernels if kernel["hot"] and kernel["sm"] == 90 and kernel["STACK"]] == []
+    """Every line of the table of tiles, on every generation of GPU, and what else is launched at the papers' sizes."""
+    assert [kernel for kernel in kernels if kernel["hot"] and kernel["STACK"]] == []
 
 
 def test_shared_memory_is_there(kernels):

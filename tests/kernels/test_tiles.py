@@ -1,4 +1,4 @@
-"""Kernels give the same whatever tile tuning chooses, a program of one token included."""
+"""Kernels give the same with any tile, a program of one token included; which one they have, a table says."""
 
 import pytest
 import torch
@@ -6,7 +6,15 @@ from tiles import use_tile
 from truth import problem
 
 from ddfast import env
-from ddfast.ops import add_norm, codebook_posterior, decode_attention, flow_sample, nearest_code
+from ddfast.ops import (
+    add_norm,
+    codebook_posterior,
+    decode_attention,
+    draw_codes,
+    filter_logits,
+    flow_sample,
+    nearest_code,
+)
 
 pytestmark = pytest.mark.skipif(not env.triton_interpreted(), reason="needs Triton's interpreter")
 
@@ -25,6 +33,61 @@ def test_flow(tile, dim):
     log_probs, noise, codebook = (tensor.float() for tensor in problem(rows, 150, dim, support=0.5, seed=5))
     codes, _ = flow_sample(log_probs, noise, codebook, backend="triton")
     assert torch.equal(codes, flow_sample(log_probs, noise, codebook, backend="reference")[0])
+
+
+def test_tokens_of_a_program_do_not_meet(tile):
+    """The codes of some tokens are those of the same tokens among others."""
+    log_probs, noise, codebook = (tensor.float() for tensor in problem(5, 150, 8, support=0.5, seed=8))
+    together, _ = flow_sample(log_probs, noise, codebook, backend="triton")
+    apart, _ = flow_sample(log_probs[3:], noise[3:], codebook, backend="triton")
+    assert torch.equal(together[3:], apart)
+
+
+def test_tiles_follow_from_the_table_alone(monkeypatch):
+    """From kernel, capability and dimension: not from rows, and no kernel is tuned by time."""
+    from ddfast_kernels import codebook_posterior as posterior
+    from ddfast_kernels import flow_sample as flow
+    from ddfast_kernels import nearest_code as nearest
+    from ddfast_kernels import tiles
+
+    kernels = [flow.flow_sample_kernel, nearest.nearest_code_kernel]
+    kernels += [posterior.codebook_posterior_kernel, posterior.codebook_posterior_backward_kernel]
+    assert all(not hasattr(kernel, "configs") for kernel in kernels)
+    monkeypatch.setattr(tiles, "EVERY", None)
+    for capability in (75, 80, 89, 90, 100, 120):
+        monkeypatch.setattr(tiles, "capability", lambda _, here=capability: here)
+        for kernel in tiles.TILES:
+            for dim in (1, 8, 32, 33, 64, 65, 1000):
+                few, many = (tiles.tile(kernel, torch.empty(rows, dim, device="meta")) for rows in (1, 100_000))
+                assert few == many
+                assert few["DIM"] >= max(dim, 16 if few["ROWS"] > 1 else 1)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 40}, {"top_p": 0.9}, {"top_k": 90, "top_p": 0.6}], ids=str)
+def test_rows_held_in_registers_or_read_again(monkeypatch, filters):
+    """The thresholds are the same bits; equal logits at the edge of either included."""
+    from ddfast_kernels import draw_codes as draws
+    from ddfast_kernels import filter_logits as filtering
+
+    logits, uncond = torch.randn(2, 6, 150).mul(4).round().div(4).unbind()
+    logits[0], uncond[0] = 1.0, 1.0
+    settings = {"uncond": uncond, "cfg_scale": 1.5, **filters}
+    uniform = torch.rand(6)
+    held = (
+        filter_logits(logits, **settings, backend="triton"),
+        draw_codes(logits, uniform, **settings, backend="triton"),
+    )
+    monkeypatch.setattr(filtering, "_LONGEST_TILE", 64)
+    monkeypatch.setattr(draws, "_PART", 32)
+    again = (
+        filter_logits(logits, **settings, backend="triton"),
+        draw_codes(logits, uniform, **settings, backend="triton"),
+    )
+    exact = filter_logits(logits, **settings, backend="reference")
+    assert torch.equal(held[0] > -torch.inf, again[0] > -torch.inf)
+    assert torch.equal(held[0] > -torch.inf, exact > -torch.inf)
+    assert torch.allclose(held[0].exp(), exact.exp(), atol=1e-6)
+    assert torch.equal(held[1], again[1])
 
 
 def test_posterior(tile):

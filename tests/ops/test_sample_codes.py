@@ -3,7 +3,10 @@ import functools
 import pytest
 import torch
 from tiles import use_tile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddfast.models.decoding import Decoding, Inputs, Plan
+from ddfast.models.transformer import TransformerTeacher
 from ddfast.ops import filter_logits, flow_sample, sample_codes
 
 
@@ -60,3 +63,35 @@ def test_empty(backend):
 def test_errors(backend, logits, noise, arguments, words):
     with pytest.raises(ValueError, match=words):
         sample_codes(logits, noise, torch.randn(5, 4), **arguments, backend=backend)
+
+
+class Ops(TorchDispatchMode):
+    """The names of all ops that are called; what an op of ours calls itself is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_decoding_looks_no_embedding_up():
+    """What follows the flow: a prefix of 0 for bad rows, the codes at their place, and the count."""
+    teacher = TransformerTeacher(codebook=torch.randn(11, 3), groups=(1, 1), num_classes=3, width=32, depth=2, heads=4)
+    plan = Plan(batch=2, first=0, stop=2, sampler="flow", scales=(1.0, 1.0), filters=(), flow=())
+    inputs = Inputs(
+        condition=torch.zeros(2, dtype=torch.int64),
+        prefix=torch.zeros(2, 0, dtype=torch.int64),
+        chance=torch.randn(2, 2, 3),
+    )
+    with torch.inference_mode():
+        decoding = Decoding(teacher.eval(), plan, inputs)
+        decoding.start()
+        decoding.step(0)
+        with Ops() as ops:
+            decoding.step(1)
+    after = ops.called[ops.called.index("ddfast.sample_codes.default") + 1 :]
+    launches = [name for name in after if name not in ("aten.alias.default", "aten.slice.Tensor")]
+    assert launches == ["aten.clamp_min.out", "aten.index_copy_.default", "aten.add_.Tensor"]
