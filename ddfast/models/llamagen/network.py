@@ -441,6 +441,9 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         cache.extend(length)
         return self.norm(hidden[:, -1:])
 
+    def step_ops(self, rows: int, size: int) -> dict[str, int]:
+        return {"decode_attention": rows, "add_norm": rows, "activate": rows}
+
     def read_out(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)
 
