@@ -21,7 +21,7 @@ from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAtte
 from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import as_codes, known
-from ddfast.models.layers import Embedding, Linear
+from ddfast.models.layers import Embedding, Linear, stack_rows
 from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
@@ -147,15 +147,17 @@ class LlamaAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
+    """w2(silu(w1 x) * w3 x). The rows of w1 and w3 are one matrix, w13: one product. States have both, as files do."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w1, self.w3 = Linear(width, hidden, bias=False), Linear(width, hidden, bias=False)
+        self.w13 = Linear(width, 2 * hidden, bias=False)
         self.w2 = Linear(hidden, width, bias=False)
+        stack_rows(self, "w13.weight", ("w1.weight", "w3.weight"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(activate(self.w1(x), self.w3(x), kind="silu"))
+        gate, value = self.w13(x).chunk(2, dim=-1)
+        return self.w2(activate(gate, value, kind="silu"))
 
 
 class LlamaBlock(nn.Module):
