@@ -104,7 +104,6 @@ class Decoding:
         self.codes = torch.empty(plan.batch, self.starts[plan.stop], dtype=torch.int64, device=device)
         self.token = torch.empty(1, dtype=torch.int64, device=device)  # how many are decided
         self.latest = torch.empty(plan.batch, max(teacher.groups), dtype=torch.int64, device=device)
-        self.offsets = torch.arange(max(teacher.groups), dtype=torch.int64, device=device)
         self.state: Any = None
 
     def start(self) -> None:
@@ -115,10 +114,9 @@ class Decoding:
         self.state = self.teacher.begin(self.inputs.condition, guided=self.plan.guided, **dict(self.plan.options))
 
     def step(self, group: int) -> None:
-        """Decide one group. Of the group's number only its size, whether it is the first, and its guidance count."""
+        """Decide one group. Where groups have one token each, its number only tells guidance, and the first of them."""
         teacher, plan = self.teacher, self.plan
         size = teacher.groups[group]
-        here = self.token if size == 1 else self.token + self.offsets[:size]
         new = self.inputs.prefix if group == plan.first else self.latest[:, : teacher.groups[group - 1]]
         if not teacher.graphable:  # which promises to keep no codes: these are overwritten
             new = new.clone()
@@ -130,17 +128,28 @@ class Decoding:
         elif scale != 1.0:
             arguments.update(uncond=uncond, cfg_scale=scale)
         logits = teacher.read_out(hidden)
-        chance = self.inputs.chance
+        chance = self._chance(group)
         if chance is None:
             codes = draw_codes(logits, logits.new_zeros(logits.shape[:-1]), **{**arguments, "top_k": 1})
         elif plan.sampler == "flow":
-            noise = chance.index_select(1, here)
-            codes = sample_codes(logits, noise, teacher.codebook, **arguments, **dict(plan.flow))[0]
+            codes = sample_codes(logits, chance, teacher.codebook, **arguments, **dict(plan.flow))[0]
         else:
-            codes = draw_codes(logits, chance.index_select(1, here), **arguments)
+            codes = draw_codes(logits, chance, **arguments)
         torch.clamp_min(codes, 0, out=self.latest[:, :size])  # -1 marks a bad row, and is no index
-        self.codes.index_copy_(1, here, codes)
-        self.token += size
+        if teacher.one_by_one:
+            self.codes.index_copy_(1, self.token, codes)
+            self.token += 1
+        else:
+            self.codes[:, self.starts[group] : self.starts[group + 1]] = codes
+
+    def _chance(self, group: int) -> Tensor | None:
+        """The group's part of what chance there is; one by one, the device knows which."""
+        chance = self.inputs.chance
+        if chance is None:
+            return None
+        if self.teacher.one_by_one:
+            return chance.index_select(1, self.token)
+        return chance[:, self.starts[group] : self.starts[group + 1]]
 
     def shape(self, group: int) -> tuple[int, float]:
         """What two groups must have in common for one graph to serve both: the same work, apart from the position."""

@@ -51,6 +51,11 @@ def weights_dtype(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def twice_embedded(table: Tensor, codes: Tensor) -> Tensor:
+    """table[codes] twice, one below the other, in one pass: [2 B, m, W] of codes int64 [B, m]."""
+    return table[codes.expand(2, -1, -1)].flatten(0, 1)
+
+
 def stack_rows(module: nn.Module, whole: str, parts: tuple[str, ...]) -> None:
     """Let one matrix of a module stand for several of as many rows, which every state has: one product, old names."""
     module.stacked = {whole: parts}  # type: ignore[assignment]

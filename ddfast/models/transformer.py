@@ -23,7 +23,7 @@ from ddfast.models.attention import (
     group_starts,
 )
 from ddfast.models.autoregressive import Condition, SamplingDefaults
-from ddfast.models.layers import Embedding, LayerNorm, Linear
+from ddfast.models.layers import Embedding, LayerNorm, Linear, twice_embedded
 from ddfast.models.protocol import Teacher
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
@@ -197,9 +197,8 @@ class TransformerTeacher(TransformerNetwork, Teacher):
     def advance(self, state: DecodeState, codes: Tensor) -> Tensor:
         first, last = state.groups_fed, self.group_starts().index(self._tokens_known(state) + codes.shape[1])
         state.groups_fed = last + 1
-        embeddings, cache = self.codebook[codes], state.cache
-        if len(state.labels) != len(codes):  # guidance: both halves read the same codes
-            embeddings = torch.cat((embeddings, embeddings))
+        guided, cache = len(state.labels) != len(codes), state.cache  # then both halves read the same codes
+        embeddings = twice_embedded(self.codebook, codes) if guided else self.codebook[codes]
         if first and self.one_by_one:  # a step like any other: the cache knows where
             tokens = self.input(embeddings) + self.position_embedding.index_select(0, cache.position)
         else:

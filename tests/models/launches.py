@@ -1,8 +1,8 @@
 """Counts what a step of decoding launches on a GPU, without one: on tensors of the meta device, which says it is CUDA's.
 
-PYTHONPATH=tests/models python tests/models/launches.py     # both teachers, by what is launched
+python tests/models/launches.py     # a JSON line per teacher, sampler and guidance
 
-An operation of PyTorch that computes or copies counts as one launch; an op of ours as what its launcher launches in
+In a process of its own, without TRITON_INTERPRET: that switch decides what `triton.jit` makes of a function. An operation of PyTorch that computes or copies counts as one launch; an op of ours as what its launcher launches in
 Triton, and what it calls before that. Views, and memory that is asked for, launch nothing.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -123,4 +124,5 @@ if __name__ == "__main__":
         for sampler in ("multinomial", "flow"):
             for guided in (True, False):
                 counted = step(name, sampler=sampler, guided=guided)
-                print(name, sampler, "guided" if guided else "unguided", counted.total(), dict(counted))
+                case = f"{name}, {sampler}, {'guided' if guided else 'unguided'}"
+                print(json.dumps({"case": case, "launches": counted.total(), "of": counted}))

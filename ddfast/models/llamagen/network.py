@@ -21,7 +21,7 @@ from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAtte
 from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import as_codes, known
-from ddfast.models.layers import Embedding, Linear, stack_rows
+from ddfast.models.layers import Embedding, Linear, stack_rows, twice_embedded
 from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
@@ -265,11 +265,12 @@ class _LlamaGenNetwork(nn.Module):
         missing = self.sizes.cls_token_num - features.shape[1]
         return F.pad(features, (0, 0, missing, 0)), F.pad(valid != 0, (missing, 0))
 
-    def _run(self, x: Tensor, mix: Mix) -> Tensor:
+    def _run(self, x: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+        """All blocks; what the last of them adds comes back unadded."""
         branch = None
         for layer, block in enumerate(self.layers):
             x, branch = block(x, branch, mix, layer)
-        return x if branch is None else x + branch
+        return x, cast(Tensor, branch)
 
     def _sequence(self, length: int, attend: Attend) -> SequenceMix:
         """Attention between the first `length` positions."""
@@ -280,8 +281,9 @@ class _LlamaGenNetwork(nn.Module):
         """What the head over codes reads, [B, N, W], from the condition and embedded tokens 0..N-2 [B, N - 1, W]."""
         first, valid = self._condition_tokens(condition, unconditional)
         x = torch.cat((first, tokens), dim=1)
-        x = self._run(x, self._sequence(x.shape[1], MaskedAttention(padded_mask(valid, x.shape[1]))))
-        return self.norm(x[:, first.shape[1] - 1 :])
+        x, branch = self._run(x, self._sequence(x.shape[1], MaskedAttention(padded_mask(valid, x.shape[1]))))
+        read = slice(first.shape[1] - 1, None)
+        return self.norm.add(x[:, read], branch[:, read])[1]
 
     def _check_captions(self, condition: Condition) -> None:
         """Raise unless a text condition is one that this network reads."""
@@ -428,9 +430,8 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         return LlamaGenState(pending=tokens, valid=valid, first=first, cache=cache, guided=guided)
 
     def advance(self, state: LlamaGenState, codes: Tensor) -> Tensor:
-        new = self.tok_embeddings(codes)
-        if state.guided:
-            new = torch.cat((new, new))
+        # Rows with and without the condition read the same codes.
+        new = twice_embedded(self.tok_embeddings.weight, codes) if state.guided else self.tok_embeddings(codes)
         x, state.pending = new if state.pending is None else torch.cat((state.pending, new), dim=1), None
         cache, length = state.cache, x.shape[1]
         mix: Mix
@@ -439,9 +440,9 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         else:  # the whole sequence so far
             mask = padded_mask(state.valid, length)
             mix = self._sequence(length, CachedAttention(cache, mask, causal=mask is None))
-        hidden = self._run(x, mix)
+        x, branch = self._run(x, mix)
         cache.extend(length)
-        return self.norm(hidden[:, -1:])
+        return self.norm.add(x[:, -1:], branch[:, -1:])[1]
 
     def step_ops(self, rows: int, size: int) -> dict[str, int]:
         return {"decode_attention": rows, "add_norm": rows, "activate": rows}
@@ -501,7 +502,8 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
         is_data = self.n_d_embed(self.data_levels(t, len(x), width))
         sequence = torch.cat((tokens, self.tok_embeddings(x.to(self.dtype))), dim=1) + is_data
         mask = padded_mask(valid, sequence.shape[1])
-        hidden = self._run(sequence, self._sequence(sequence.shape[1], MaskedAttention(mask)))
+        x, branch = self._run(sequence, self._sequence(sequence.shape[1], MaskedAttention(mask)))
+        hidden = x + branch
         if valid is None:
             label = tokens[:, 0]
         else:
