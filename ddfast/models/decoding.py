@@ -341,7 +341,8 @@ def _choices(teacher: AutoRegressive, plan: Plan, inputs: Inputs) -> Choices:
 
 def _precision() -> tuple[str, str]:
     """How products of float32 are rounded: what else a graph holds on to."""
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
 
 
 def _obstacle(teacher: AutoRegressive, plan: Plan, choices: Choices) -> str:

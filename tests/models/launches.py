@@ -1,8 +1,9 @@
-"""Counts what a step of decoding launches on a GPU, without one: on tensors of the meta device, which says it is CUDA's.
+"""Counts what a step of decoding launches on a GPU, without one: on tensors of the meta device, taken for CUDA's.
 
 python tests/models/launches.py     # a JSON line per teacher, sampler and guidance
 
-In a process of its own, without TRITON_INTERPRET: that switch decides what `triton.jit` makes of a function. An operation of PyTorch that computes or copies counts as one launch; an op of ours as what its launcher launches in
+In a process of its own, without TRITON_INTERPRET: that switch decides what `triton.jit` makes of a function. An
+operation of PyTorch that computes or copies counts as one launch; an op of ours as what its launcher launches in
 Triton, and what it calls before that. Views, and memory that is asked for, launch nothing.
 """
 

@@ -16,8 +16,8 @@ from streams import Device, Recorder, Stream
 from torch.utils._pytree import tree_leaves
 
 from ddfast.models import decoding
-from ddfast.ops import dispatch
 from ddfast.models.protocol import Teacher
+from ddfast.ops import dispatch
 
 CAPTION = (torch.randn(2, 6, 12), torch.arange(6) >= torch.tensor([[0], [2]]))
 TEACHERS: dict[str, Callable] = {
@@ -371,6 +371,11 @@ def test_graphs_are_dropped_when_their_replays_have_ended(device, monkeypatch):
             del device.log[:]
             drop()
             assert device.log[0] == "synchronize"
+
+
+def test_a_teacher_is_gone_when_its_replays_have_ended(device):
+    teacher, _ = TEACHERS["one token per group"]()
+    with device.on(Stream()):
         flow(teacher, torch.randn(1, 7, 3))
         del device.log[:], teacher
         gc.collect()

@@ -21,7 +21,7 @@ AT_MOST = {
     "VAR-d16, flow, guided": 164,
     "VAR-d16, flow, unguided": 163,
 }
-"""Of LlamaGen-L for a token, of VAR-d16 for its last scale; one image. Fewer are welcome, and become the number here."""
+"""Of LlamaGen-L for a token, of VAR-d16 for its last scale; one image. Fewer are welcome: write them here."""
 
 
 def test_a_step_launches_no_more_than_it_did():

@@ -398,7 +398,8 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
         x, (branch, gate) = self._run(x, state.constants, CachedAttention(state.cache, mask))
         state.cache.length += x.shape[1]  # on the host alone: every scale is a step of its own
         read = slice(-self.groups[last], None)
-        return self.head_nm.add(x[:, read], (branch[:, read], gate), *state.head)
+        gated: Gated = (None, None) if branch is None or gate is None else (branch[:, read], gate)
+        return self.head_nm.add(x[:, read], gated, *state.head)
 
     def step_ops(self, rows: int, size: int) -> dict[str, int]:
         tokens = rows * size
