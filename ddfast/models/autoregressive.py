@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ddfast.models.attention import group_starts
 from ddfast.models.inputs import check_codes
+from ddfast.ops.dispatch import Asked
 
 Condition: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Class labels int64 [B], or text as (features [B, L, dim], mask [B, L])."""
@@ -71,6 +72,11 @@ class AutoRegressive(nn.Module, ABC):
         return sum(self.groups)
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether every group has one token: all steps after the first are then alike."""
+        return len(self.groups) == self.num_tokens
+
+    @property
     def num_codes(self) -> int:
         """V, the size of the codebook."""
         return self.codebook.shape[0]
@@ -99,6 +105,13 @@ class AutoRegressive(nn.Module, ABC):
         Returns:
             [R, G, V] of any floating type, unguided; hidden states [R, G, W] where `read_out` is overridden.
         """
+
+    def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
+        """The ops with kernels that `advance` runs for R rows of G new tokens, and the sizes that each is asked of.
+
+        A captured step holds on to what chose their kernels; one by one, `decode_attention` must have one.
+        """
+        return {"decode_attention": Asked(rows)}
 
     def read_out(self, hidden: Tensor) -> Tensor:
         """Logits [R, G, V] of any floating type of what `advance` returned: here they are that already.

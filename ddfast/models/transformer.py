@@ -23,10 +23,11 @@ from ddfast.models.attention import (
     group_starts,
 )
 from ddfast.models.autoregressive import Condition, SamplingDefaults
-from ddfast.models.layers import Embedding, LayerNorm, Linear
+from ddfast.models.layers import Embedding, LayerNorm, Linear, twice_embedded
 from ddfast.models.protocol import Teacher
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
+from ddfast.ops.dispatch import Asked
 
 
 class Block(nn.Module):
@@ -197,10 +198,9 @@ class TransformerTeacher(TransformerNetwork, Teacher):
     def advance(self, state: DecodeState, codes: Tensor) -> Tensor:
         first, last = state.groups_fed, self.group_starts().index(self._tokens_known(state) + codes.shape[1])
         state.groups_fed = last + 1
-        embeddings, cache = self.codebook[codes], state.cache
-        if len(state.labels) != len(codes):  # guidance: both halves read the same codes
-            embeddings = torch.cat((embeddings, embeddings))
-        if first and len(self.groups) == self.num_tokens:  # a step like any other: the cache knows where
+        guided, cache = len(state.labels) != len(codes), state.cache  # then both halves read the same codes
+        embeddings = twice_embedded(self.codebook, codes) if guided else self.codebook[codes]
+        if first and self.one_by_one:  # a step like any other: the cache knows where
             tokens = self.input(embeddings) + self.position_embedding.index_select(0, cache.position)
         else:
             tokens = self.group_inputs(state.labels, embeddings, first, last)
@@ -216,6 +216,11 @@ class TransformerTeacher(TransformerNetwork, Teacher):
         hidden = self.body.run(tokens, mix)
         cache.extend(tokens.shape[1])
         return hidden[:, -self.groups[last] :]
+
+    def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
+        body, tokens = self.body, rows * size
+        attention = {"decode_attention": Asked(rows, body.head_dim, self.num_tokens)} if size == 1 else {}
+        return attention | {"add_norm": Asked(tokens, size=body.width), "activate": Asked(tokens, size=4 * body.width)}
 
     def read_out(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)

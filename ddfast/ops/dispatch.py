@@ -72,6 +72,14 @@ class Choice(NamedTuple):
     verdict: str = ""
 
 
+class Asked(NamedTuple):
+    """Sizes by which a backend is chosen, as in `choose`."""
+
+    rows: int
+    dim: int = 0
+    size: int = 0
+
+
 _choices: dict[tuple, Choice] = {}
 """What was decided for GPUs; on a CPU nothing takes long to decide."""
 
@@ -149,6 +157,11 @@ def choose(
         if final and where.type == "cuda":
             _choices[key] = choice
     return choice
+
+
+def choose_for(op: str, device: torch.device, dtype: torch.dtype, asked: Asked) -> Choice:
+    """`choose` by "auto", of sizes that somebody else gave; a dimension that is not known is the usual one."""
+    return choose(op, device, dtype, rows=asked.rows, dim=asked.dim or usual_dim(op), size=asked.size)
 
 
 def _decide(
@@ -281,7 +294,7 @@ def prepare(wanted: Iterable[tuple[str, torch.dtype, int]], device: torch.device
     """Verify ahead, in one process, the kernels of (op, dtype, dimension) that "auto" would try first."""
     if device.type != "cuda" or not env.verifies():
         return
-    checks = [check for op, dtype, dim in wanted for check in _first(op, dtype, dim, device)]
+    checks = [check for op, dtype, dim in wanted for check in _first(op, dtype, dim or usual_dim(op), device)]
     missing_checks = [check for check in checks if verification.known(check, device) is None]
     if missing_checks:
         verification.verify(missing_checks, device)

@@ -245,6 +245,15 @@ def test_activate(count, gated, kind, dtype):
     assert ((ours - exact).abs() <= TOLERANCE["activate", dtype] * (1 + exact.abs())).all()
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 2816), (2, 5, 1031)][: None if GPU else 1])
+def test_activate_of_halves(shape):
+    """Of one product, where they lie."""
+    (both,) = moved(4 * torch.randn(*shape[:-1], 2 * shape[-1]), dtype=torch.bfloat16)
+    x, times = both.chunk(2, dim=-1)
+    apart = ops.activate(x.contiguous(), times.contiguous(), kind="silu", backend="triton")
+    assert torch.equal(ops.activate(x, times, kind="silu", backend="triton"), apart)
+
+
 @pytest.mark.parametrize("seed", [0, 2**63 + 5, 2**64 - 1])
 def test_noise_is_the_same_everywhere(backend, seed):
     index = torch.tensor([0, 1, 2**31, 2**33 + 7, 5, 2**62])

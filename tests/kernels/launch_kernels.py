@@ -141,7 +141,7 @@ def every_layer(rows: int, heads: int, dim: int, length: int, dtype: torch.dtype
         "activate": lambda: [
             ops.activate(x, times, kind=kind, backend="triton")
             for x in (one, many) for kind, times in (("silu", x), ("gelu", None))
-        ],
+        ] + [ops.activate(*torch.cat((many, many), dim=-1).chunk(2, dim=-1), kind="silu", backend="triton")],
     }  # fmt: skip
     report(run, rows, heads, dim, length, dtype)
 

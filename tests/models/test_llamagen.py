@@ -1,11 +1,18 @@
 """LlamaGen, its tokenizer and its student against the official code's recorded outputs, and against themselves."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import Case, as_latents
 from official import llamagen_teacher_like, randomised
 
+from ddfast.config import DD1Config
+from ddfast.distill.dd1 import DD1
+from ddfast.distill.method import Roles
+from ddfast.distill.trainer import _Run
+from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.converting import export_teacher
 from ddfast.models.llamagen.network import (
     LLAMAGEN_SIZES,
@@ -339,3 +346,52 @@ def test_published_sizes_have_the_published_parameters():
         counts[name] = f"{network:.3g}" if network < 1e9 else f"{network:.2g}"
     published = {"B": "1.11e+08", "L": "3.43e+08", "XL": "7.75e+08", "XXL": "1.4e+09", "3B": "3.1e+09"}
     assert {name: counts[name] for name in published} == published
+
+
+def test_w1_and_w3_are_one_matrix_and_two_in_every_state():
+    """In the order of the official layers, and nowhere else in memory."""
+    teacher = llamagen_teacher_like()
+    layer, state = teacher.layers[1].feed_forward, teacher.state_dict()
+    names = [name for name in state if name.startswith("layers.1.feed_forward.")]
+    assert [name.rsplit(".", 2)[1] for name in names] == ["w1", "w3", "w2"]
+    w1, w3 = (state[name] for name in names[:2])
+    assert torch.equal(torch.cat((w1, w3)), layer.w13.weight)
+    assert w1.data_ptr() == layer.w13.weight.data_ptr()
+    x = torch.randn(2, 3, 64)
+    expected = layer.w2(F.silu(x @ w1.T) * (x @ w3.T))
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+    other = copy.deepcopy(randomised(llamagen_teacher_like(), 0.3))
+    other.load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    del state[names[1]]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"layers.1.feed_forward.w13.weight\""):
+        other.load_state_dict(state)
+
+
+def test_a_checkpoint_of_two_matrices_resumes(tmp_path):
+    """As training wrote it when w1 and w3 were parameters of their own."""
+    teacher = llamagen_teacher_like()
+
+    def run() -> _Run:
+        student = LlamaGenStudent.from_teacher(teacher).train().requires_grad_(True)
+        return _Run(DD1(Roles(student=student, teacher=teacher), DD1Config()), DD1Config(), "distillation", "", 0.9)
+
+    whole = run()
+    for _ in range(2):
+        whole.update("student", sum(p.square().sum() for p in whole.networks["student"].parameters()))
+    whole.save(tmp_path / "new")
+    tensors, header = load_tensors(tmp_path / "new")
+    for name in [name for name in tensors if ".w13." in name]:
+        value = tensors.pop(name)
+        for part, rows in zip(("w1", "w3"), value.chunk(2) if value.dim() else (value, value), strict=True):
+            tensors[name.replace("w13", part)] = rows
+    save_tensors(tmp_path / "old", tensors, header)
+    again = run()
+    again.restore(tmp_path / "old")
+    for kept in (whole, again):
+        kept.update("student", sum(p.square().sum() for p in kept.networks["student"].parameters()))
+    for name, value in whole.networks["student"].state_dict().items():
+        assert torch.equal(value, again.networks["student"].state_dict()[name]), name
+    for name, value in whole.average.average.items():
+        assert torch.equal(value, again.average.average[name]), name

@@ -21,7 +21,7 @@ from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAtte
 from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import as_codes, known
-from ddfast.models.layers import Embedding, Linear
+from ddfast.models.layers import Embedding, Linear, stack_rows, twice_embedded
 from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
@@ -29,6 +29,7 @@ from ddfast.models.tokenizers import TokenizedTeacher
 from ddfast.ops import nearest_code
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
+from ddfast.ops.dispatch import Asked
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -147,15 +148,17 @@ class LlamaAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
+    """w2(silu(w1 x) * w3 x). The rows of w1 and w3 are one matrix, w13: one product. States have both, as files do."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w1, self.w3 = Linear(width, hidden, bias=False), Linear(width, hidden, bias=False)
+        self.w13 = Linear(width, 2 * hidden, bias=False)
         self.w2 = Linear(hidden, width, bias=False)
+        stack_rows(self, "w13.weight", ("w1.weight", "w3.weight"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(activate(self.w1(x), self.w3(x), kind="silu"))
+        gate, value = self.w13(x).chunk(2, dim=-1)
+        return self.w2(activate(gate, value, kind="silu"))
 
 
 class LlamaBlock(nn.Module):
@@ -263,11 +266,12 @@ class _LlamaGenNetwork(nn.Module):
         missing = self.sizes.cls_token_num - features.shape[1]
         return F.pad(features, (0, 0, missing, 0)), F.pad(valid != 0, (missing, 0))
 
-    def _run(self, x: Tensor, mix: Mix) -> Tensor:
+    def _run(self, x: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+        """All blocks; what the last of them adds comes back unadded."""
         branch = None
         for layer, block in enumerate(self.layers):
             x, branch = block(x, branch, mix, layer)
-        return x if branch is None else x + branch
+        return x, cast(Tensor, branch)
 
     def _sequence(self, length: int, attend: Attend) -> SequenceMix:
         """Attention between the first `length` positions."""
@@ -278,8 +282,9 @@ class _LlamaGenNetwork(nn.Module):
         """What the head over codes reads, [B, N, W], from the condition and embedded tokens 0..N-2 [B, N - 1, W]."""
         first, valid = self._condition_tokens(condition, unconditional)
         x = torch.cat((first, tokens), dim=1)
-        x = self._run(x, self._sequence(x.shape[1], MaskedAttention(padded_mask(valid, x.shape[1]))))
-        return self.norm(x[:, first.shape[1] - 1 :])
+        x, branch = self._run(x, self._sequence(x.shape[1], MaskedAttention(padded_mask(valid, x.shape[1]))))
+        read = slice(first.shape[1] - 1, None)
+        return self.norm.add(x[:, read], branch[:, read])[1]
 
     def _check_captions(self, condition: Condition) -> None:
         """Raise unless a text condition is one that this network reads."""
@@ -426,9 +431,8 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         return LlamaGenState(pending=tokens, valid=valid, first=first, cache=cache, guided=guided)
 
     def advance(self, state: LlamaGenState, codes: Tensor) -> Tensor:
-        new = self.tok_embeddings(codes)
-        if state.guided:
-            new = torch.cat((new, new))
+        # Rows with and without the condition read the same codes.
+        new = twice_embedded(self.tok_embeddings.weight, codes) if state.guided else self.tok_embeddings(codes)
         x, state.pending = new if state.pending is None else torch.cat((state.pending, new), dim=1), None
         cache, length = state.cache, x.shape[1]
         mix: Mix
@@ -437,9 +441,15 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         else:  # the whole sequence so far
             mask = padded_mask(state.valid, length)
             mix = self._sequence(length, CachedAttention(cache, mask, causal=mask is None))
-        hidden = self._run(x, mix)
+        x, branch = self._run(x, mix)
         cache.extend(length)
-        return self.norm(hidden[:, -1:])
+        return self.norm.add(x[:, -1:], branch[:, -1:])[1]
+
+    def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
+        sizes = self.sizes
+        attention = Asked(rows, sizes.dim // sizes.n_head, sizes.cls_token_num + sizes.block_size)
+        layers = {"add_norm": Asked(rows, size=sizes.dim), "activate": Asked(rows, size=sizes.ffn_dim)}
+        return {"decode_attention": attention} | layers
 
     def read_out(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)
@@ -496,7 +506,8 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
         is_data = self.n_d_embed(self.data_levels(t, len(x), width))
         sequence = torch.cat((tokens, self.tok_embeddings(x.to(self.dtype))), dim=1) + is_data
         mask = padded_mask(valid, sequence.shape[1])
-        hidden = self._run(sequence, self._sequence(sequence.shape[1], MaskedAttention(mask)))
+        x, branch = self._run(sequence, self._sequence(sequence.shape[1], MaskedAttention(mask)))
+        hidden = x + branch
         if valid is None:
             label = tokens[:, 0]
         else:

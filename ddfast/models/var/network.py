@@ -38,6 +38,7 @@ from ddfast.models.var.tokenizer import VARTokenizer
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
 from ddfast.ops.append_normed import append_normed
+from ddfast.ops.dispatch import Asked
 
 MAX_LOG_SCALE = math.log(100)
 """Attention with normalised queries and keys has a learned scale per head, at most 100."""
@@ -154,9 +155,18 @@ class HeadNorm(nn.Module):
         self.eps = eps
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def constants(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift [R, 1, W] for class embeddings [R, W]."""
         scale, shift = self.ada_lin(label).unflatten(-1, (1, 2, -1)).unbind(2)
-        return add_norm_unchecked(x, None, weight=1 + scale, bias=shift, eps=self.eps)[1]
+        return 1 + scale, shift
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.add(x, (None, None), *self.constants(label))
+
+    def add(self, x: Tensor, gated: Gated, scale: Tensor, shift: Tensor) -> Tensor:
+        """The norm of x and what the last block adds to it."""
+        branch, gate = gated
+        return add_norm_unchecked(x, branch, gate=gate, weight=scale, bias=shift, eps=self.eps)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,38 +239,39 @@ class _VARNetwork(nn.Module):
         constants: list[BlockConstants],
         attend: Attend,
         extra: Callable[[int], Tensor | None] | None = None,
-    ) -> Tensor:
-        """All blocks; `extra(layer)` is what a student adds inside each."""
+    ) -> tuple[Tensor, Gated]:
+        """All blocks, the last one's branch unadded; `extra(layer)` is what a student adds inside each."""
         gated: Gated = (None, None)
         for layer, (block, own) in enumerate(zip(self.blocks, constants, strict=True)):
             x, gated = block(x, gated, own, attend, layer, extra(layer) if extra else None)
-        branch, gate = gated
-        return x if branch is None or gate is None else torch.addcmul(x, branch, gate)
+        return x, gated
 
     def labels(self, condition: Condition, unconditional: bool = False) -> Tensor:
         """Class embeddings [B, W]."""
         assert isinstance(condition, Tensor)
         return self.class_emb(torch.full_like(condition, self.num_classes) if unconditional else condition)
 
-    def _tokens(self, label: Tensor, inputs: Tensor, first: int, last: int) -> Tensor:
+    def _places(self) -> Tensor:
+        """What every position adds to its token, by its scale and place: [N, W]."""
+        return self.lvl_embed(self.level) + self.pos_1LC[0]
+
+    def _tokens(self, label: Tensor, inputs: Tensor, first: int, last: int, places: Tensor) -> Tensor:
         """Input tokens [R, L, W] of scales first..last; `inputs` [R or B, L, D] are those after scale 0."""
         starts = group_starts(self.groups)
-        parts = []
-        if first == 0:
-            parts.append(label[:, None] + self.pos_start)
-        if inputs.shape[1]:
-            parts.append(self.word_embed(inputs.to(self.dtype)))
-            if len(parts[-1]) != len(label):  # guidance: both halves read the same codes
-                parts[-1] = parts[-1].repeat(2, 1, 1)
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        here = slice(starts[first], starts[last + 1])
-        return tokens + (self.lvl_embed(self.level[here]) + self.pos_1LC[0, here])
+        places = places[starts[first] : starts[last + 1]]
+        if not inputs.shape[1]:
+            return label[:, None] + self.pos_start + places
+        words = self.word_embed(inputs.to(self.dtype))
+        copies = 1 if len(words) == len(label) else 2  # guidance: both halves read the same codes
+        if first:
+            return (words.expand(copies, *words.shape) + places).flatten(0, 1)
+        return torch.cat((label[:, None] + self.pos_start, words.repeat(copies, 1, 1)), dim=1) + places
 
     def hidden(self, label: Tensor, inputs: Tensor) -> Tensor:
         """What the head over codes reads, [B, N, W]; label [B, W], inputs [B, N', D] are those after scale 0."""
-        x = self._tokens(label, inputs, 0, len(self.groups) - 1)
-        x = self._run(x, self._constants(label), BlockCausalAttention(self.groups))
-        return self.head_nm(x, label)
+        x = self._tokens(label, inputs, 0, len(self.groups) - 1, self._places())
+        x, gated = self._run(x, self._constants(label), BlockCausalAttention(self.groups))
+        return self.head_nm.add(x, gated, *self.head_nm.constants(label))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,10 +295,15 @@ def _initialise(network: _VARNetwork) -> None:
 
 @dataclass
 class VARState:
-    """Progress of one `VARTeacher.generate`: labels [R, W], cache, and the latents that the codes so far add up to."""
+    """Progress of one `VARTeacher.generate`: labels [R, W], cache, and the latents that the codes so far add up to.
+
+    `constants`, those of `head`'s norm and `places` are what all steps read, and labels and weights decide.
+    """
 
     label: Tensor
     constants: list[BlockConstants]
+    head: tuple[Tensor, Tensor]
+    places: Tensor
     cache: KVCache
     f_hat: Tensor
     masked_prefix: bool
@@ -357,6 +373,8 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
         return VARState(
             label=label,
             constants=self._constants(label),
+            head=self.head_nm.constants(label),
+            places=self._places(),
             cache=KVCache(sizes.depth, len(label), sizes.num_heads, self.num_tokens, head_dim, label),
             f_hat=self.codebook.new_zeros(batch, self.code_dim, side, side),
             masked_prefix=masked_prefix,
@@ -372,15 +390,26 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
             state.f_hat = state.f_hat + self.tokenizer.contribution(last, embeddings[:, offset : offset + size])
             last, offset = last + 1, offset + size
             inputs.append(self.tokenizer.next_input(last, state.f_hat))
-        given = torch.cat(inputs, dim=1) if inputs else embeddings
-        x = self._tokens(state.label, given, first, last)
+        given = torch.cat(inputs, dim=1) if len(inputs) > 1 else (*inputs, embeddings)[0]
+        x = self._tokens(state.label, given, first, last, state.places)
         mask = None  # one scale sees everything before it and itself
         if first != last and state.masked_prefix:
             level = self.level[: starts[last + 1]]
             mask = level[starts[first] :, None] >= level[None, :]
-        x = self._run(x, state.constants, CachedAttention(state.cache, mask))
-        state.cache.extend(x.shape[1])
-        return self.head_nm(x[:, -self.groups[last] :], state.label)
+        x, (branch, gate) = self._run(x, state.constants, CachedAttention(state.cache, mask))
+        state.cache.length += x.shape[1]  # on the host alone: every scale is a step of its own
+        read = slice(-self.groups[last], None)
+        gated: Gated = (None, None) if branch is None or gate is None else (branch[:, read], gate)
+        return self.head_nm.add(x[:, read], gated, *state.head)
+
+    def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
+        tokens, heads, width = rows * size, self.sizes.num_heads, self.sizes.embed_dim
+        layers = {
+            "add_norm": Asked(tokens, size=width),
+            "activate": Asked(tokens, size=round(width * self.sizes.mlp_ratio)),
+        }
+        attention = {"append_normed": Asked(3 * heads * tokens, width // heads)} if self.sizes.attn_l2_norm else {}
+        return attention | layers
 
     def read_out(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
@@ -441,7 +470,9 @@ class VARStudent(_VARNetwork, DD1Student):
         is_data = self.data_levels(t, len(x), 1)
         hidden = tokens + self.lvl_embed(levels) + self.pos_1LC + self.n_d_embed(is_data)
         attend, extra = MaskedAttention(self.mask), partial(self._layerwise, is_data=is_data)
-        hidden = self._run(hidden, self._constants(label), attend, extra)
+        hidden, (branch, gate) = self._run(hidden, self._constants(label), attend, extra)
+        if branch is not None and gate is not None:
+            hidden = torch.addcmul(hidden, branch, gate)
         return (hidden + self._layerwise(-1, is_data))[:, 1:], label
 
     def _layerwise(self, layer: int, is_data: Tensor) -> Tensor:
