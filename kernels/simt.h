@@ -40,6 +40,11 @@ constexpr unsigned kAll = 0xffffffffu;
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(kAll, value, mask); }
 __device__ __forceinline__ float shuffle(float value, int from) { return __shfl_sync(kAll, value, from); }
+// From a lane of this one's group of kLanes, a power of two.
+template <int kLanes>
+__device__ __forceinline__ float shuffle_within(float value, int from) {
+  return __shfl_sync(kAll, value, from, kLanes);
+}
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(kAll, value, mask); }
 __device__ __forceinline__ uint64_t shuffle_up(uint64_t value, int by) {  // the lanes below `by` keep their own
   return (uint64_t)__shfl_up_sync(kAll, (unsigned long long)value, by);
@@ -97,6 +102,12 @@ __device__ __forceinline__ void mma_tf32(float (&acc)[4], const uint32_t (&a)[4]
 
 // exp(x) for x <= 0 to about 2^-21 relative, in two instructions.
 __device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+// 2^x to about 2^-22 relative, in one.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
   float value;

@@ -198,6 +198,10 @@ T value_of_lane(T value, int from) {
   return out;
 }
 inline float shuffle(float value, int from) { return value_of_lane(value, from); }
+template <int kLanes>
+float shuffle_within(float value, int from) {
+  return value_of_lane(value, (lane() & ~(kLanes - 1)) + from);
+}
 inline float shuffle_xor(float value, int mask) { return value_of_lane(value, lane() ^ mask); }
 inline uint32_t shuffle_xor(uint32_t value, int mask) { return value_of_lane(value, lane() ^ mask); }
 inline uint64_t shuffle_up(uint64_t value, int by) { return value_of_lane(value, lane() < by ? lane() : lane() - by); }
@@ -234,6 +238,7 @@ inline uint32_t count_up(uint32_t* at) { return (*at)++; }
 inline void atomic_min(uint64_t* at, uint64_t value) { *at = std::min(*at, value); }
 
 inline float fast_exp(float x) { return std::exp(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
 inline uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
