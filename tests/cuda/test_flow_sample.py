@@ -52,7 +52,9 @@ def test_real_shapes(emulator, num_codes, dim, top_k, top_p):
 
 
 @pytest.mark.parametrize("cluster", [0, 1])
-@pytest.mark.parametrize(("num_codes", "dim"), [(512, 8), (1025, 8), (255, 16), (769, 16), (129, 32), (385, 32), (257, 64)])
+@pytest.mark.parametrize(
+    ("num_codes", "dim"), [(512, 8), (1025, 8), (255, 16), (769, 16), (129, 32), (385, 32), (257, 64)]
+)
 def test_chunks_of_codes_that_are_full_or_hold_one(emulator, num_codes, dim, cluster):
     """Those beyond are passed over; a row of 128 codes fills one chunk of 32 coordinates in narrow blocks."""
     log_probs, noise, codebook = small(3, num_codes, dim, seed=num_codes)
