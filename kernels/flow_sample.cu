@@ -11,10 +11,11 @@
 //      coordinates of 16 codes in registers, centred on the row's mean, from here to the end. What does not fit
 //      (more than 4096 / L codes kept per block of 256) is staged in shared memory, and what does not fit there is read
 //      from the codebook in every evaluation.
-//   3. An evaluation: dot products and weights within the warp, relative to the warp's largest score; one record per
-//      warp (largest score and its code, margins, the rest's weight, d sums) to every block of the cluster; one
-//      barrier; then every warp of every block merges the same records in the same order, so all take the same
-//      decisions.
+//   3. An evaluation: dot products and weights within the warp, relative to the warp's largest score, a chunk of codes
+//      at a time, of which the last ones are passed over where they hold none; one record per warp (largest score,
+//      weight, d sums; where the flow may end also the best code and margins) to every block of the cluster; one
+//      barrier, for two boards of records take turns; then every warp of every block merges the same records in the
+//      same order, so all take the same decisions.
 // Blocks of 128 threads, two to a multiprocessor so that one computes while the other waits, need fewer instructions
 // for a row that keeps few codes. Where the filter's settings do not tell how many stay, they go first and leave rows
 // with more to a second launch.
@@ -22,7 +23,8 @@
 // on how many of its codes stay, not on the number of rows.
 // Shared memory: 8 bytes per code of the block's share (or global scratch where that is too much), 32 KiB of
 // histograms, two boards of records, staged codes. Device memory: the logits once, the codebook's kept rows once.
-// Cost per evaluation and code kept: 2 d fused multiply-adds, one exponential.
+// Cost per evaluation and code kept: 2 d fused multiply-adds, one exponential. Codes that no longer matter stay: see
+// docs/numerics.md.
 // Built with -fmad=false: sums are fused where fmaf says so, guidance and temperature round as in PyTorch.
 #include "flow_sample.h"
 
@@ -39,6 +41,8 @@ constexpr int kNarrow = 128;  // threads of the smaller blocks; the others have 
 constexpr int kHeld = 16;     // codes per thread in registers
 constexpr int kDims = 8;      // coordinates per thread
 constexpr int kMaxDim = (int)kFlowMaxDim;
+constexpr float kMayDecide = 2.f;    // see flow_row
+constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kFarMargin = 3e38f;  // half norm of padding: its margin is never the largest, and 0 times it is 0
 
 struct Launch {
@@ -51,10 +55,10 @@ struct Launch {
 };
 
 // The record that a warp leaves for the others; 8 L sums come first. The odd length avoids bank conflicts.
-enum Word { kMost, kTop, kOwn, kLargest, kRest, kWordCount };
+enum Word { kMost, kRest, kTop, kOwn, kLargest, kWordCount };
 
-struct CodeScalars {  // log p relative to the row's largest, and |c|^2 / 2 of the centred code
-  float log_p, half_norm;
+struct CodeScalars {  // log2 p relative to the row's largest, and |c|^2 / 2 of the centred code
+  float log2_p, half_norm;
 };
 
 template <int L, int T>
@@ -65,7 +69,7 @@ struct Shape {
   static constexpr int kInRegisters = kHeld * kGroups;      // codes of a block
   static constexpr int kLaneDims = L == 8 ? 2 : 1;          // of u, in the lanes that update it
   static constexpr int kParts = L == 8 ? 1 : 32 / kDim;     // lanes that share the records' sum for a dimension
-  static constexpr int kStreamed = L < 2 ? 2 : L;           // codes per thread that are read at a time beyond these
+  static constexpr int kChunk = L < 4 ? 4 : L;              // codes per thread that are scored or weighed at a time
   static constexpr size_t kStagedBytes = kDim * sizeof(float) + sizeof(CodeScalars);  // of one
 };
 
@@ -73,7 +77,11 @@ struct Shape {
 // scalars of the codes in registers, by entry, and the staged codes.
 struct Layout {
   Control control;
-  float u[kMaxWarps][kMaxDim], mean[kMaxWarps][kMaxDim];  // every warp's copy
+  // Every warp's copy: all registers are taken.
+  float u[kMaxWarps][kMaxDim], mean[kMaxWarps][kMaxDim];
+  FlowGrid grid[kMaxWarps];
+  float slack[kMaxWarps];  // of the exit rule
+  int turn[kMaxWarps];     // which of its rows the cluster is at
 };
 
 __device__ __forceinline__ Layout& layout() { return *(Layout*)simt::shared_memory(); }
@@ -132,7 +140,7 @@ __device__ __forceinline__ void load_code(const FlowBlock<T>& b, int count, int 
 template <int T>
 __device__ __forceinline__ CodeScalars scalars_of(const FlowBlock<T>& b, int count, int e, float log_most, float norm) {
   if (e >= count) return {kNegInf, kFarMargin};
-  return {value_of_key(b.keys[b.kept[e]]) - log_most, norm / 2.f};
+  return {kLog2e * (value_of_key(b.keys[b.kept[e]]) - log_most), norm / 2.f};
 }
 
 __device__ __forceinline__ float norm_of(const float (&c)[kDims]) {
@@ -181,82 +189,102 @@ struct Held {
 
 // The weighted sums of one warp so far, relative to its largest score.
 struct Partial {
-  float most;                       // of the warp
-  float score, margin;              // this lane's best
-  int entry;                        //   and which it is
-  float largest;                    // this lane's largest margin
-  float total;                      // weights of the codes this lane answers for
-  float sums[kDims];                // of the codes of this lane's group
+  float most;           // score of the warp
+  float score, margin;  // this lane's best
+  int entry;            //   and which it is
+  float largest;        // this lane's largest margin
+  float total;          // weights of the codes this lane answers for
+  float sums[kDims];    // of the codes of this lane's group
 };
 
-// Adds N codes per group of lanes: entries first + n kGroups, of which the lane answers for n = place N / L + i, i < N
-// / L.
-template <int L, int T, int N, bool kFirst, class Codes, class Scalars>
-__device__ __forceinline__ void add_codes(Partial& w, const Codes& codes, const Scalars& scalars, int first,
-                                          const float (&u)[kDims], float inverse_variance) {
-  constexpr int kMine = N / L, kGroups = Shape<L, T>::kGroups;
-  const int place = simt::lane() % L;
-  float dot[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    float c[kDims];
-    codes(n, c);
-    dot[n] = 0.f;
-#pragma unroll
-    for (int k = 0; k < kDims; ++k) dot[n] = fmaf(u[k], c[k], dot[n]);
+// A chunk is kChunk codes per group of lanes, entries first + n kGroups, of which the lane answers for n = place
+// kChunk / L + i, i < kChunk / L.
+template <int L, int T>
+struct CodeChunk {
+  using S = Shape<L, T>;
+  static constexpr int kMine = S::kChunk / L;
+
+  static __device__ __forceinline__ int entry(int first, int i) {
+    return first + (simt::lane() % L * kMine + i) * S::kGroups;
   }
-  fold<N, L / 2, 1>(dot);
-  float weight[kMine];  // scores first
-  float most = kNegInf;
+
+  // Scores, and the lane's best; for the exit rule also which one it is, its margin and the largest.
+  template <class Codes, class Scalars>
+  static __device__ __forceinline__ void score(Partial& w, const Codes& codes, const Scalars& scalars, int first,
+                                               const float (&u)[kDims], float steepness, bool deciding, float* score) {
+    float dot[S::kChunk];
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const CodeScalars own = scalars(i);
-    const float margin = dot[i] - own.half_norm;
-    const float score = fmaf(margin, inverse_variance, own.log_p);
-    weight[i] = score;
-    w.largest = margin > w.largest ? margin : w.largest;
-    most = score > most ? score : most;
-    if (score > w.score) {
-      w.score = score;
-      w.margin = margin;
-      w.entry = first + (place * kMine + i) * kGroups;
+    for (int n = 0; n < S::kChunk; ++n) {
+      float c[kDims];
+      codes(n, c);
+      dot[n] = 0.f;
+#pragma unroll
+      for (int k = 0; k < kDims; ++k) dot[n] = fmaf(u[k], c[k], dot[n]);
+    }
+    fold<S::kChunk, L / 2, 1>(dot);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const CodeScalars own = scalars(i);
+      dot[i] -= own.half_norm;
+      score[i] = fmaf(dot[i], steepness, own.log2_p);
+    }
+    if (deciding) {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        w.largest = dot[i] > w.largest ? dot[i] : w.largest;
+        if (score[i] > w.score) {
+          w.score = score[i];
+          w.margin = dot[i];
+          w.entry = entry(first, i);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) w.score = score[i] > w.score ? score[i] : w.score;
     }
   }
-  most = value_of_key(simt::reduce_max(key_of(most)));
-  if (!kFirst) most = most > w.most ? most : w.most;
-  const float shift = most == kNegInf ? 0.f : most;
-  if (kFirst) {
-    w.total = 0.f;
+
+  // Adds the codes' weights, of scores that are at most w.most.
+  template <class Codes>
+  static __device__ __forceinline__ void weigh(Partial& w, const Codes& codes, const float* score) {
+    const float shift = w.most == kNegInf ? 0.f : w.most;
+    float weight[kMine], all[S::kChunk];
 #pragma unroll
-    for (int k = 0; k < kDims; ++k) w.sums[k] = 0.f;
-  } else {
-    const float fade = simt::fast_exp(w.most - shift);
-    w.total *= fade;
+    for (int i = 0; i < kMine; ++i) {
+      weight[i] = simt::fast_exp2(score[i] - shift);
+      w.total += weight[i];
+    }
 #pragma unroll
-    for (int k = 0; k < kDims; ++k) w.sums[k] *= fade;
+    for (int n = 0; n < S::kChunk; ++n)
+      all[n] = L == 1 ? weight[n % kMine] : simt::shuffle_within<L>(weight[n % kMine], n / kMine);
+#pragma unroll
+    for (int n = 0; n < S::kChunk; ++n) {
+      float c[kDims];
+      codes(n, c);
+#pragma unroll
+      for (int k = 0; k < kDims; ++k) w.sums[k] = fmaf(all[n], c[k], w.sums[k]);
+    }
   }
+};
+
+__device__ __forceinline__ float warp_max(float value) { return value_of_key(simt::reduce_max(key_of(value))); }
+
+// Makes the warp's largest score the one that weights are relative to, if it has grown.
+__device__ __forceinline__ void rescale(Partial& w) {
+  const float most = warp_max(w.score);
+  if (!(most > w.most)) return;
+  const float fade = simt::fast_exp2(w.most - most);
   w.most = most;
+  w.total *= fade;
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    weight[i] = simt::fast_exp(weight[i] - shift);
-    w.total += weight[i];
-  }
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const float all =
-        L == 1 ? weight[n % kMine] : simt::shuffle(weight[n % kMine], (simt::lane() & ~(L - 1)) + n / kMine);
-    float c[kDims];
-    codes(n, c);
-#pragma unroll
-    for (int k = 0; k < kDims; ++k) w.sums[k] = fmaf(all, c[k], w.sums[k]);
-  }
+  for (int k = 0; k < kDims; ++k) w.sums[k] *= fade;
 }
 
 struct Evaluation {
-  uint32_t top;  // the code of the largest score, the lowest of several
-  float margin;  // m of that code
+  float rest;     // weight of the other codes relative to the one of the largest score
+  uint32_t top;   // that code, the lowest of several; it and what follows only if asked for
+  float margin;   // m of that code
   float largest;  // max_j m_j
-  float rest;     // weight of the other codes relative to it
 };
 
 // What stays the same over a row's evaluations.
@@ -266,12 +294,15 @@ struct Flow {
   float log_most;  // the largest logit
 };
 
-// D at u, in the lanes that update it; everything relative to the mean in the layout.
+// D at u, in the lanes that update it; everything relative to the mean in the layout. deciding: whether the code of the
+// largest score is asked for, and what tells if it can still change.
 template <int L, int T>
 __device__ Evaluation evaluate(FlowBlock<T>& b, const Flow& flow, const Held& held,
-                               const float (&position)[Shape<L, T>::kLaneDims], float inverse_variance,
+                               const float (&position)[Shape<L, T>::kLaneDims], float steepness, bool deciding,
                                float (&mean)[Shape<L, T>::kLaneDims]) {
   using S = Shape<L, T>;
+  using C = CodeChunk<L, T>;
+  constexpr int N = S::kChunk;
   const int lane = simt::lane(), group = simt::thread() / L, place = lane % L;
 
   float u[kDims];
@@ -284,54 +315,78 @@ __device__ Evaluation evaluate(FlowBlock<T>& b, const Flow& flow, const Held& he
   for (int k = 0; k < kDims; ++k) u[k] = mine[place * kDims + k];
 
   Partial w = {kNegInf, kNegInf, 0.f, 0x7fffffff, kNegInf, 0.f, {}};
-  const CodeScalars* scalars = (const CodeScalars*)b.area;
-  add_codes<L, T, kHeld, true>(w, [&](int n, float (&c)[kDims]) {
+  {  // The codes in registers: chunks that hold none, the last ones, are passed over by the whole block.
+    float score[kHeld / L];
+    const auto in_registers = [&](int chunk) {
+      return [&held, chunk](int n, float (&c)[kDims]) {
 #pragma unroll
-    for (int k = 0; k < kDims; ++k) c[k] = held.code[n][k];
-  }, [&](int i) { return scalars[(place * (kHeld / L) + i) * S::kGroups + group]; }, group, u, inverse_variance);
-
-  constexpr int N = S::kStreamed;
-  const Staged<L, T> staged(b);
-  for (int slot = group; S::kInRegisters + slot - group < flow.count; slot += N * S::kGroups) {
-    const bool is_staged = slot - group < staged.capacity;
-    const int entry = S::kInRegisters + slot;
-    const auto load = [&](int n, float (&c)[kDims]) {
-      if (is_staged) {
-        staged.load(slot + n * S::kGroups, c);
-      } else {
-        load_code(b, flow.count, entry + n * S::kGroups, place * kDims, c);
-#pragma unroll
-        for (int k = 0; k < kDims; ++k) c[k] -= layout().mean[simt::warp()][place * kDims + k];
-      }
+        for (int k = 0; k < kDims; ++k) c[k] = held.code[chunk * N + n][k];
+      };
     };
-    float norm[N];
-    if (!is_staged) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        float c[kDims];
-        load(n, c);
-        norm[n] = norm_of(c);
-      }
-      fold<N, L / 2, 1>(norm);
+    for (int chunk = 0; chunk < kHeld / N; ++chunk) {
+      const int first = chunk * N * S::kGroups;
+      if (first >= flow.count) continue;
+      const auto scalars = [&](int i) { return ((const CodeScalars*)b.area)[C::entry(first + group, i)]; };
+      float* mine_of_chunk = score + chunk * C::kMine;
+      C::score(w, in_registers(chunk), scalars, first + group, u, steepness, deciding, mine_of_chunk);
     }
-    add_codes<L, T, N, false>(w, load, [&](int i) {
-      const int offset = (place * (N / L) + i) * S::kGroups;
-      return is_staged ? staged.scalars[slot + offset]
-                       : scalars_of(b, flow.count, entry + offset, flow.log_most, norm[i]);
-    }, entry, u, inverse_variance);
+    w.most = warp_max(w.score);
+#pragma unroll
+    for (int chunk = 0; chunk < kHeld / N; ++chunk)
+      if (chunk * N * S::kGroups < flow.count) C::weigh(w, in_registers(chunk), score + chunk * C::kMine);
+  }
+
+  const Staged<L, T> staged(b);
+  int first = S::kInRegisters;
+  for (; first < flow.count && first < S::kInRegisters + staged.capacity; first += N * S::kGroups) {
+    const int slot = first - S::kInRegisters + group;
+    const auto load = [&](int n, float (&c)[kDims]) { staged.load(slot + n * S::kGroups, c); };
+    const auto scalars = [&](int i) { return staged.scalars[C::entry(slot, i)]; };
+    float score[C::kMine];
+    C::score(w, load, scalars, first + group, u, steepness, deciding, score);
+    rescale(w);
+    if (L == 8) simt::warp_barrier();  // Read them anew: there is no room to keep as many.
+    C::weigh(w, load, score);
+  }
+  for (; first < flow.count; first += N * S::kGroups) {
+    float norm[N];
+    const auto load = [&](int n, float (&c)[kDims]) {
+      if (L == 8 && n % 4 == 0) simt::warp_barrier();  // no more at a time: there is no room
+      load_code(b, flow.count, first + group + n * S::kGroups, place * kDims, c);
+#pragma unroll
+      for (int k = 0; k < kDims; ++k) c[k] -= layout().mean[simt::warp()][place * kDims + k];
+    };
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float c[kDims];
+      load(n, c);
+      norm[n] = norm_of(c);
+    }
+    fold<N, L / 2, 1>(norm);
+    const auto scalars = [&](int i) {
+      return scalars_of(b, flow.count, C::entry(first + group, i), flow.log_most, norm[i]);
+    };
+    float score[C::kMine];
+    C::score(w, load, scalars, first + group, u, steepness, deciding, score);
+    rescale(w);
+    C::weigh(w, load, score);
   }
 
   // This warp's record: a scalar in each of the first lanes, and the sums.
-  const uint32_t best = simt::reduce_min(w.score == w.most ? (uint32_t)w.entry : kNone);
-  const bool some = w.most > kNegInf, owner = some && w.score == w.most && (uint32_t)w.entry == best;
-  const uint32_t top = some ? code_of(b, (int)b.kept[best]) : kNone;
-  const float rest = warp_sum(w.total - (owner ? 1.f : 0.f));
-  const float own = simt::shuffle(w.margin, simt::lowest_bit(simt::ballot(owner) | 0x80000000u));
-  const float largest = value_of_key(simt::reduce_max(key_of(w.largest)));
-  const uint32_t scalar = lane == kMost  ? simt::float_bits(w.most)
-                          : lane == kTop ? top
-                                         : simt::float_bits(lane == kOwn ? own : lane == kLargest ? largest : rest);
-  if (lane < kWordCount) post(b, S::kDim + lane, scalar);
+  uint32_t top = kNone;
+  float own = 0.f, largest = 0.f, rest = w.total;
+  if (deciding) {
+    const uint32_t best = simt::reduce_min(w.score == w.most ? (uint32_t)w.entry : kNone);
+    const bool some = w.most > kNegInf, owner = some && w.score == w.most && (uint32_t)w.entry == best;
+    top = some ? code_of(b, (int)b.kept[best]) : kNone;
+    rest -= owner ? 1.f : 0.f;
+    own = simt::shuffle(w.margin, simt::lowest_bit(simt::ballot(owner) | 0x80000000u));
+    largest = warp_max(w.largest);
+  }
+  rest = warp_sum(rest);  // otherwise the weight of all
+  const float scalar = lane == kMost ? w.most : lane == kRest ? rest : lane == kOwn ? own : largest;
+  if (lane < (deciding ? kWordCount : kTop)) post(b, S::kDim + lane, lane == kTop ? top : simt::float_bits(scalar));
   // fold leaves the sums of coordinate `place * 8 + the lane's upper bits`; the lanes below 4 hold copies if L < 4.
   fold<kDims, 16, L>(w.sums);
   const int upper = (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (L <= 4 && (lane & 4) ? 1 : 0);
@@ -347,16 +402,20 @@ __device__ Evaluation evaluate(FlowBlock<T>& b, const Flow& flow, const Held& he
   for (int r = lane; r < count; r += 32) {
     const uint32_t* record = records + r * S::kWords + S::kDim;
     const uint32_t key = key_of(simt::bits_float(record[kMost]));
-    const uint32_t margin = key_of(simt::bits_float(record[kLargest]));
-    if (key > most_key || (key == most_key && record[kTop] < lowest)) lowest = record[kTop];
+    if (deciding) {
+      const uint32_t margin = key_of(simt::bits_float(record[kLargest]));
+      if (key > most_key || (key == most_key && record[kTop] < lowest)) lowest = record[kTop];
+      largest_key = margin > largest_key ? margin : largest_key;
+    }
     most_key = key > most_key ? key : most_key;
-    largest_key = margin > largest_key ? margin : largest_key;
   }
   const uint32_t all_most = simt::reduce_max(most_key);
-  Evaluation e;
-  e.top = simt::reduce_min(most_key == all_most ? lowest : kNone);
-  e.largest = value_of_key(simt::reduce_max(largest_key));
   const float most_score = value_of_key(all_most);
+  Evaluation e = {0.f, kNone, 0.f, 0.f};
+  if (deciding) {
+    e.top = simt::reduce_min(most_key == all_most ? lowest : kNone);
+    e.largest = value_of_key(simt::reduce_max(largest_key));
+  }
   const int part = lane / S::kDim, dim = lane % S::kDim;  // for L = 8: part 0, dimensions lane and lane + 32
   float rest_of_lane = 0.f, margin = 0.f, sum[S::kLaneDims] = {};
   bool has_top = false;
@@ -365,9 +424,9 @@ __device__ Evaluation evaluate(FlowBlock<T>& b, const Flow& flow, const Held& he
     float factor = 0.f;
     if (begin + lane < count) {
       const uint32_t* record = records + (begin + lane) * S::kWords + S::kDim;
-      factor = simt::fast_exp(simt::bits_float(record[kMost]) - most_score);
-      const bool is_top = record[kTop] == e.top;
-      rest_of_lane += factor * (simt::bits_float(record[kRest]) + (is_top ? 0.f : 1.f));
+      factor = simt::fast_exp2(simt::bits_float(record[kMost]) - most_score);
+      const bool is_top = deciding && record[kTop] == e.top;
+      rest_of_lane += factor * (simt::bits_float(record[kRest]) + (deciding && !is_top ? 1.f : 0.f));
       margin = is_top ? simt::bits_float(record[kOwn]) : margin;
       has_top |= is_top;
     }
@@ -382,12 +441,13 @@ __device__ Evaluation evaluate(FlowBlock<T>& b, const Flow& flow, const Held& he
         for (int i = 0; i < S::kLaneDims; ++i) sum[i] = fmaf(scale, of_record[dim + 32 * i], sum[i]);
       }
   }
-  e.rest = warp_sum(rest_of_lane);
-  e.margin = simt::shuffle(margin, simt::lowest_bit(simt::ballot(has_top) | 0x80000000u));
+  const float weight = warp_sum(rest_of_lane), total = deciding ? 1.f + weight : weight;
+  e.rest = deciding ? weight : weight - 1.f;
+  if (deciding) e.margin = simt::shuffle(margin, simt::lowest_bit(simt::ballot(has_top) | 0x80000000u));
 #pragma unroll
   for (int stride = 16; stride >= S::kDim; stride /= 2) sum[0] += simt::shuffle_xor(sum[0], stride);
 #pragma unroll
-  for (int i = 0; i < S::kLaneDims; ++i) mean[i] = sum[i] / (1.f + e.rest);
+  for (int i = 0; i < S::kLaneDims; ++i) mean[i] = sum[i] / total;
   return e;
 }
 
@@ -395,7 +455,7 @@ __device__ Evaluation evaluate(FlowBlock<T>& b, const Flow& flow, const Held& he
 template <int L, int T>
 __device__ __forceinline__ void hold_codes(const FlowBlock<T>& b, const Flow& flow, Held& held) {
   using S = Shape<L, T>;
-  constexpr int N = S::kStreamed;
+  constexpr int N = S::kChunk;
   const int lane = simt::lane(), place = lane % L, group = simt::thread() / L;
 #pragma unroll
   for (int i = 0; i < S::kLaneDims; ++i)
@@ -403,8 +463,9 @@ __device__ __forceinline__ void hold_codes(const FlowBlock<T>& b, const Flow& fl
 #pragma unroll
   for (int n = 0; n < kHeld; ++n) {
     const int e = n * S::kGroups + group;
+    if (n / N * N * S::kGroups >= flow.count) continue;
     load_code(b, flow.count, e, place * kDims, held.code[n]);
-    if (n / (kHeld / L) == place) ((CodeScalars*)b.area)[e] = scalars_of(b, flow.count, e, flow.log_most, 0.f);
+    if (n % N / (N / L) == place) ((CodeScalars*)b.area)[e] = scalars_of(b, flow.count, e, flow.log_most, 0.f);
   }
   const Staged<L, T> staged(b);
   for (int slot = group; S::kInRegisters + slot - group < flow.count && slot < staged.capacity; slot += N * S::kGroups)
@@ -424,7 +485,7 @@ template <int L, int T>
 __device__ __forceinline__ void centre_codes(const FlowBlock<T>& b, const Flow& flow,
                                              const float (&mean)[Shape<L, T>::kLaneDims], Held& held) {
   using S = Shape<L, T>;
-  constexpr int N = S::kStreamed;
+  constexpr int N = S::kChunk;
   const int lane = simt::lane(), place = lane % L, group = simt::thread() / L;
   simt::warp_barrier();
 #pragma unroll
@@ -434,16 +495,17 @@ __device__ __forceinline__ void centre_codes(const FlowBlock<T>& b, const Flow& 
   float origin[kDims];
 #pragma unroll
   for (int k = 0; k < kDims; ++k) origin[k] = layout().mean[simt::warp()][place * kDims + k];
-  const auto centre = [&](float (&c)[kDims], int e, bool owner, CodeScalars* scalars) {
+  const auto centre = [&](float (&c)[kDims], bool owner, CodeScalars* scalars) {  // of padding the margin stays
 #pragma unroll
     for (int k = 0; k < kDims; ++k) c[k] -= origin[k];
     const float norm = sum_over_places<L>(norm_of(c));
-    if (owner && e < flow.count) scalars->half_norm = norm / 2.f;
+    if (owner && scalars->half_norm < kFarMargin) scalars->half_norm = norm / 2.f;
   };
 #pragma unroll
   for (int n = 0; n < kHeld; ++n) {
     const int e = n * S::kGroups + group;
-    centre(held.code[n], e, n / (kHeld / L) == place, (CodeScalars*)b.area + e);
+    if (n / N * N * S::kGroups >= flow.count) continue;
+    centre(held.code[n], n % N / (N / L) == place, (CodeScalars*)b.area + e);
   }
   const Staged<L, T> staged(b);
   for (int slot = group; S::kInRegisters + slot - group < flow.count && slot < staged.capacity; slot += N * S::kGroups)
@@ -452,7 +514,7 @@ __device__ __forceinline__ void centre_codes(const FlowBlock<T>& b, const Flow& 
       const int at = slot + n * S::kGroups;
       float c[kDims];
       staged.load(at, c);
-      centre(c, S::kInRegisters + at, n / (N / L) == place, staged.scalars + at);
+      centre(c, n / (N / L) == place, staged.scalars + at);
       staged.store(at, c);
     }
 }
@@ -461,20 +523,23 @@ __device__ __forceinline__ void centre_codes(const FlowBlock<T>& b, const Flow& 
 template <int L, int T>
 __device__ float half_variance(FlowBlock<T>& b, const Flow& flow) {
   using S = Shape<L, T>;
-  constexpr int N = S::kStreamed;
+  constexpr int N = S::kChunk;
   const int place = simt::lane() % L, group = simt::thread() / L;
   float sum = 0.f;
   const auto add = [&](const CodeScalars& own) {
-    if (own.log_p > kNegInf) sum = fmaf(simt::fast_exp(own.log_p), own.half_norm, sum);
+    if (own.log2_p > kNegInf) sum = fmaf(simt::fast_exp2(own.log2_p), own.half_norm, sum);
   };
 #pragma unroll 1
-  for (int i = 0; i < kHeld / L; ++i) add(((const CodeScalars*)b.area)[(place * (kHeld / L) + i) * S::kGroups + group]);
+  for (int chunk = 0; chunk < kHeld / N; ++chunk)
+#pragma unroll
+    for (int i = 0; i < N / L && chunk * N * S::kGroups < flow.count; ++i)
+      add(((const CodeScalars*)b.area)[CodeChunk<L, T>::entry(chunk * N * S::kGroups + group, i)]);
   const Staged<L, T> staged(b);
   int first = S::kInRegisters;
   for (; first < flow.count && first < S::kInRegisters + staged.capacity; first += N * S::kGroups)
 #pragma unroll
     for (int i = 0; i < N / L; ++i)
-      add(staged.scalars[first - S::kInRegisters + group + (place * (N / L) + i) * S::kGroups]);
+      add(staged.scalars[CodeChunk<L, T>::entry(first - S::kInRegisters + group, i)]);
 #pragma unroll 1
   for (int e = first + group; e < flow.count; e += S::kGroups) {
     float c[kDims];
@@ -498,49 +563,61 @@ __device__ uint32_t flow_row(FlowBlock<T>& b, Flow& flow, int32_t* evaluations) 
   constexpr int K = S::kLaneDims;
   const FlowArguments& a = b.launch->a;
   const int dim = simt::lane() % S::kDim;
-  const float diameter = a.geometry[a.filter.V];
-  // For the rounding of one lane's own sum; like all that decides, the same in every block.
-  const float slack = 1e-6f * (float)(2 + flow.in_cluster / S::kInRegisters);
-  FlowGrid grid = {};
+  FlowGrid& grid = layout().grid[simt::warp()];
   Held held;
-  float u[K] = {}, at[K] = {};            // the token, and where D is asked for
-  float d[K], d0[K] = {}, d1[K] = {}, d2[K] = {};  // D there, at this step, and before it
-  uint32_t known = kNone;  // the code that `nearest` belongs to: it seldom changes, and a look-up costs a trip to L2
-  float nearest = 0.f;
+  float u[K] = {};                                 // the token
+  float d[K], d0[K] = {}, d1[K] = {}, d2[K] = {};  // D where it was asked for, at this step, and before it
   *evaluations = 0;
 
   // One loop with one evaluation in its body: inlined several times it would not fit the instruction cache. Step -1: D
   // at u = 0 and infinite sigma is the mean, on which the codes are then centred. predicting: Heun's second evaluation.
-  bool predicting = false;
+  bool predicting = false, soon = false;
   hold_codes<L>(b, flow, held);
   for (int step = -1;;) {
-    float inverse_variance = 0.f;
+    float steepness = 0.f;  // log2 e / sigma^2
     if (step >= 0) {
       const float grown = expf(-grid.h * (float)(step + predicting));
       const float sigma = step == a.steps ? a.sigma_min : grid.sigma_max * grown;
-      inverse_variance = 1.f / (sigma * sigma);
+      steepness = kLog2e / (sigma * sigma);
     }
-    const Evaluation e = evaluate<L>(b, flow, held, at, inverse_variance, d);
+    // Which code it is matters at the end, where there is no spread, and where the exit rule may hold, which needs a
+    // small rest: not yet when it was large one evaluation before. (Of 300 tokens at the papers' shapes and 20 steps,
+    // none had a rest above 1 then.) An exit missed so comes one evaluation later.
+    const bool may_exit = a.early_exit && step > 0 && !predicting && soon;
+    float at[K];
+#pragma unroll
+    for (int i = 0; i < K; ++i) at[i] = predicting ? fmaf(grid.g, u[i], (1.f - grid.g) * d0[i]) : u[i];
+    const Evaluation e = evaluate<L>(b, flow, held, at, steepness, may_exit || step < 0 || step == a.steps, d);
+    soon = e.rest < kMayDecide;
     if (step < 0) {
       centre_codes<L>(b, flow, d, held);
       const float variance = 2.f * half_variance<L>(b, flow) / ((1.f + e.rest) * (float)a.d);
       if (!(variance > 0.f)) return e.top;  // without spread there is no flow: the likeliest code
-      grid = flow_grid(sqrtf(variance), a.sigma_min, a.steps, a.solver);
+      const FlowGrid made = flow_grid(sqrtf(variance), a.sigma_min, a.steps, a.solver);
+      if (simt::lane() == 0) {
+        grid = made;
+        // For the rounding of one lane's own sum; like all that decides, the same in every block.
+        layout().slack[simt::warp()] = 1e-6f * (float)(2 + flow.in_cluster / S::kInRegisters);
+      }
+      simt::warp_barrier();
 #pragma unroll
       for (int i = 0; i < K; ++i) {
         const int k = dim + 32 * i;
-        at[i] = u[i] = k < (int)a.d ? grid.sigma_max * a.noise[b.row * a.d + k] : 0.f;
+        u[i] = k < (int)a.d ? grid.sigma_max * a.noise[b.row * a.d + k] : 0.f;
       }
       step = 0;
       continue;
     }
-    ++*evaluations;
-    if (step == a.steps) return e.top;
+    bool ended = step == a.steps;
+    if (may_exit && e.rest < 1.f) {
+      const float nearest = a.geometry[e.top], diameter = a.geometry[a.filter.V];
+      ended |= flow_is_decided(e.rest, nearest, diameter, 2.f * (e.margin - e.largest), layout().slack[simt::warp()]);
+    }
+    if (ended) {
+      *evaluations = (a.solver == kSolverHeun ? 2 * step : step) + 1;
+      return e.top;
+    }
     if (!predicting) {
-      if (step > 0 && a.early_exit && e.rest < 1.f) {
-        if (e.top != known) nearest = a.geometry[known = e.top];
-        if (flow_is_decided(e.rest, nearest, diameter, 2.f * (e.margin - e.largest), slack)) return e.top;
-      }
 #pragma unroll
       for (int i = 0; i < K; ++i) {
         d0[i] = d[i];
@@ -551,8 +628,6 @@ __device__ uint32_t flow_row(FlowBlock<T>& b, Flow& flow, int32_t* evaluations) 
         d2[i] = grid.g * d1[i];
       }
       if (a.solver == kSolverHeun) {
-#pragma unroll
-        for (int i = 0; i < K; ++i) at[i] = fmaf(grid.g, u[i], grid.i0 * d0[i]);
         predicting = true;
         continue;
       }
@@ -561,7 +636,6 @@ __device__ uint32_t flow_row(FlowBlock<T>& b, Flow& flow, int32_t* evaluations) 
     for (int i = 0; i < K; ++i) {
       const float before = predicting ? d[i] : d1[i];
       u[i] = fmaf(grid.g, u[i], fmaf(grid.a0, d0[i], fmaf(grid.a1, before, grid.a2 * d2[i])));
-      at[i] = u[i];
       d2[i] = d1[i];
       d1[i] = d0[i];
     }
@@ -575,11 +649,15 @@ __global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constan
   const FlowArguments& a = launch.a;
   FlowBlock<T> b;
   b.launch = &launch;
-  open_block(b, a.filter, launch.cluster, sizeof(Layout), Shape<L, T>::kWords, 2, launch.lists);
+  const int cluster = T == kNarrow ? 1 : launch.cluster;  // known to the compiler where it can be
+  open_block(b, a.filter, cluster, sizeof(Layout), Shape<L, T>::kWords, 2, launch.lists);
   const bool of_deferred = T == kWide && launch.deferred;
-  const int rows = of_deferred ? (int)launch.deferred[0] : (int)a.filter.rows;
-  for (int i = simt::block() / b.cluster; i < rows; i += launch.groups) {
-    b.row = of_deferred ? launch.deferred[1 + i] : i;
+  int& turn = layout().turn[simt::warp()];
+  if (simt::lane() == 0) turn = simt::block() / b.cluster;
+  simt::warp_barrier();
+  const auto row_at = [&](int i) { return of_deferred ? (int)launch.deferred[1 + i] : i; };
+  while (turn < (of_deferred ? (int)launch.deferred[0] : (int)a.filter.rows)) {
+    b.row = row_at(turn);
     const Statistics row = load_row(b);
     bool noise_is_finite = true;
     for (int k = 0; k < (int)a.d; ++k) {
@@ -587,25 +665,30 @@ __global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constan
       noise_is_finite &= eps - eps == 0.f;
     }
     int64_t code = -1;
-    int32_t evaluations = 0;
-    bool deferred = false;
+    int32_t evaluations = 0;  // -1: left to the second launch
     if (!row.bad && noise_is_finite) {
       Flow flow;
       const Threshold threshold = find_threshold(b, row);
       flow.count = list_kept(b, threshold, &flow.in_cluster);
       flow.log_most = value_of_key(row.most);
-      deferred = T == kNarrow && launch.deferred && flow.count > Shape<L, T>::kInRegisters + launch.staged;
-      if (!deferred) code = flow_row<L>(b, flow, &evaluations);
+      if (T == kNarrow && launch.deferred && flow.count > Shape<L, T>::kInRegisters + launch.staged)
+        evaluations = -1;
+      else
+        code = flow_row<L>(b, flow, &evaluations);
     }
     if (b.rank == 0 && simt::thread() == 0) {
-      if (deferred) {
+      b.row = row_at(turn);  // again, rather than a register for it
+      if (evaluations < 0) {
         launch.deferred[1 + simt::count_up(launch.deferred)] = (uint32_t)b.row;
       } else {
         a.codes[b.row] = code;
         if (a.evaluations) a.evaluations[b.row] = evaluations;
       }
     }
-    simt::block_barrier();  // the lists are free for the next row
+    if (T == kNarrow) return;  // such a block has one row, which saves the registers that a loop would keep
+    simt::block_barrier();     // the lists are free for the next row
+    if (simt::lane() == 0) turn += launch.groups;
+    simt::warp_barrier();
   }
 }
 
@@ -623,7 +706,7 @@ struct Memory {
 template <int L, int T>
 Memory memory_of(const simt::Device& device, int64_t V, int64_t top_k, int cluster) {
   using S = Shape<L, T>;
-  constexpr int64_t kChunk = S::kStreamed * S::kGroups;
+  constexpr int64_t kCodes = S::kChunk * S::kGroups;
   constexpr size_t kScalars = S::kInRegisters * sizeof(CodeScalars);
   const size_t half = (size_t)device.shared_per_multiprocessor / 2 - 1024, all = (size_t)device.shared_bytes;
   const size_t limit = T == kNarrow && half < all ? half : all;
@@ -634,8 +717,8 @@ Memory memory_of(const simt::Device& device, int64_t V, int64_t top_k, int clust
   if (!m.possible) return m;
   if (m.lists_fit) fixed += lists;
   const int64_t most = most_kept(V, top_k), in_block = most < share(V, cluster) ? most : share(V, cluster);
-  const int64_t wanted = in_block > S::kInRegisters ? (in_block - S::kInRegisters + kChunk - 1) / kChunk * kChunk : 0;
-  const int64_t room = (int64_t)((limit - fixed - kScalars) / S::kStagedBytes) / kChunk * kChunk;
+  const int64_t wanted = in_block > S::kInRegisters ? (in_block - S::kInRegisters + kCodes - 1) / kCodes * kCodes : 0;
+  const int64_t room = (int64_t)((limit - fixed - kScalars) / S::kStagedBytes) / kCodes * kCodes;
   m.staged = (int)(wanted < room ? wanted : room);
   const size_t used = kScalars + (size_t)m.staged * S::kStagedBytes;
   m.shared = fixed + (used > kHistogramBytes ? used : kHistogramBytes);

@@ -63,7 +63,7 @@ struct Block {
   uint32_t* boards;       // [2][cluster][kWarps][words]
   uint32_t *keys, *kept;  // lists [share], in shared or in global memory; some kernels have no second one
   unsigned char* area;    // two histograms [2][kBins] of uint64_t while thresholds are sought; free after that
-  int64_t row;
+  int row;  // at most 2^27
   int rank, cluster, positions, words;
   int histogram_turn, board_turn;
 };
@@ -77,7 +77,7 @@ __device__ __forceinline__ void open_block(Block<T>& b, const FilterArguments& f
   b.cluster = cluster;
   b.rank = simt::cluster_rank(cluster);
   b.words = words;
-  b.histogram_turn = b.board_turn = 0;
+  b.board_turn = 0;
   b.positions = (int)share(filter.V, cluster);
   b.boards = (uint32_t*)(simt::shared_memory() + first);
   uint32_t* after = b.boards + 2 * cluster * b.kWarps * words;
@@ -174,6 +174,7 @@ template <int T>
 __device__ Statistics load_row(Block<T>& b) {
   constexpr int kAtATime = 4;  // fours of a thread whose loads are under way together
   const FilterArguments& a = *b.filter;
+  b.histogram_turn = 0;
   for (int i = simt::thread(); i < 2 * kBins; i += T) ((uint64_t*)b.area)[i] = 0;
   const int64_t at = b.row * a.stride, uncond_at = b.row * a.uncond_stride;
   const float scale = a.uncond ? a.cfg_scale[b.row] : 1.f;

@@ -42,6 +42,11 @@ constexpr unsigned kAll = 0xffffffffu;
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(kAll, value, mask); }
 __device__ __forceinline__ float shuffle(float value, int from) { return __shfl_sync(kAll, value, from); }
+// From a lane of this one's group of kLanes, a power of two.
+template <int kLanes>
+__device__ __forceinline__ float shuffle_within(float value, int from) {
+  return __shfl_sync(kAll, value, from, kLanes);
+}
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(kAll, value, mask); }
 __device__ __forceinline__ uint32_t shuffle_up(uint32_t value, int by) {  // the lanes below `by` keep their own
   return __shfl_up_sync(kAll, value, by);

@@ -466,6 +466,10 @@ T value_of_lane(T value, int from) {
   return out;
 }
 inline float shuffle(float value, int from) { return value_of_lane(value, from); }
+template <int kLanes>
+float shuffle_within(float value, int from) {
+  return value_of_lane(value, (lane() & ~(kLanes - 1)) + from);
+}
 inline float shuffle_xor(float value, int mask) { return value_of_lane(value, lane() ^ mask); }
 inline uint32_t shuffle_xor(uint32_t value, int mask) { return value_of_lane(value, lane() ^ mask); }
 inline uint32_t shuffle_up(uint32_t value, int by) { return value_of_lane(value, lane() < by ? lane() : lane() - by); }

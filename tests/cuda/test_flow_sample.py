@@ -51,6 +51,20 @@ def test_real_shapes(emulator, num_codes, dim, top_k, top_p):
     assert torch.equal(codes, flow_sample_reference(log_probs, noise.double(), codebook.double(), 20, "dpm3m"))
 
 
+@pytest.mark.parametrize("cluster", [0, 1])
+@pytest.mark.parametrize(
+    ("num_codes", "dim"), [(512, 8), (1025, 8), (255, 16), (769, 16), (129, 32), (385, 32), (257, 64)]
+)
+def test_chunks_of_codes_that_are_full_or_hold_one(emulator, num_codes, dim, cluster):
+    """Those beyond are passed over; a row of 128 codes fills one chunk of 32 coordinates in narrow blocks."""
+    log_probs, noise, codebook = small(3, num_codes, dim, seed=num_codes)
+    log_probs[1, 5:] = -math.inf
+    exact = flow_sample_reference(log_probs.double(), noise.double(), codebook.double(), 20, "dpm3m")
+    for early_exit in (True, False):
+        codes, _ = emulator.sample_codes(log_probs, noise, codebook, early_exit=early_exit, cluster=cluster)
+        assert torch.equal(codes, exact)
+
+
 @pytest.mark.parametrize("cluster", [0, 1, 4])
 @pytest.mark.parametrize(("num_codes", "dim"), [(6000, 8), (2500, 16), (1500, 32), (900, 64)])
 @pytest.mark.parametrize(
