@@ -36,7 +36,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
 GPU_ORDER = {
     "nearest_code": "cuda first: one bf16 product a score and float32 for the few that can win, against three of TF32",
     "filter_logits": "cuda first: 11 bits of a threshold per pass over a row in shared memory, against one",
-    "codebook_posterior": "cuda first: 300 instructions per 16 x 32 scores to Triton's 553 (d = 8), 524 to 603 (d = 32)",
+    "codebook_posterior": "cuda first: 300 instructions per 16 x 32 scores to Triton's 553 (d = 8), 524 to 603 (32)",
     "flow_sample": "cuda first: the codes that are kept stay in registers, against all of them streamed every step",
     "sample_codes": "cuda first: one launch, and the codes that are kept stay in registers",
     "draw_codes": "cuda first: 11 bits of a threshold per pass over a row in shared memory, against one",
