@@ -11,7 +11,7 @@ import math
 
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import FUSED, current_device
+from ddfast_kernels.launch import FUSED, current_device, dependent_launch, wait_for_previous
 from torch import Tensor
 
 _SILU = tl.constexpr(math.log2(math.e))
@@ -23,19 +23,27 @@ _ELEMENTS = 1024
 
 
 @triton.jit
+def activated(x, GELU: tl.constexpr):
+    """gelu(x) or silu(x), in float32."""
+    if GELU:
+        fall = x * (-_GELU - _GELU * 0.044715 * x * x)
+    else:
+        fall = x * -_SILU
+    return x / (1.0 + tl.exp2(fall))
+
+
+@triton.jit
 def activate_kernel(
-    x_ptr, times_ptr, out_ptr, count, GELU: tl.constexpr, TIMES: tl.constexpr, ELEMENTS: tl.constexpr
+    x_ptr, times_ptr, out_ptr, count,
+    GELU: tl.constexpr, TIMES: tl.constexpr, ELEMENTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     mask = i < count
     x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
     if TIMES:
         times = tl.load(times_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    if GELU:
-        fall = x * (-_GELU - _GELU * 0.044715 * x * x)
-    else:
-        fall = x * -_SILU
-    y = x / (1.0 + tl.exp2(fall))
+    y = activated(x, GELU)
     if TIMES:
         y *= times
     tl.store(out_ptr + i, y, mask=mask)
@@ -46,5 +54,6 @@ def activate(x: Tensor, times: Tensor | None, out: Tensor, kind: str) -> None:
     with current_device(x):
         activate_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](
             x, x if times is None else times, out, x.numel(),
-            GELU=kind == "gelu", TIMES=times is not None, ELEMENTS=_ELEMENTS, **FUSED,
+            GELU=kind == "gelu", TIMES=times is not None, ELEMENTS=_ELEMENTS,
+            **dependent_launch(x), **FUSED,
         )  # fmt: skip

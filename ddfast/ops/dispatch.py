@@ -22,6 +22,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "draw_codes": ("cpu", "triton"),
     "decode_attention": ("cpu", "triton"),
     "add_norm": ("triton",),
+    "norm_linear": ("triton",),
     "append_normed": ("triton",),
     "activate": ("cpu", "triton"),
     "noise": ("cpu", "cuda", "triton"),

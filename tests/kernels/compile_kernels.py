@@ -28,6 +28,7 @@ from ddfast_kernels import (
     flow_sample,
     nearest_code,
     noise,
+    norm_linear,
 )
 from ddfast_kernels.launch import FUSED, UNFUSED
 from triton.backends.compiler import GPUTarget
@@ -71,6 +72,7 @@ def cases(*, every: bool) -> Iterator[Case]:
     yield Case("draw_codes", draw_codes.draw_codes_kernel, constants, 16, options=UNFUSED, hot=False)
     yield from _decode_attention()
     yield from _fused_layers()
+    yield from _norm_linear()
     for dim in (8, 32):
         for config in nearest_code.configs(dim)[: None if every else 1]:
             yield _tuned("nearest_code", nearest_code.nearest_code_kernel, dim, config)
@@ -120,6 +122,36 @@ def _fused_layers() -> Iterator[Case]:
         yield Case("append_normed", append_normed.append_normed_kernel, constants, types=bf16)
 
 
+def _norm_linear() -> Iterator[Case]:
+    """LlamaGen-L's layers and head; LlamaGen-3B's first; VAR-d16's and d24's of a class's own vectors; 2 and 8 rows."""
+    names = ("x", "branch", "gate", "weight", "bias", "linear", "linear_bias", "total", "out")
+    strides = ("gate_stride", "weight_stride", "bias_stride", "outputs")
+    none = {"BRANCH": False, "GATE": False, "NORM": "none", "WEIGHT": False, "BIAS": False, "OWN": False}
+    rms = {**none, "BRANCH": True, "NORM": "rms", "WEIGHT": True}
+    modulated = {"BRANCH": True, "GATE": True, "NORM": "layer", "WEIGHT": True, "BIAS": True, "OWN": True}
+    for front, activation, width, outputs, type_ in (
+        (rms, "none", 1024, 3072, "bf16"), (none, "none", 1024, 1024, "bf16"), (rms, "swiglu", 1024, 2816, "bf16"),
+        (none, "none", 2816, 1024, "bf16"), (none, "none", 1024, 16384, "bf16"), (rms, "none", 3200, 9600, "bf16"),
+        (modulated, "gelu", 1024, 4096, "bf16"), (modulated, "none", 1536, 4608, "bf16"),
+        (rms, "swiglu", 1024, 2816, "fp32"), (none, "none", 1024, 16384, "fp32"), (modulated, "gelu", 1536, 6144, "fp32"),
+    ):  # fmt: skip
+        size, matrices = 2 if type_ == "bf16" else 4, 2 if activation == "swiglu" else 1
+        layer = norm_linear.cut(width, outputs, matrices, size, front["NORM"] != "none", 132)
+        for rows in (2, 8):
+            tensors = 1 + front["BRANCH"] + 3 * front["OWN"]
+            constants = {
+                **front, "LINEAR_BIAS": front["BIAS"], "ACTIVATION": activation, "width": width,
+                "WIDTH": max(256 * layer.num_warps, triton.next_power_of_2(width)), "ROWS": rows,
+                "OUTPUTS": layer.outputs, "SLICE": layer.slice, "WARPS": layer.num_warps,
+                "STAGES": norm_linear.stages(layer, width, rows, tensors, matrices, size),
+            }  # fmt: skip
+            types = {f"{name}_ptr": f"*{type_}" for name in names}
+            kernel = norm_linear.norm_linear_kernel
+            yield Case(
+                "norm_linear", kernel, constants, layer.num_warps, types=types, options=UNFUSED, multiples=strides
+            )
+
+
 def _tuned(name: str, kernel: Any, dim: int, config: triton.Config, types: dict[str, str] | None = None, **more: Any):
     constants = {"dim": dim, **config.kwargs, **more}
     constants["DIM"] = nearest_code.padded_dim(constants)
@@ -132,6 +164,8 @@ def compiled(case: Case, architecture: int) -> Any:
     while not isinstance(function, triton.JITFunction):
         function = function.fn
     names = function.arg_names
+    early = {name: architecture >= 90 for name in ("DEPENDENT", "PREFETCH") if name in names}
+    case = case._replace(constants={**case.constants, **early})
     pointers = {**POINTERS, **case.types}
     signature = {
         name: "constexpr" if name in case.constants
@@ -146,6 +180,7 @@ def compiled(case: Case, architecture: int) -> Any:
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(function, signature, constants, aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED, **case.options}
+    options["launch_pdl"] = early.get("DEPENDENT", False)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -158,14 +193,19 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
 
 
+def waits(code: str) -> bool | None:
+    """Whether a kernel waits for the one before it ahead of every read and write; None: not at all."""
+    before, wait, _ = code.partition("griddepcontrol.wait")
+    return re.search(r"\b(ld|st|atom|red|cp\.async\.c[ag])\b\S*\.global", before) is None if wait else None
+
+
 if __name__ == "__main__":
     for number, architecture in enumerate(map(int, sys.argv[1:])):
         for case in cases(every=number == 0):
             kernel = compiled(case, architecture)
-            shown = ("ROWS", "CODES", "dim", "width", "TILE", "SPLITS")
+            shown = ("ROWS", "CODES", "dim", "width", "TILE", "SPLITS", "OUTPUTS", "NORM", "ACTIVATION")
             sizes = {name: value for name, value in case.constants.items() if name in shown}
             facts = {"name": case.name, "sm": architecture, **sizes, "warps": case.num_warps, "hot": case.hot}
-            fused = "fma.rn.f64" in kernel.asm["ptx"]
-            print(
-                json.dumps({**facts, "shared": kernel.metadata.shared, "fma_f64": fused, **usage(kernel.asm["cubin"])})
-            )
+            code = kernel.asm["ptx"]
+            facts |= {"shared": kernel.metadata.shared, "fma_f64": "fma.rn.f64" in code, "waits": waits(code)}
+            print(json.dumps({**facts, **usage(kernel.asm["cubin"])}))
