@@ -123,7 +123,7 @@ def _fused_layers() -> Iterator[Case]:
 
 
 def _norm_linear() -> Iterator[Case]:
-    """LlamaGen-L's layers and head; LlamaGen-3B's first; VAR-d16's and d24's of a class's own vectors; 2 and 8 rows."""
+    """LlamaGen-L's layers and head; LlamaGen-3B's first; VAR-d16's and d24's of a class's own vectors."""
     names = ("x", "branch", "gate", "weight", "bias", "linear", "linear_bias", "total", "out")
     strides = ("gate_stride", "weight_stride", "bias_stride", "outputs")
     none = {"BRANCH": False, "GATE": False, "NORM": "none", "WEIGHT": False, "BIAS": False, "OWN": False}
@@ -137,7 +137,7 @@ def _norm_linear() -> Iterator[Case]:
     ):  # fmt: skip
         size, matrices = 2 if type_ == "bf16" else 4, 2 if activation == "swiglu" else 1
         layer = norm_linear.cut(width, outputs, matrices, size, front["NORM"] != "none", 132)
-        for rows in (2, 8):
+        for rows in (2, 4, 8):
             tensors = 1 + front["BRANCH"] + 3 * front["OWN"]
             constants = {
                 **front, "LINEAR_BIAS": front["BIAS"], "ACTIVATION": activation, "width": width,
@@ -193,6 +193,16 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
 
 
+def order(code: str) -> list[str]:
+    """How every sum over a dimension of a kernel's tensors is shared out: elements of a thread, lanes, warps."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    found = []
+    for axis, layout in re.findall(r'"tt\.reduce".*?axis = (\d).*?<[0-9x]+xf32, (#\w+)>\) ->', code, re.DOTALL):
+        shares = re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA|instrShape) = \[([\d, ]+)\]", layouts[layout])
+        found.append(f"{axis}: {[(name, sizes.split(', ')[int(axis)]) for name, sizes in shares]}")
+    return found
+
+
 def waits(code: str) -> bool | None:
     """Whether a kernel waits for the one before it ahead of every read and write; None: not at all."""
     before, wait, _ = code.partition("griddepcontrol.wait")
@@ -206,6 +216,8 @@ if __name__ == "__main__":
             shown = ("ROWS", "CODES", "dim", "width", "TILE", "SPLITS", "OUTPUTS", "NORM", "ACTIVATION")
             sizes = {name: value for name, value in case.constants.items() if name in shown}
             facts = {"name": case.name, "sm": architecture, **sizes, "warps": case.num_warps, "hot": case.hot}
+            if case.name == "norm_linear":
+                facts |= {"type": case.types["x_ptr"], "order": order(kernel.asm["ttgir"])}
             code = kernel.asm["ptx"]
             facts |= {"shared": kernel.metadata.shared, "fma_f64": "fma.rn.f64" in code, "waits": waits(code)}
             print(json.dumps({**facts, **usage(kernel.asm["cubin"])}))
