@@ -37,17 +37,17 @@ def cut(positions: int, row: int, width: int, processors: int) -> Cut:
 
 
 @triton.jit
-def loaded(ptr, place, mask, THERE: tl.constexpr):
-    """In float32; None where there is nothing."""
-    if THERE:
-        return tl.load(ptr + place, mask=mask, other=0.0).to(tl.float32)
-    else:
-        return None
+def loaded(ptr, mask):
+    """In float32, 0 outside of the mask."""
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def summed(x, branch, gate, rounded: tl.constexpr):
-    """x + gate * branch in float32, as a tensor of type `rounded` holds it: what the next layer adds to is normalised."""
+    """x + gate * branch in float32, as a tensor of type `rounded` holds it.
+
+    What the next layer adds to is what is normalised.
+    """
     if branch is not None:
         x += branch if gate is None else branch * gate
         x = x.to(rounded).to(tl.float32)
@@ -94,11 +94,11 @@ def add_norm_kernel(
     place = (row * length + position) * width + j
 
     rounded: tl.constexpr = x_ptr.dtype.element_ty
-    x = loaded(x_ptr, place, mask, True)
-    branch = loaded(branch_ptr, place, mask, BRANCH)
-    gate = loaded(gate_ptr, row * gate_stride + j, j < width, GATE)
-    weight = loaded(weight_ptr, row * weight_stride + j, j < width, WEIGHT)
-    bias = loaded(bias_ptr, row * bias_stride + j, j < width, BIAS)
+    x = loaded(x_ptr + place, mask)
+    branch = loaded(branch_ptr + place, mask) if BRANCH else None
+    gate = loaded(gate_ptr + row * gate_stride + j, j < width) if GATE else None
+    weight = loaded(weight_ptr + row * weight_stride + j, j < width) if WEIGHT else None
+    bias = loaded(bias_ptr + row * bias_stride + j, j < width) if BIAS else None
     total = summed(x, branch, gate, rounded)
     if BRANCH:
         tl.store(total_ptr + place, total, mask=mask)

@@ -91,10 +91,11 @@ def norm_linear_kernel(
     if NORM != "none":
         every = tl.arange(0, WIDTH)[None, :]
         inside = (i < rows) & (every < width)
-        x = loaded(x_ptr, i * width + every, inside, True)
-        branch = loaded(branch_ptr, i * width + every, inside, BRANCH)
+        x = loaded(x_ptr + i * width + every, inside)
+        branch = loaded(branch_ptr + i * width + every, inside) if BRANCH else None
         owner = tl.minimum(i, rows - 1) // length if OWN else 0
-        whole = summed(x, branch, loaded(gate_ptr, owner * gate_stride + every, every < width, GATE), rounded)
+        gate = loaded(gate_ptr + owner * gate_stride + every, every < width) if GATE else None
+        whole = summed(x, branch, gate, rounded)
         if BRANCH:
             stored = inside & (every < tl.where(first == 0, width, 0))
             tl.store(total_ptr + i * width + every, whole, mask=stored)
@@ -116,11 +117,12 @@ def norm_linear_kernel(
         if NORM == "none":
             factor = tl.load(x_ptr + r * width + j, mask=mask, other=0.0)
         else:
-            here = loaded(x_ptr, r * width + j, mask, True)
-            added = loaded(branch_ptr, r * width + j, mask, BRANCH)
-            total = summed(here, added, loaded(gate_ptr, owner_of * gate_stride + j, j < width, GATE), rounded)
-            weight = loaded(weight_ptr, owner_of * weight_stride + j, j < width, WEIGHT)
-            bias = loaded(bias_ptr, owner_of * bias_stride + j, j < width, BIAS)
+            part = loaded(x_ptr + r * width + j, mask)
+            added = loaded(branch_ptr + r * width + j, mask) if BRANCH else None
+            times = loaded(gate_ptr + owner_of * gate_stride + j, j < width) if GATE else None
+            weight = loaded(weight_ptr + owner_of * weight_stride + j, j < width) if WEIGHT else None
+            bias = loaded(bias_ptr + owner_of * bias_stride + j, j < width) if BIAS else None
+            total = summed(part, added, times, rounded)
             factor = normalised(total, mean, inverse, weight, bias, rounded, RMS).to(rounded)
         k = start + piece + tl.arange(0, SLICE)[None, :, None]
         linear = tl.load(linear_ptr + k, mask=(k < width) & (o < outputs)[None, None, :], other=0.0)
@@ -130,14 +132,14 @@ def norm_linear_kernel(
 
     y = tl.sum(sums, axis=0)
     if LINEAR_BIAS:
-        y += loaded(linear_bias_ptr, row, o < outputs, True)[None, :]
+        y += loaded(linear_bias_ptr + row, o < outputs)[None, :]
     if ACTIVATION != "none":  # of what a layer apart gives back
         y = y.to(rounded).to(tl.float32)
     if ACTIVATION == "gelu":
         y = activated(y, True)
     elif ACTIVATION == "swiglu":
-        y, times = tl.split(tl.permute(tl.reshape(y, [ROWS, 2, OUTPUTS]), [0, 2, 1]))
-        y = activated(y, False) * times
+        y, gates = tl.split(tl.permute(tl.reshape(y, [ROWS, 2, OUTPUTS]), [0, 2, 1]))
+        y = activated(y, False) * gates
     o = first + tl.arange(0, OUTPUTS)[None, :]
     tl.store(out_ptr + i * outputs + o, y, mask=(i < rows) & (o < outputs))
 
@@ -174,6 +176,7 @@ def norm_linear(
             BRANCH=branch is not None, GATE=vectors[0] is not None, NORM=norm, WEIGHT=weight is not None,
             BIAS=bias is not None, LINEAR_BIAS=linear_bias is not None, ACTIVATION=activation, width=width,
             WIDTH=max(256 * layer.num_warps, triton.next_power_of_2(width)), ROWS=slots, OUTPUTS=layer.outputs,
-            SLICE=layer.slice, WARPS=layer.num_warps, OWN=own, STAGES=stages(layer, width, slots, tensors, matrices, size),
+            SLICE=layer.slice, WARPS=layer.num_warps, OWN=own,
+            STAGES=stages(layer, width, slots, tensors, matrices, size),
             PREFETCH=launch["DEPENDENT"] and whole, num_warps=layer.num_warps, **launch, **UNFUSED,
         )  # fmt: skip

@@ -69,27 +69,6 @@ def norm_linear(
     return (x if branch is None else total), y
 
 
-def norm_linear_unchecked(
-    x: Tensor,
-    branch: Tensor | None,
-    linear: Tensor,
-    linear_bias: Tensor | None = None,
-    *,
-    gate: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float | None,
-    rms: bool = False,
-    activation: str = "none",
-) -> tuple[Tensor, Tensor]:
-    """`norm_linear` by "auto" of what a network knows to fit; see `add_norm_unchecked`."""
-    if x.is_cuda and not torch.is_grad_enabled() and worth_a_kernel(x):
-        vectors = {"gate": gate, "weight": weight, "bias": bias}
-        return norm_linear(x, branch, linear, linear_bias, **vectors, eps=eps, rms=rms, activation=activation)
-    norm = "none" if eps is None else "rms" if rms else "layer"
-    return _apart(x, branch, linear, linear_bias, gate, weight, bias, 0.0 if eps is None else eps, norm, activation)
-
-
 def worth_a_kernel(x: Tensor) -> bool:
     """Whether "auto" has a kernel for [R, S, W]: on a GPU, for few positions. A compiler is left to fuse by itself."""
     few = x.is_cuda and not torch.compiler.is_compiling() and 0 < x.shape[0] * x.shape[1] <= MOST_ROWS
@@ -223,8 +202,8 @@ def _fake(
 
 
 _op = common.define(
-    "norm_linear(Tensor x, Tensor? branch, Tensor linear, Tensor? linear_bias, Tensor? gate, Tensor? weight, Tensor? bias,"
-    " float eps, str norm, str activation, str backend) -> (Tensor, Tensor)",
+    "norm_linear(Tensor x, Tensor? branch, Tensor linear, Tensor? linear_bias, Tensor? gate, Tensor? weight,"
+    " Tensor? bias, float eps, str norm, str activation, str backend) -> (Tensor, Tensor)",
     _norm_linear,
     _fake,
 )

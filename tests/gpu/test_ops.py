@@ -240,7 +240,8 @@ def test_norm_linear(width, outputs, variant, activation, dtype):
     x, branch = moved(*torch.randn(2, 8, 1, width), dtype=dtype)
     branch = None if "no" in variant else branch
     linear, linear_bias = moved(torch.randn(outputs, width) / width**0.5, torch.randn(outputs), dtype=dtype)
-    every = dict(zip(("gate", "weight", "bias"), moved(torch.randn(8, 1, 6, width), dtype=dtype)[0].unbind(2)[:3]))
+    (vectors,) = moved(torch.randn(8, 1, 6, width), dtype=dtype)
+    every = dict(zip(("gate", "weight", "bias"), vectors.unbind(2)[:3], strict=True))
     given = {name: every[name] if variant != "LlamaGen" else every[name][0, 0] for name in names}
     settings = {**settings, "activation": activation}
     alone = None
@@ -266,7 +267,7 @@ def test_a_launch_that_begins_early_sees_what_was_written_just_before():
     """Weights and rows of a step are written by the kernel in front, of this package or not, in a graph or not."""
     x = torch.zeros(2, 1, 1024, device=DEVICE, dtype=torch.bfloat16)
     first, second = (torch.zeros(1024, 1024, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    (new_x,), (news,) = moved(torch.randn(2, 1, 1024), dtype=x.dtype), moved(torch.randn(2, 1024, 1024) / 32, dtype=x.dtype)
+    new_x, news = moved(torch.randn(2, 1, 1024), torch.randn(2, 1024, 1024) / 32, dtype=x.dtype)
 
     def step() -> torch.Tensor:
         second.copy_(news[1])

@@ -133,7 +133,8 @@ def _norm_linear() -> Iterator[Case]:
         (rms, "none", 1024, 3072, "bf16"), (none, "none", 1024, 1024, "bf16"), (rms, "swiglu", 1024, 2816, "bf16"),
         (none, "none", 2816, 1024, "bf16"), (none, "none", 1024, 16384, "bf16"), (rms, "none", 3200, 9600, "bf16"),
         (modulated, "gelu", 1024, 4096, "bf16"), (modulated, "none", 1536, 4608, "bf16"),
-        (rms, "swiglu", 1024, 2816, "fp32"), (none, "none", 1024, 16384, "fp32"), (modulated, "gelu", 1536, 6144, "fp32"),
+        (rms, "swiglu", 1024, 2816, "fp32"), (none, "none", 1024, 16384, "fp32"),
+        (modulated, "gelu", 1536, 6144, "fp32"),
     ):  # fmt: skip
         size, matrices = 2 if type_ == "bf16" else 4, 2 if activation == "swiglu" else 1
         layer = norm_linear.cut(width, outputs, matrices, size, front["NORM"] != "none", 132)

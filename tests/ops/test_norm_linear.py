@@ -55,7 +55,8 @@ def truth(arguments, vectors, activation, eps, rms=False):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "length", "width", "outputs"), [(2, 1, 96, 40), (1, 1, 33, 6), (2, 4, 300, 18), (8, 1, 1, 2), (3, 1, 600, 10)]
+    ("rows", "length", "width", "outputs"),
+    [(2, 1, 96, 40), (1, 1, 33, 6), (2, 4, 300, 18), (8, 1, 1, 2), (3, 1, 600, 10)],
 )
 @pytest.mark.parametrize("activation", ["none", "gelu", "swiglu"])
 @pytest.mark.parametrize("front", FRONTS)
@@ -93,7 +94,8 @@ def test_gradients_are_pytorchs():
     leaves = [tensor.requires_grad_() for tensor in (x, branch, linear, linear_bias, *vectors.values())]
     total, y = norm_linear(x, branch, linear, linear_bias, **vectors, eps=1e-5)
     plain = torch.nn.functional.layer_norm(x + branch, (8,), **vectors, eps=1e-5) @ linear.T + linear_bias
-    ours, theirs = (torch.autograd.grad((z.square().sum() + total.sum()), leaves, retain_graph=True) for z in (y, plain))
+    sums = [z.square().sum() + total.sum() for z in (y, plain)]
+    ours, theirs = (torch.autograd.grad(z, leaves, retain_graph=True) for z in sums)
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
@@ -106,7 +108,8 @@ def test_strides(backend):
     wide = torch.randn(12, 50)
     wide[:, 5:45] = linear
     x, branch = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (x, branch))
-    for one, other in zip(norm_linear(x, branch, wide[:, 5:45], **apart, eps=1e-5, backend=backend), plain, strict=True):
+    made = norm_linear(x, branch, wide[:, 5:45], **apart, eps=1e-5, backend=backend)
+    for one, other in zip(made, plain, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
 

@@ -35,12 +35,14 @@ def tensors() -> dict[str, torch.Tensor]:
         "vectors": normal(B, 1, 3, D),
         "block": normal(B, N, 3, 2, D),
         "matrix": normal(6, D),
+        "pair": normal(2, B, 3, D),
     }
 
 
 def schemas(backend: str) -> dict[str, tuple]:
     a = tensors()
     flow = (a["x"], a["t"], a["log_probs"], a["codebook"])
+    vectors = a["vectors"].unbind(2)
     x0_hat, norm = torch.ops.ddfast.codebook_posterior(*flow, backend)
     return {
         "nearest_code": (a["x"], a["codebook"], False, backend),
@@ -51,11 +53,8 @@ def schemas(backend: str) -> dict[str, tuple]:
         "sample_codes": (a["logits"], None, None, 1.0, 0, 1.0, a["x"], a["codebook"], 8, "dpm3m", backend),
         "draw_codes": (a["logits"], a["uncond"], a["scale"], 1.0, 7, 0.9, a["uniform"], backend),
         "decode_attention": (a["qkv"], a["keys"], a["values"], a["position"], a["rope"], a["index"], 0.5, backend),
-        "add_norm": (a["x"], a["x"] + 1, *a["vectors"].unbind(2), 1e-5, False, backend),
-        "norm_linear": (
-            a["x"][:, :3], a["x"][:, 1:4], a["matrix"], a["matrix"][:, 0], *a["vectors"].unbind(2), 1e-5, "layer",
-            "swiglu", backend,
-        ),  # fmt: skip
+        "add_norm": (a["x"], a["x"] + 1, *vectors, 1e-5, False, backend),
+        "norm_linear": (*a["pair"], a["matrix"], a["matrix"][:, 0], *vectors, 1e-5, "layer", "swiglu", backend),
         "append_normed": (a["block"], a["keys"], a["values"], 1, a["uniform"][0, :2], backend),
         "activate": (a["x"], a["x"] + 1, "silu", backend),
         "noise": (3, a["index"], [3, 2], backend),

@@ -21,7 +21,7 @@ from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAtte
 from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import as_codes, known
-from ddfast.models.layers import Embedding, Linear
+from ddfast.models.layers import Embedding, Linear, norm_layer, plain_layer
 from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
@@ -115,6 +115,12 @@ class RMSNorm(nn.Module):
         """x + branch [R, L, W], and its norm."""
         return add_norm_unchecked(x, branch, weight=self.weight, eps=self.eps, rms=True)
 
+    def before(
+        self, layer: nn.Linear, x: Tensor, branch: Tensor | None, activation: str = "none"
+    ) -> tuple[Tensor, Tensor]:
+        """x + branch [R, L, W], and what a layer makes of its norm."""
+        return norm_layer(x, branch, layer, activation=activation, weight=self.weight, eps=self.eps, rms=True)
+
 
 def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tensor:
     """Cosines and sines of the 2-D rotary embedding, float32 [C + N, K / 2, 2]: row angles first, then column angles.
@@ -134,7 +140,7 @@ def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tens
 
 
 class LlamaAttention(nn.Module):
-    """Attention with rotary embedding; fewer key than query heads are allowed."""
+    """Attention with rotary embedding, from query, key and value on; fewer key than query heads are allowed."""
 
     def __init__(self, sizes: LlamaGenSizes) -> None:
         super().__init__()
@@ -142,8 +148,8 @@ class LlamaAttention(nn.Module):
         self.wqkv = Linear(sizes.dim, heads * head_dim, bias=False)
         self.wo = Linear(sizes.dim, sizes.dim, bias=False)
 
-    def forward(self, x: Tensor, mix: Mix, layer: int) -> Tensor:
-        return self.wo(mix(layer, self.wqkv(x)))
+    def forward(self, qkv: Tensor, mix: Mix, layer: int) -> Tensor:
+        return plain_layer(mix(layer, qkv), self.wo)
 
 
 class SwiGLU(nn.Module):
@@ -155,7 +161,7 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(activate(self.w1(x), self.w3(x), kind="silu"))
+        return plain_layer(activate(self.w1(x), self.w3(x), kind="silu"), self.w2)
 
 
 class LlamaBlock(nn.Module):
@@ -170,8 +176,8 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor | None, mix: Mix, layer: int) -> tuple[Tensor, Tensor]:
         """x [R, L, W] and what the block before adds to it; this block's last branch comes back unadded, like that."""
-        x, normed = self.attention_norm.add(x, branch)
-        x, normed = self.ffn_norm.add(x, self.attention(normed, mix, layer))
+        x, qkv = self.attention_norm.before(self.attention.wqkv, x, branch)
+        x, normed = self.ffn_norm.add(x, self.attention(qkv, mix, layer))
         return x, self.feed_forward(normed)
 
 
@@ -442,7 +448,7 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         return self.norm(hidden[:, -1:])
 
     def read_out(self, hidden: Tensor) -> Tensor:
-        return self.output(hidden)
+        return plain_layer(hidden, self.output)
 
 
 class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
