@@ -129,7 +129,8 @@ def norm_linear_reference(
     if activation == "gelu":
         y = activate_reference(y, None, "gelu")
     elif activation == "swiglu":
-        y = activate_reference(*y.chunk(2, dim=-1), "silu")
+        first, last = y.chunk(2, dim=-1)
+        y = activate_reference(first, last, "silu")
     return total, y
 
 

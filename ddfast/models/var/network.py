@@ -139,7 +139,7 @@ class VARBlock(nn.Module):
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = own.modulation.unbind(2)
         branch, gate = gated
-        front = {"gate": gate, "weight": scale1, "bias": shift1, "eps": self.eps}
+        front: dict[str, Any] = {"gate": gate, "weight": scale1, "bias": shift1, "eps": self.eps}
         x, qkv = norm_layer(x, branch, self.attn.mat_qkv, layer_bias=own.bias, **front)
         mixed = self.attn(qkv, own.head_scale, attend, layer)
         if extra is not None:
