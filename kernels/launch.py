@@ -74,8 +74,8 @@ def multiprocessors(tensor: Tensor) -> int:
 #   for all before, though it let the next one begin at once.
 # - The attribute is of the kernel that begins early: one launched without it (cuBLAS, a copy) begins when everything
 #   before has ended. After one that lets nobody begin early, the wait is for its end, as without.
-# - A CUDA graph that captures such launches keeps them as edges of this kind between kernels, and whole dependencies
-#   elsewhere; its first kernel waits for nothing but the graph's own start.
+# - A CUDA graph captures such a launch as an edge of this kind, and replays the same order; its first kernel begins
+#   when the graph does.
 
 _KNOWS_DEPENDENT_LAUNCHES = (
     not INTERPRETED
