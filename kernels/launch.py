@@ -87,7 +87,7 @@ _KNOWS_DEPENDENT_LAUNCHES = (
 def dependent_launch(tensor: Tensor) -> dict[str, Any]:
     """A launch's arguments that let it begin before the kernel in front of it has ended, on GPUs that can (sm_90 on).
 
-    The kernel has a parameter DEPENDENT, and calls `wait_for_previous` with it before anything else.
+    The kernel has a parameter DEPENDENT, and calls `wait_for_previous` with it before it reads or writes.
     """
     if _KNOWS_DEPENDENT_LAUNCHES and _capability(tensor.device) >= (9, 0):
         return {"DEPENDENT": True, "launch_pdl": True}

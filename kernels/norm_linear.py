@@ -12,7 +12,7 @@ program has the same outputs of both.
 Bytes: W, which binds. LlamaGen-L in bf16: 6.3 MB for wqkv, 2.1 for wo, 11.5 for w1 and w3, 5.8 for w2, 33.6 for the
 head; a token, 24 blocks and the head, 650 MB, of which an H100 reads 3.35 TB/s in 0.19 ms. FLOP: 2 per element and row,
 which the tensor cores do not notice. Instructions of a warp on sm_90 with 2 rows, all of its pieces: 640 for wqkv, 240
-for wo, 760 for w1 and w3, 400 for w2, 600 for the head; at four a cycle 0.2 to 0.7 of the time that the bytes take.
+for wo, 760 for w1 and w3, 400 for w2, 600 for the head; at four a cycle 0.1 to 0.6 of the time that the bytes take.
 Where launches may depend on each other, a program asks for its rows of W before the kernel in front has ended.
 """
 

@@ -29,6 +29,8 @@ launched: list[str] = []
 class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self.name = metadata.name
+        # What may begin early knows it, and waits; nothing else does.
+        assert metadata.launch_pdl == ("DEPENDENT" in source.fn.arg_names), self.name
 
     def __call__(self, *_: Any) -> None:
         launched.append(self.name)
