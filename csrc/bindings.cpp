@@ -48,7 +48,7 @@ Rows rows_of(Address data, int dtype, int64_t stride) { return {pointer<const vo
 
 PYBIND11_MODULE(ddfast_native, m) {
   m.doc() = "CPU kernels of ddfast. Private: use ddfast.ops.";
-  m.attr("abi") = 3;
+  m.attr("abi") = 4;
   m.attr("version") = DDFAST_VERSION;
 
   m.def("isa_available", [] {
@@ -146,8 +146,9 @@ PYBIND11_MODULE(ddfast_native, m) {
                                 head_dim, scale}, threads);
   }, release_gil());
 
-  m.def("activate", [](Address x, Address times, Address out, int dtype, int64_t count, bool gelu, int threads) {
-    kernels().activate({pointer<const void>(x), pointer<const void>(times), pointer<void>(out), dtype, count, gelu},
-                       threads);
+  m.def("activate", [](Address x, int64_t x_stride, Address times, int64_t times_stride, Address out, int dtype,
+                       int64_t rows, int64_t width, bool gelu, int threads) {
+    kernels().activate({pointer<const void>(x), pointer<const void>(times), x_stride, times_stride, pointer<void>(out),
+                        dtype, rows, width, gelu}, threads);
   }, release_gil());
 }

@@ -51,7 +51,7 @@ class DeviceGuard {
 
 PYBIND11_MODULE(ddfast_cuda, m) {
   m.doc() = "CUDA kernels of ddfast. Private: use ddfast.ops.";
-  m.attr("abi") = 3;
+  m.attr("abi") = 4;
   m.attr("version") = DDFAST_VERSION;
   m.attr("architectures") = DDFAST_CUDA_ARCHITECTURES;
 

@@ -65,10 +65,11 @@ struct AttentionArgs {
 };
 
 struct ActivateArgs {
-  const void *x, *times;  // [count]; times may be null
-  void* out;
+  const void *x, *times;  // [rows, width], rows so many elements apart; times may be null
+  int64_t x_stride, times_stride;
+  void* out;              // [rows, width]
   int dtype;              // of all three
-  int64_t count;
+  int64_t rows, width;
   bool gelu;              // else silu
 };
 

@@ -21,6 +21,7 @@ from ddfast.files import write_atomically
 from ddfast.messages import warn
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import load_tensors, save_tensors
+from ddfast.models.layers import stacked_rows
 from ddfast.models.official import UNFINISHED
 from ddfast.models.protocol import Teacher
 from ddfast.ops import noise
@@ -241,6 +242,10 @@ class _Run:
             raise DDFastError(f"{path} belongs to a run with other settings; choose another --out or delete the file")
         self.step, self.updates = header["step"], header["updates"]
         for role, network in self.networks.items():
+            for place in (f"{role}.", *(f"{moment}.{role}." for moment in _MOMENTS)):
+                _stack(tensors, place, network)
+        _stack(tensors, "average.", self.averaged)
+        for role, network in self.networks.items():
             for name, parameter in network.named_parameters():
                 parameter.copy_(tensors[f"{role}.{name}"])
                 moments = {
@@ -252,6 +257,14 @@ class _Run:
                     self.owners[parameter].state[parameter] = moments
         for name, value in self.average.average.items():
             value.copy_(tensors[f"average.{name}"])
+
+
+def _stack(tensors: dict[str, Tensor], place: str, network: nn.Module) -> None:
+    """Put together what a checkpoint of before has of the parts of a matrix; a count of steps is that of each."""
+    for whole, parts in stacked_rows(network):
+        found = [tensors[place + part] for part in parts if place + part in tensors]
+        if len(found) == len(parts):
+            tensors[place + whole] = torch.cat(found) if found[0].dim() else found[0]
 
 
 def _optimizers(network: nn.Module, config: OptimisationConfig) -> list[torch.optim.Optimizer]:

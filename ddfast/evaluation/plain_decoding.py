@@ -325,7 +325,8 @@ class _LlamaGenDecoder(_TokenDecoder):
             query, key, value = mixed.split(heads, dim=2)
             x = x + attention.wo(self._attend(layer, _rotated(query, rope), _rotated(key, rope), value, position))
             normed = _rms_norm(x, block.ffn_norm)
-            x = x + feed_forward.w2(F.silu(feed_forward.w1(normed)) * feed_forward.w3(normed))
+            w1, w3 = feed_forward.w13.weight.chunk(2)
+            x = x + feed_forward.w2(F.silu(F.linear(normed, w1)) * F.linear(normed, w3))
         return self.teacher.output(_rms_norm(x[:, -1:], self.teacher.norm)).float()
 
 

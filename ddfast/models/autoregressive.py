@@ -71,6 +71,11 @@ class AutoRegressive(nn.Module, ABC):
         return sum(self.groups)
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether every group has one token: all steps after the first are then alike."""
+        return len(self.groups) == self.num_tokens
+
+    @property
     def num_codes(self) -> int:
         """V, the size of the codebook."""
         return self.codebook.shape[0]
@@ -99,6 +104,13 @@ class AutoRegressive(nn.Module, ABC):
         Returns:
             [R, G, V] of any floating type, unguided; hidden states [R, G, W] where `read_out` is overridden.
         """
+
+    def step_ops(self, rows: int, size: int) -> dict[str, int]:
+        """The ops with kernels that `advance` runs for R rows of G new tokens, and of how many rows each is asked.
+
+        A captured step holds on to what chose their kernels; one by one, `decode_attention` must have one.
+        """
+        return {"decode_attention": rows}
 
     def read_out(self, hidden: Tensor) -> Tensor:
         """Logits [R, G, V] of any floating type of what `advance` returned: here they are that already.

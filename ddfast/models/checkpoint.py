@@ -32,6 +32,7 @@ from ddfast import private_api
 from ddfast.errors import DDFastError
 from ddfast.files import read_text, write_atomically
 from ddfast.messages import say
+from ddfast.models.layers import stacked_rows
 
 INDEX_SUFFIX = ".index.json"
 """Of the file that tells in which of several files a tensor is (Hugging Face)."""
@@ -371,18 +372,33 @@ def build_around(
         DDFastError: tensors are missing, unexpected or of another shape; each is listed.
     """
     endings = tuple(derived)
-    kept = {n: value for n, value in tensors.items() if not n.endswith(endings)} if endings else tensors
+    kept = {name: value for name, value in tensors.items() if not (endings and name.endswith(endings))}
     with torch.device("meta"), _Undrawn():
         module = make()
     beside = beside or {}
     _check_state(module, {**kept, **beside}, source)
-    read = {name: cast_float(read_tensor(value), dtype) for name, value in kept.items()}
+    read = _stacked(module, kept, dtype)
+    read |= {name: cast_float(read_tensor(value), dtype) for name, value in kept.items()}
     module.load_state_dict({**_unshared(read), **beside}, assign=True)
     for child in module.modules():
         derive = getattr(child, "derive_buffers", None)
         if derive is not None:
             derive()
     return module.eval().requires_grad_(False)
+
+
+def _stacked(module: nn.Module, tensors: dict[str, AnyTensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The matrices that stand for several, which are read into them and taken out of `tensors`."""
+    read = {}
+    for whole, parts in stacked_rows(module):
+        given = [tensors.pop(name) for name in parts]
+        rows = [part.shape[0] for part in given]
+        kind = functools.reduce(torch.promote_types, (part.dtype for part in given)) if dtype is None else dtype
+        device = getattr(given[0], "device", "cpu")
+        read[whole] = torch.empty(sum(rows), *given[0].shape[1:], dtype=kind, device=device)
+        for part, place in zip(given, read[whole].split(rows), strict=True):
+            place.copy_(read_tensor(part))
+    return read
 
 
 class _Undrawn(TorchFunctionMode):

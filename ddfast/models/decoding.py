@@ -9,8 +9,9 @@ Dimensions: B batch, R rows (B, or 2B with guidance), N tokens, G tokens of one 
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -27,6 +28,8 @@ from ddfast.ops.common import compute_dtype
 from ddfast.ops.geometry import CodebookGeometry, codebook_geometry
 
 Sampler: TypeAlias = Literal["multinomial", "greedy", "flow"]
+Choices: TypeAlias = tuple[tuple[str, int, str], ...]
+"""Op, rows and backend of all that the steps of a decoding ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +144,7 @@ class Decoding:
 
     def shape(self, group: int) -> tuple[int, float]:
         """What two groups must have in common for one graph to serve both: the same work, apart from the position."""
-        uniform = len(self.teacher.groups) == self.teacher.num_tokens
-        return (min(group, self.plan.first + 1) if uniform else group), self.plan.scale(group)
+        return (min(group, self.plan.first + 1) if self.teacher.one_by_one else group), self.plan.scale(group)
 
     def run(self) -> Tensor:
         """Everything, the host in the loop; returns `codes`."""
@@ -153,7 +155,7 @@ class Decoding:
 
 
 class CudaGraphs:
-    """Captures work on one GPU into graphs that share their memory."""
+    """Captures work on one GPU into graphs that share their memory. One thread at a time makes one: `_guard`."""
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # cuBLAS keeps a workspace for every stream
 
@@ -162,7 +164,30 @@ class CudaGraphs:
             raise ValueError(f"graph: got True for a teacher on {device}, expected one on a GPU")
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        self.stream = self._streams[device]
+        self.done = torch.cuda.Event()
+
+    @contextlib.contextmanager
+    def turn(self, *given: Tensor) -> Iterator[None]:
+        """Within, the current stream works on the graphs' memory: after the turn before, on whatever stream that was.
+
+        Args:
+            given: tensors that are read: their memory is given to nobody else before that, whoever lets go of them.
+        """
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self.done)
+        try:
+            yield
+        finally:
+            self.done.record(stream)
+            for tensor in given:
+                tensor.record_stream(stream)
+
+    def wait(self) -> None:
+        """Let the host wait for the end of the last turn."""
+        self.done.synchronize()
 
     def warm_up(self, work: Callable[[], None]) -> None:
         """Do the work outside of a graph, as capturing needs it: kernels get loaded and tuned."""
@@ -191,9 +216,14 @@ class GraphedDecoding:
     """
 
     def __init__(self, teacher: AutoRegressive, plan: Plan, inputs: Inputs, geometry: CodebookGeometry | None) -> None:
-        graphs = CudaGraphs(teacher.codebook.device)
-        self.inputs = inputs.clone()
-        decoding = Decoding(teacher, plan, self.inputs)
+        self.graphs = CudaGraphs(teacher.codebook.device)
+        self.lock = Lock()
+        with self.graphs.turn(*inputs.tensors()):
+            self._capture(teacher, plan, inputs.clone(), geometry)
+
+    def _capture(self, teacher: AutoRegressive, plan: Plan, own: Inputs, geometry: CodebookGeometry | None) -> None:
+        self.inputs, graphs = own, self.graphs
+        decoding = Decoding(teacher, plan, own)
         self.order = [decoding.shape(group) for group in plan.groups]
         one_of_each: dict[tuple[int, float], int] = {}
         for group in plan.groups:
@@ -213,17 +243,22 @@ class GraphedDecoding:
         self.memory = (vars(decoding), geometry)
         decoding.teacher = None  # type: ignore[assignment]
         self.codes = decoding.codes
-        self.lock = Lock()
 
     def run(self, inputs: Inputs) -> Tensor:
-        """Decode anew; returns codes int64 [B, n]."""
-        with self.lock:
+        """Decode anew, on any stream of any thread; returns codes int64 [B, n]."""
+        # The lock is the host's: it orders what is launched, and a turn orders what runs.
+        with self.lock, self.graphs.turn(*inputs.tensors()):
             for own, given in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
                 own.copy_(given)
             self.start()
             for shape in self.order:
                 self.steps[shape]()
             return self.codes.clone()
+
+    def __del__(self) -> None:
+        # Others get the memory at once, on whatever stream: no replay may still be under way there.
+        with contextlib.suppress(AttributeError, RuntimeError):  # half made; at the end of the process
+            self.graphs.wait()
 
 
 KEPT_GRAPHS = 4
@@ -232,6 +267,9 @@ KEPT_GRAPHS = 4
 _graphed: WeakKeyDictionary[AutoRegressive, OrderedDict[Any, GraphedDecoding | None]] = WeakKeyDictionary()
 """Per teacher and what a graph depends on; None: met once, and not captured for that."""
 
+_guard = Lock()
+"""Of `_graphed`, and of capturing: all of a device's graphs are captured on one stream."""
+
 
 def decode(teacher: AutoRegressive, plan: Plan, inputs: Inputs, *, graph: bool | None = None) -> Tensor:
     """Codes int64 [B, n] of a plan; see `Teacher.generate` for `graph`."""
@@ -239,44 +277,72 @@ def decode(teacher: AutoRegressive, plan: Plan, inputs: Inputs, *, graph: bool |
     geometry = codebook_geometry(teacher.codebook) if plan.sampler == "flow" else None
     if graph is False or not (graph or teacher.codebook.is_cuda):
         return Decoding(teacher, plan, inputs).run()
-    obstacle = _obstacle(teacher, plan, inputs)
+    choices = _choices(teacher, plan, inputs)
+    obstacle = _obstacle(teacher, plan, choices)
     if obstacle and graph:
         raise ValueError(f"graph: got True, but {obstacle}")
-    if obstacle:
-        return Decoding(teacher, plan, inputs).run()
-    kept = _graphed.setdefault(teacher, OrderedDict())
-    weights = tuple(tensor.data_ptr() for tensor in (*teacher.parameters(), *teacher.buffers()))
-    shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs.tensors())
-    key = (plan, shapes, weights, id(geometry))
-    met, graphed = key in kept, kept.get(key)
-    if graphed is None:
-        while len(kept) >= KEPT_GRAPHS and not met:
-            kept.popitem(last=False)
-        kept[key] = None
-        if not (graph or met):
-            return Decoding(teacher, plan, inputs).run()
-        graphed = kept[key] = GraphedDecoding(teacher, plan, inputs, geometry)
-    kept.move_to_end(key)
-    return graphed.run(inputs)
+    graphed = None if obstacle else _captured(teacher, plan, inputs, geometry, choices, now=bool(graph))
+    return Decoding(teacher, plan, inputs).run() if graphed is None else graphed.run(inputs)
 
 
 def release_graphs(teacher: AutoRegressive) -> None:
     """Give back the memory of a teacher's captured decodings; they are captured again when they are needed."""
-    _graphed.pop(teacher, None)
+    with _guard:
+        _graphed.pop(teacher, None)
 
 
-def _obstacle(teacher: AutoRegressive, plan: Plan, inputs: Inputs) -> str:
+def _captured(
+    teacher: AutoRegressive,
+    plan: Plan,
+    inputs: Inputs,
+    geometry: CodebookGeometry | None,
+    choices: Choices,
+    *,
+    now: bool,
+) -> GraphedDecoding | None:
+    """The decoding as graphs, captured in the second call that asks for it, or `now`; None: in the first."""
+    weights = tuple(tensor.data_ptr() for tensor in (*teacher.parameters(), *teacher.buffers()))
+    shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs.tensors())
+    key = (plan, shapes, weights, id(geometry), choices, _precision())
+    with _guard:
+        kept = _graphed.setdefault(teacher, OrderedDict())
+        met, graphed = key in kept, kept.get(key)
+        if graphed is None:
+            while len(kept) >= KEPT_GRAPHS and not met:
+                kept.popitem(last=False)
+            kept[key] = None
+            if not (now or met):
+                return None
+            graphed = kept[key] = GraphedDecoding(teacher, plan, inputs, geometry)
+        kept.move_to_end(key)
+        return graphed
+
+
+def _choices(teacher: AutoRegressive, plan: Plan, inputs: Inputs) -> Choices:
+    """The backends that the steps of a decoding will run by, which a graph holds on to."""
+    codebook, rows = teacher.codebook, plan.batch * (2 if plan.guided else 1)
+    sampling = "sample_codes" if plan.sampler == "flow" else "draw_codes"
+    dtype = compute_dtype(codebook, next(teacher.parameters(), codebook), inputs.chance, kernel=True)
+    asked = set()
+    for size in {teacher.groups[group] for group in plan.groups}:
+        asked |= {(sampling, plan.batch * size), *teacher.step_ops(rows, size).items()}
+    device = codebook.device.type
+    return tuple((op, rows, dispatch.choose(op, device, dtype, rows=rows).backend) for op, rows in sorted(asked))
+
+
+def _precision() -> tuple[str, str]:
+    """How products of float32 are rounded: what else a graph holds on to."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+
+def _obstacle(teacher: AutoRegressive, plan: Plan, choices: Choices) -> str:
     """Why a decoding cannot be captured, or an empty string."""
     if not teacher.graphable:
         return f"{type(teacher).__name__} does not say that its steps can be captured (its attribute `graphable`)"
-    codebook = teacher.codebook
-    if plan.sampler == "flow" and codebook.is_inference():
+    if plan.sampler == "flow" and teacher.codebook.is_inference():
         return "the teacher was made in inference mode: its codebook counts no writes, and is looked at in every step"
-    op = "sample_codes" if plan.sampler == "flow" else "draw_codes"
-    tensors = (codebook, next(teacher.parameters(), codebook), inputs.chance)
-    dtype = compute_dtype(*tensors, kernel=True)
-    ops = {(op, plan.batch * teacher.groups[group]) for group in plan.groups} | {("decode_attention", plan.batch)}
-    for name, rows in sorted(ops):
-        if dispatch.choose(name, codebook.device.type, dtype, rows=rows).backend == "reference":
-            return f"{name} would run on its reference, which a graph cannot hold; set DDFAST_BACKEND=triton"
+    for op, _, backend in choices:
+        waits = op in ("sample_codes", "draw_codes") or (op == "decode_attention" and teacher.one_by_one)
+        if waits and backend == "reference":
+            return f"{op} would run on its reference, which a graph cannot hold; set DDFAST_BACKEND=triton"
     return ""

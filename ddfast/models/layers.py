@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,3 +85,36 @@ def weights_dtype(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if torch.is_grad_enabled() and x.requires_grad:
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def stack_rows(module: nn.Module, whole: str, parts: tuple[str, ...]) -> None:
+    """Let one matrix of a module stand for several of as many rows, which every state has: one product, old names."""
+    module.stacked = {whole: parts}  # type: ignore[assignment]
+    module.register_state_dict_post_hook(_apart)
+    module.register_load_state_dict_pre_hook(_together)
+
+
+def stacked_rows(network: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Of every matrix that stands for several: its name, and those that states have."""
+    for place, module in network.named_modules():
+        prefix = place and f"{place}."
+        for whole, parts in getattr(module, "stacked", {}).items():
+            yield prefix + whole, [prefix + part for part in parts]
+
+
+def _apart(module: Any, state: dict[str, Any], prefix: str, _: object) -> None:
+    own = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    for name, value in own.items():  # in their order
+        parts = module.stacked.get(name.removeprefix(prefix))
+        state |= {name: value} if parts is None else _named(prefix, parts, value)
+
+
+def _named(prefix: str, parts: tuple[str, ...], value: Tensor) -> dict[str, Tensor]:
+    return {prefix + part: rows for part, rows in zip(parts, value.chunk(len(parts)), strict=True)}
+
+
+def _together(module: Any, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for whole, parts in module.stacked.items():
+        names = [prefix + part for part in parts]
+        if all(name in state for name in names):
+            state[prefix + whole] = torch.cat([state.pop(name) for name in names])

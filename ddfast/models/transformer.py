@@ -202,7 +202,7 @@ class TransformerTeacher(TransformerNetwork, Teacher):
         embeddings, cache = self.codebook[codes], state.cache
         if len(state.labels) != len(codes):  # guidance: both halves read the same codes
             embeddings = torch.cat((embeddings, embeddings))
-        if first and len(self.groups) == self.num_tokens:  # a step like any other: the cache knows where
+        if first and self.one_by_one:  # a step like any other: the cache knows where
             tokens = self.input(embeddings) + self.position_embedding.index_select(0, cache.position)
         else:
             tokens = self.group_inputs(state.labels, embeddings, first, last)
@@ -218,6 +218,10 @@ class TransformerTeacher(TransformerNetwork, Teacher):
         hidden = self.body.run(tokens, mix)
         cache.extend(tokens.shape[1])
         return hidden[:, -self.groups[last] :]
+
+    def step_ops(self, rows: int, size: int) -> dict[str, int]:
+        attention = {"decode_attention": rows} if size == 1 else {}
+        return attention | {"add_norm": rows * size, "norm_linear": rows * size, "activate": rows * size}
 
     def read_out(self, hidden: Tensor) -> Tensor:
         return plain_layer(hidden, self.head)

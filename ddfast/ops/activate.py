@@ -18,7 +18,7 @@ def activate(x: Tensor, times: Tensor | None = None, *, kind: str, backend: str 
     """gelu(x) (tanh form) or silu(x), times `times` where it is given (SwiGLU).
 
     Args:
-        x: floating point, any shape.
+        x: floating point, any shape. Halves of one tensor's last dimension are read where they are.
         times: of the shape and dtype of x, or None.
         kind: "gelu" or "silu".
         backend: "auto", "reference", "cpu" or "triton".
@@ -55,18 +55,28 @@ def _activate(x: Tensor, times: Tensor | None, kind: str, backend: str) -> Tenso
     chosen = common.backend_of("activate", backend, x)
     if chosen == "reference" or x.numel() == 0:
         return activate_reference(x, times, kind).contiguous()  # as `_fake` says
-    x = x.contiguous()
-    times = None if times is None else times.contiguous()
-    out = torch.empty_like(x)
+    out = _fake(x)
+    x, times = _rows(x, times)
     if chosen == "triton":
         native.triton("activate").activate(x, times, out, kind)
         return out
     assert native.cpu is not None
+    address, stride = (0, 0) if times is None else (times.data_ptr(), times.stride(0))
     native.cpu.activate(
-        x.data_ptr(), 0 if times is None else times.data_ptr(), out.data_ptr(), native.DTYPE_CODES[x.dtype], x.numel(),
+        x.data_ptr(), x.stride(0), address, stride, out.data_ptr(), native.DTYPE_CODES[x.dtype], *x.shape,
         kind == "gelu", common.threads(),
     )  # fmt: skip
     return out
+
+
+def _rows(x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as [rows, width]: halves of one product stay where they are; what is contiguous is a single row."""
+    given = [x] if times is None else [x, times]
+    if all(tensor.is_contiguous() for tensor in given):
+        given = [tensor.view(1, -1) for tensor in given]
+    else:
+        given = [common.rows_of(tensor) for tensor in given]
+    return given[0], None if times is None else given[1]
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:

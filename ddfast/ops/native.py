@@ -13,7 +13,7 @@ import torch
 
 from ddfast import env
 
-ABI = 3
+ABI = 4
 """Version of the calling convention between this package and its native modules."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

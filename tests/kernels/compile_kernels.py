@@ -116,7 +116,8 @@ def _fused_layers() -> Iterator[Case]:
         yield Case("add_norm", add_norm.add_norm_kernel, constants, num_warps, types=bf16, multiples=strides)
     for gelu in (False, True):
         constants = {"GELU": gelu, "TIMES": not gelu, "ELEMENTS": 1024}
-        yield Case("activate", activate.activate_kernel, constants, types=bf16, multiples=("count",))
+        numbers = ("x_stride", "times_stride", "width")
+        yield Case("activate", activate.activate_kernel, constants, types=bf16, multiples=numbers)
     for heads in (16, 24):
         constants = {"SCALE": True, "heads": heads, "dim": 64, "DIM": 64, "ROWS": 16}
         yield Case("append_normed", append_normed.append_normed_kernel, constants, types=bf16)

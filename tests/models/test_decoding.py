@@ -1,7 +1,10 @@
 """Captured decoding. On the CPU a recorder stands for CUDA graphs: it repeats what was recorded, on the same memory."""
 
+import contextlib
 import copy
 import gc
+import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -9,10 +12,11 @@ import pytest
 import torch
 from official import llamagen_teacher_like, var_teacher_like
 from small import build
-from torch.utils._python_dispatch import TorchDispatchMode
+from streams import Device, Recorder, Stream
 from torch.utils._pytree import tree_leaves
 
 from ddfast.models import decoding
+from ddfast.ops import dispatch
 from ddfast.models.protocol import Teacher
 
 CAPTION = (torch.randn(2, 6, 12), torch.arange(6) >= torch.tensor([[0], [2]]))
@@ -25,25 +29,6 @@ TEACHERS: dict[str, Callable] = {
 }
 
 
-class Recorder(TorchDispatchMode):
-    """What a CUDA graph does: the same operations on the same memory, nothing that Python did in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
 class RecordedGraphs:
     """In the place of `decoding.CudaGraphs`; counts what is captured."""
 
@@ -54,6 +39,12 @@ class RecordedGraphs:
 
     def warm_up(self, work: Callable[[], None]) -> None:
         work()
+
+    def turn(self, *given: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def wait(self) -> None:
+        pass
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         RecordedGraphs.captures += 1
@@ -193,6 +184,54 @@ def test_another_codebook_is_captured_anew(captures):
     assert captures() == 2 * 3
 
 
+@pytest.mark.parametrize("name", TEACHERS)
+def test_other_kernels_are_captured_anew(captures, monkeypatch, name):
+    """Whatever op of a step another backend is chosen for."""
+    teacher, condition = TEACHERS[name]()
+    ops = ["draw_codes", *teacher.step_ops(2, max(teacher.groups))]
+    choose, changed = dispatch.choose, []
+
+    def other_choice(op: str, *given, **more) -> dispatch.Choice:
+        return dispatch.Choice("triton", "") if op in changed else choose(op, *given, **more)
+
+    monkeypatch.setattr(dispatch, "choose", other_choice)
+    monkeypatch.setattr(decoding.Decoding, "start", lambda self: self.codes.zero_())
+    monkeypatch.setattr(decoding.Decoding, "step", lambda *_: None)
+    for changed[:] in ([], *([op] for op in ops)):
+        teacher.generate(condition, graph=True)
+        assert captures() > 0, changed
+
+
+def test_an_override_of_backends_is_captured_anew(captures, monkeypatch):
+    teacher, label = TEACHERS["LlamaGen"]()
+    settings = {"sampler": "greedy", "graph": True}
+    codes = teacher.generate(label, **settings)
+    assert captures() > 0
+    monkeypatch.setenv("DDFAST_BACKEND", "activate=reference")
+    assert torch.equal(teacher.generate(label, **settings), codes)
+    assert captures() > 0
+    monkeypatch.delenv("DDFAST_BACKEND")
+    assert torch.equal(teacher.generate(label, **settings), codes)
+    assert captures() == 0
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_kernels_are_chosen_for_the_rows_that_run(captures, monkeypatch, guided):
+    """Guidance has a second row for every sample, down to the last layer."""
+    teacher, label = TEACHERS["LlamaGen"]()
+    choose, asked = dispatch.choose, set()
+
+    def noted(op: str, *given, **more):
+        asked.add((op, more.get("rows")))
+        return choose(op, *given, **more)
+
+    monkeypatch.setattr(dispatch, "choose", noted)
+    teacher.generate(label, cfg_scale=2.0 if guided else 1.0, graph=True)
+    rows = 4 if guided else 2
+    assert {("draw_codes", 2), ("decode_attention", rows), ("add_norm", rows), ("activate", rows)} <= asked
+    assert guided or ("decode_attention", 4) not in asked
+
+
 def test_a_teacher_may_keep_the_codes_it_is_given():
     teacher, label = TEACHERS["one token per group"]()
     advance, given = type(teacher).advance, []
@@ -240,3 +279,99 @@ def test_what_cannot_be_captured_says_so(captures, monkeypatch):
     teacher.graphable = False
     with pytest.raises(ValueError, match="TransformerTeacher does not say that its steps can be captured"):
         teacher.generate(label, graph=True)
+
+
+@pytest.fixture
+def device(monkeypatch) -> Device:
+    """A stand-in for a GPU's streams, events and graphs; it watches the memory of what is captured."""
+    device = Device(monkeypatch)
+
+    class OnGPU(decoding.CudaGraphs):
+        _streams: dict = {}  # noqa: RUF012
+
+        def __init__(self, _: torch.device) -> None:
+            super().__init__(torch.device("cuda", 0))
+
+    class Watched(decoding.Decoding):
+        def __init__(self, *given) -> None:
+            super().__init__(*given)
+            tensors = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+            device.watch([*tensors, *self.inputs.tensors()])
+
+    monkeypatch.setattr(decoding, "CudaGraphs", OnGPU)
+    monkeypatch.setattr(decoding, "Decoding", Watched)
+    return device
+
+
+def flow(teacher: Teacher, noise: torch.Tensor, **settings) -> torch.Tensor:
+    return teacher.generate(torch.arange(len(noise)) % 3, sampler="flow", noise=noise, graph=True, **settings)
+
+
+@pytest.mark.parametrize("name", ["one token per group", "growing groups"])
+def test_calls_on_two_streams_take_turns(device, name):
+    """The second overwrites inputs and cache of a replay that may still run on the first one's stream."""
+    teacher, _ = TEACHERS[name]()
+    noise = torch.randn(4, 4, 7, 3)
+    expected = [teacher.generate(torch.arange(4) % 3, sampler="flow", noise=given) for given in noise]
+    streams = [Stream(), Stream()]
+    for number, given in enumerate(noise):
+        del device.log[:]
+        with device.on(streams[number % 2]):
+            assert torch.equal(flow(teacher, given), expected[number])
+        if number:
+            steps = [what for what in device.log if what in ("wait", "copy_", "replay", "clone", "record")]
+            assert steps[0] == "wait" and steps[-1] == "record"
+            assert {"copy_", "replay", "clone"} <= set(steps[1:-1])
+            assert max(map(steps.index, ("wait", "copy_"))) < steps.index("replay") < steps.index("clone")
+            assert steps.count("wait") == steps.count("record") == 1
+    assert device.captures == 1 + (2 if name == "one token per group" else 3)
+    assert device.races == []
+    assert {stream for _, stream in device.kept} == set(streams)
+
+
+def test_threads_share_a_teacher_and_its_graphs(device, monkeypatch):
+    """Each on a stream of its own; shapes are captured once each, one at a time, and make room for each other."""
+    monkeypatch.setattr(decoding, "KEPT_GRAPHS", 2)
+    teacher, _ = TEACHERS["one token per group"]()
+    noise = [torch.randn(batch, 7, 3) for batch in (1, 2, 3, 2)]
+    expected = [teacher.generate(torch.arange(len(given)) % 3, sampler="flow", noise=given) for given in noise]
+    warm_up, wrong = decoding.CudaGraphs.warm_up, []
+
+    def slowly(self, work) -> None:
+        warm_up(self, work)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(decoding.CudaGraphs, "warm_up", slowly)
+
+    def decode(number: int) -> None:
+        try:
+            with device.on(Stream()):
+                for which in (number, 1, number):
+                    if not torch.equal(flow(teacher, noise[which]), expected[which]):
+                        wrong.append(which)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=decode, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert device.races == []
+
+
+def test_graphs_are_dropped_when_their_replays_have_ended(device, monkeypatch):
+    """Their memory is given away at once, and a stream may still be at it."""
+    monkeypatch.setattr(decoding, "KEPT_GRAPHS", 1)
+    teacher, _ = TEACHERS["one token per group"]()
+    with device.on(Stream()):
+        for drop in (lambda: flow(teacher, torch.randn(2, 7, 3)), lambda: decoding.release_graphs(teacher)):
+            flow(teacher, torch.randn(1, 7, 3))
+            del device.log[:]
+            drop()
+            assert device.log[0] == "synchronize"
+        flow(teacher, torch.randn(1, 7, 3))
+        del device.log[:], teacher
+        gc.collect()
+        assert device.log == ["synchronize"]

@@ -4,6 +4,7 @@ import torch
 from truth import TOLERANCE
 
 from ddfast.ops import activate
+from ddfast.ops.activate import _rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -37,8 +38,31 @@ def test_is_the_function(backend, dtype, kind, gated, shape):
 
 def test_strides_and_empty(backend):
     x = torch.randn(40, 300)
-    assert torch.equal(activate(x.T, x.T, kind="silu", backend=backend), activate(x, x, kind="silu", backend=backend).T)
+    plain = activate(x, x, kind="silu", backend=backend)
+    assert torch.equal(activate(x.T, x.T, kind="silu", backend=backend), plain.T)
+    for first, second, wanted in (
+        (x.T, x.T.contiguous(), plain.T),
+        (x[:, ::2], x[:, ::2], plain[:, ::2]),
+        (x[:1].expand(3, -1), x[:1].repeat(3, 1), plain[:1].expand(3, -1)),
+    ):  # PyTorch's own functions round by layout
+        assert (activate(first, second, kind="silu", backend=backend) - wanted).abs().max() < 1e-5
     assert activate(torch.empty(0, 4), kind="gelu", backend=backend).shape == (0, 4)
+    assert activate(torch.tensor(1.0), kind="gelu", backend=backend).shape == ()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 1), (7, 1, 257), (3, 5, 1031), (2, 3, 2816)])
+def test_halves_of_one_product_are_not_copied(backend, dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    both = (4 * torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)).to(dtype)
+    x, times = both.chunk(2, dim=-1)
+    wanted = activate(x.contiguous(), times.contiguous(), kind="silu", backend=backend)
+    for half, rows in zip((x, times), _rows(x, times), strict=True):
+        assert rows is not None and rows.data_ptr() == half.data_ptr()
+    out = activate(x, times, kind="silu", backend=backend)
+    assert out.stride() == wanted.stride()
+    assert (out - wanted).abs().max() <= (1e-5 if backend == "reference" and dtype == torch.float32 else 0)
 
 
 @pytest.mark.parametrize("kind", ["gelu", "silu"])

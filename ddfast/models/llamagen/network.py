@@ -21,13 +21,12 @@ from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAtte
 from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import as_codes, known
-from ddfast.models.layers import Embedding, Linear, norm_layer, plain_layer
+from ddfast.models.layers import Embedding, Linear, norm_layer, plain_layer, stack_rows
 from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import TokenizedTeacher
 from ddfast.ops import nearest_code
-from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
 
 if TYPE_CHECKING:
@@ -153,15 +152,18 @@ class LlamaAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
+    """w2(silu(w1 x) * w3 x). The rows of w1 and w3 are one matrix, w13: one product. States have both, as files do."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w1, self.w3 = Linear(width, hidden, bias=False), Linear(width, hidden, bias=False)
+        self.w13 = Linear(width, 2 * hidden, bias=False)
         self.w2 = Linear(hidden, width, bias=False)
+        stack_rows(self, "w13.weight", ("w1.weight", "w3.weight"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return plain_layer(activate(self.w1(x), self.w3(x), kind="silu"), self.w2)
+    def forward(self, x: Tensor, branch: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """Of the norm of x + branch: that sum, and the branch that follows it."""
+        x, hidden = norm.before(self.w13, x, branch, "swiglu")
+        return x, plain_layer(hidden, self.w2)
 
 
 class LlamaBlock(nn.Module):
@@ -177,8 +179,7 @@ class LlamaBlock(nn.Module):
     def forward(self, x: Tensor, branch: Tensor | None, mix: Mix, layer: int) -> tuple[Tensor, Tensor]:
         """x [R, L, W] and what the block before adds to it; this block's last branch comes back unadded, like that."""
         x, qkv = self.attention_norm.before(self.attention.wqkv, x, branch)
-        x, normed = self.ffn_norm.add(x, self.attention(qkv, mix, layer))
-        return x, self.feed_forward(normed)
+        return self.feed_forward(x, self.attention(qkv, mix, layer), self.ffn_norm)
 
 
 class LabelEmbedding(nn.Module):
@@ -446,6 +447,9 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         hidden = self._run(x, mix)
         cache.extend(length)
         return self.norm(hidden[:, -1:])
+
+    def step_ops(self, rows: int, size: int) -> dict[str, int]:
+        return {"decode_attention": rows, "add_norm": rows, "norm_linear": rows, "activate": rows}
 
     def read_out(self, hidden: Tensor) -> Tensor:
         return plain_layer(hidden, self.output)

@@ -384,6 +384,11 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
         state.cache.extend(x.shape[1])
         return self.head_nm(x[:, -self.groups[last] :], state.label)
 
+    def step_ops(self, rows: int, size: int) -> dict[str, int]:
+        tokens = rows * size
+        attention = {"append_normed": 3 * self.sizes.num_heads * tokens} if self.sizes.attn_l2_norm else {}
+        return attention | {"add_norm": tokens, "norm_linear": tokens, "activate": tokens}
+
     def read_out(self, hidden: Tensor) -> Tensor:
         return plain_layer(hidden, self.head)
 
