@@ -63,6 +63,15 @@ def cut(width: int, outputs: int, matrices: int, element_size: int, normed: bool
     return Cut(tile, max(32, piece // num_warps), num_warps)
 
 
+def slots(rows: int, element_size: int) -> int:
+    """Rows that the tensors have.
+
+    Products on the tensor cores are shared out among threads in one way; those of float32, which are none, by how many
+    rows there are: always as many.
+    """
+    return 8 if element_size == 4 else max(2, triton.next_power_of_2(rows))
+
+
 def stages(cut: Cut, width: int, rows: int, tensors: int, matrices: int, element_size: int) -> int:
     """Pieces on their way at once, and one: at most 64 KiB of matrices and of so many tensors of the rows."""
     piece = cut.num_warps * cut.slice
@@ -167,7 +176,7 @@ def norm_linear(
         strides.append(vectors[-1].stride(0) if vector is not None and vector.numel() > width else 0)
     size, matrices = linear.element_size(), linear.shape[0] // outputs
     layer = cut(width, outputs, matrices, size, norm != "none", multiprocessors(x))
-    slots = max(2, triton.next_power_of_2(rows * length))
+    held = slots(rows * length, size)
     own = any(strides)
     tensors = 1 + (branch is not None) + own * sum(vector is not None for vector in vectors)
     launch = dependent_launch(x)
@@ -179,8 +188,8 @@ def norm_linear(
             outputs, eps,
             BRANCH=branch is not None, GATE=vectors[0] is not None, NORM=norm, WEIGHT=weight is not None,
             BIAS=bias is not None, LINEAR_BIAS=linear_bias is not None, ACTIVATION=activation, width=width,
-            WIDTH=max(256 * layer.num_warps, triton.next_power_of_2(width)), ROWS=slots, OUTPUTS=layer.outputs,
+            WIDTH=max(256 * layer.num_warps, triton.next_power_of_2(width)), ROWS=held, OUTPUTS=layer.outputs,
             SLICE=layer.slice, WARPS=layer.num_warps, OWN=own,
-            STAGES=stages(layer, width, slots, tensors, matrices, size),
+            STAGES=stages(layer, width, held, tensors, matrices, size),
             PREFETCH=launch["DEPENDENT"] and whole, num_warps=layer.num_warps, **launch, **UNFUSED,
         )  # fmt: skip

@@ -139,7 +139,7 @@ def _norm_linear() -> Iterator[Case]:
     ):  # fmt: skip
         size, matrices = 2 if type_ == "bf16" else 4, 2 if activation == "swiglu" else 1
         layer = norm_linear.cut(width, outputs, matrices, size, front["NORM"] != "none", 132)
-        for rows in (2, 4, 8):
+        for rows in sorted({norm_linear.slots(rows, size) for rows in range(1, 9)}):
             tensors = 1 + front["BRANCH"] + 3 * front["OWN"]
             constants = {
                 **front, "LINEAR_BIAS": front["BIAS"], "ACTIVATION": activation, "width": width,

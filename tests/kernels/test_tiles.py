@@ -107,6 +107,8 @@ def test_tiles_of_norm_linear():
     assert kernels.cut(2816, 1024, 1, 2, False, 132) == (8, 128, 8)
     assert kernels.cut(1024, 16384, 1, 2, False, 132) == (32, 64, 4)
     assert kernels.cut(64, 192, 1, 4, True, 132) == (8, 256, 1)
+    assert [kernels.slots(rows, 2) for rows in (1, 2, 3, 5, 8)] == [2, 2, 4, 8, 8]
+    assert [kernels.slots(rows, 4) for rows in (1, 8)] == [8, 8]
     assert kernels.stages(kernels.Cut(8, 128, 4), 1024, 2, 2, 1, 2) == 3
     assert kernels.stages(kernels.Cut(8, 128, 8), 1024, 2, 1, 1, 2) == 2
 
