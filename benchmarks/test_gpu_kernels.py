@@ -30,6 +30,7 @@ from ddfast.ops.decode_attention import decode_attention_reference, rotated
 from ddfast.ops.draw_codes import draw_codes_reference
 from ddfast.ops.filter_logits import filter_logits_reference
 from ddfast.ops.flow_sample import DEFAULT_SOLVER, DEFAULT_STEPS, flow_sample_reference
+from ddfast.ops.norm_linear import norm_linear_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -318,6 +319,36 @@ def test_add_norm(benchmark, family, rows, length):
 
     moved = 2 * (4 * x.numel() + 1024 * (1 if rms else 3 * rows))
     record_layer(benchmark, "add_norm", rows * length, ours, reference, moved)
+
+
+LLAMAGEN_L = {
+    "wqkv": (1024, 3072, "rms", "none"), "wo": (1024, 1024, "none", "none"), "w1, w3": (1024, 2816, "rms", "swiglu"),
+    "w2": (2816, 1024, "none", "none"), "output": (1024, 16384, "none", "none"),
+}  # fmt: skip
+"""Width, outputs, norm in front and activation behind of its linear layers."""
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("layer", LLAMAGEN_L)
+@torch.inference_mode()
+def test_norm_linear(benchmark, layer, rows):
+    """LlamaGen-L, a step of few rows in bf16. Bytes: the matrix; tensors of the rows are nothing beside it."""
+    width, outputs, norm, activation = LLAMAGEN_L[layer]
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, branch = torch.randn(2, rows, 1, width, generator=generator, device="cuda").bfloat16()
+    matrices = 2 if activation == "swiglu" else 1
+    linear = torch.randn(matrices * outputs, width, generator=generator, device="cuda").bfloat16() / width**0.5
+    front = {"weight": torch.ones_like(x[0, 0]), "eps": 1e-5, "rms": True} if norm == "rms" else {"eps": None}
+    branch = branch if norm == "rms" else None
+
+    def ours(backend):
+        return ops.norm_linear(x, branch, linear, **front, activation=activation, backend=backend)
+
+    weight, eps = front.get("weight"), front["eps"] or 0.0
+    reference = partial(
+        norm_linear_reference, x, branch, linear, None, None, weight, None, eps, norm, activation
+    )  # fmt: skip
+    record_layer(benchmark, "norm_linear", rows, ours, reference, 2 * linear.numel())
 
 
 @pytest.mark.parametrize(("family", "rows", "length"), STEPS)

@@ -12,7 +12,7 @@ import math
 
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import FUSED, current_device
+from ddfast_kernels.launch import FUSED, current_device, dependent_launch, wait_for_previous
 from torch import Tensor
 
 _SILU = tl.constexpr(math.log2(math.e))
@@ -24,10 +24,21 @@ _ELEMENTS = 1024
 
 
 @triton.jit
+def activated(x, GELU: tl.constexpr):
+    """gelu(x) or silu(x), in float32."""
+    if GELU:
+        fall = x * (-_GELU - _GELU * 0.044715 * x * x)
+    else:
+        fall = x * -_SILU
+    return x / (1.0 + tl.exp2(fall))
+
+
+@triton.jit
 def activate_kernel(
     x_ptr, times_ptr, out_ptr, x_stride, times_stride, width,
-    GELU: tl.constexpr, TIMES: tl.constexpr, ELEMENTS: tl.constexpr,
+    GELU: tl.constexpr, TIMES: tl.constexpr, ELEMENTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     pieces = (width - 1) // ELEMENTS + 1  # as tl.cdiv, whose sum would pass 31 bits
     row = (tl.program_id(0) // pieces).to(tl.int64)
     i = (tl.program_id(0) % pieces).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -35,11 +46,7 @@ def activate_kernel(
     x = tl.load(x_ptr + row * x_stride + i, mask=mask, other=0.0).to(tl.float32)
     if TIMES:
         times = tl.load(times_ptr + row * times_stride + i, mask=mask, other=0.0).to(tl.float32)
-    if GELU:
-        fall = x * (-_GELU - _GELU * 0.044715 * x * x)
-    else:
-        fall = x * -_SILU
-    y = x / (1.0 + tl.exp2(fall))
+    y = activated(x, GELU)
     if TIMES:
         y *= times
     tl.store(out_ptr + row * width + i, y, mask=mask)
@@ -52,5 +59,6 @@ def activate(x: Tensor, times: Tensor | None, out: Tensor, kind: str) -> None:
     with current_device(x):
         activate_kernel[(rows * triton.cdiv(width, _ELEMENTS),)](
             x, x if times is None else times, out, x.stride(0), times_stride, width,
-            GELU=kind == "gelu", TIMES=times is not None, ELEMENTS=_ELEMENTS, **FUSED,
+            GELU=kind == "gelu", TIMES=times is not None, ELEMENTS=_ELEMENTS,
+            **dependent_launch(x), **FUSED,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import FUSED, current_device, multiprocessors
+from ddfast_kernels.launch import FUSED, current_device, dependent_launch, multiprocessors, wait_for_previous
 from torch import Tensor
 
 
@@ -36,13 +36,56 @@ def cut(positions: int, row: int, width: int, processors: int) -> Cut:
     return Cut(tile, max(1, min(32, max(padded // 256, tile * padded // 1024))))
 
 
+@triton.jit
+def loaded(ptr, mask):
+    """In float32, 0 outside of the mask."""
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def summed(x, branch, gate, rounded: tl.constexpr):
+    """x + gate * branch in float32, as a tensor of type `rounded` holds it.
+
+    What the next layer adds to is what is normalised.
+    """
+    if branch is not None:
+        x += branch if gate is None else branch * gate
+        x = x.to(rounded).to(tl.float32)
+    return x
+
+
+@triton.jit
+def statistics(total, mask, eps, RMS: tl.constexpr, width: tl.constexpr):
+    """Mean (0 with RMS) and reciprocal deviation of rows [rows, WIDTH], as [rows, 1]."""
+    mean = tl.zeros([total.shape[0], 1], tl.float32)
+    if not RMS:
+        mean = tl.sum(total, axis=1, keep_dims=True) / width
+        total = tl.where(mask, total - mean, 0.0)
+    return mean, tl.rsqrt(tl.sum(total * total, axis=1, keep_dims=True) / width + eps)
+
+
+@triton.jit
+def normalised(total, mean, inverse, weight, bias, rounded: tl.constexpr, RMS: tl.constexpr):
+    """By these statistics, in float32."""
+    if RMS:  # as LlamaGen casts it back before its weight
+        total = (total * inverse).to(rounded).to(tl.float32)
+    else:
+        total = (total - mean) * inverse
+    if weight is not None:
+        total *= weight
+    if bias is not None:
+        total += bias
+    return total
+
+
 @triton.jit(do_not_specialize=["length"])
 def add_norm_kernel(
     x_ptr, branch_ptr, gate_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, gate_stride, weight_stride, bias_stride,
     length, eps,
     BRANCH: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
-    width: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    width: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     tiles = tl.cdiv(length, TILE)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     position = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)[:, None]
@@ -50,31 +93,17 @@ def add_norm_kernel(
     mask = (position < length) & (j < width)
     place = (row * length + position) * width + j
 
-    rounded = x_ptr.dtype.element_ty
-    total = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    rounded: tl.constexpr = x_ptr.dtype.element_ty
+    x = loaded(x_ptr + place, mask)
+    branch = loaded(branch_ptr + place, mask) if BRANCH else None
+    gate = loaded(gate_ptr + row * gate_stride + j, j < width) if GATE else None
+    weight = loaded(weight_ptr + row * weight_stride + j, j < width) if WEIGHT else None
+    bias = loaded(bias_ptr + row * bias_stride + j, j < width) if BIAS else None
+    total = summed(x, branch, gate, rounded)
     if BRANCH:
-        branch = tl.load(branch_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    if GATE:
-        gate = tl.load(gate_ptr + row * gate_stride + j, mask=j < width, other=0.0).to(tl.float32)
-    if WEIGHT:
-        weight = tl.load(weight_ptr + row * weight_stride + j, mask=j < width, other=0.0).to(tl.float32)
-    if BIAS:
-        bias = tl.load(bias_ptr + row * bias_stride + j, mask=j < width, other=0.0).to(tl.float32)
-
-    if BRANCH:
-        total += branch * gate if GATE else branch
-        # What is normalised is what the next layer adds to.
-        total = total.to(rounded).to(tl.float32)
         tl.store(total_ptr + place, total, mask=mask)
-    if not RMS:
-        total = tl.where(mask, total - tl.sum(total, axis=1, keep_dims=True) / width, 0.0)
-    normed = total * tl.rsqrt(tl.sum(total * total, axis=1, keep_dims=True) / width + eps)
-    if RMS:  # as LlamaGen casts it back before its weight
-        normed = normed.to(rounded).to(tl.float32)
-    if WEIGHT:
-        normed *= weight
-    if BIAS:
-        normed += bias
+    mean, inverse = statistics(total, mask, eps, RMS, width)
+    normed = normalised(total, mean, inverse, weight, bias, rounded, RMS)
     tl.store(normed_ptr + place, normed, mask=mask)
 
 
@@ -101,5 +130,6 @@ def add_norm(
             x, x if branch is None else branch, *(x if vector is None else vector for vector in vectors),
             total, normed, *strides, length, float(eps),
             BRANCH=branch is not None, GATE=gate is not None, WEIGHT=weight is not None, BIAS=bias is not None,
-            RMS=rms, width=width, WIDTH=triton.next_power_of_2(width), TILE=tile, num_warps=num_warps, **FUSED,
+            RMS=rms, width=width, WIDTH=triton.next_power_of_2(width), TILE=tile, num_warps=num_warps,
+            **dependent_launch(x), **FUSED,
         )  # fmt: skip

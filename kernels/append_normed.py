@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import FUSED, current_device
+from ddfast_kernels.launch import FUSED, current_device, dependent_launch, wait_for_previous
 from torch import Tensor
 
 _ELEMENTS = 1024
@@ -29,7 +29,9 @@ def _normalised(x):
 def append_normed_kernel(
     qkv_ptr, scale_ptr, keys_ptr, values_ptr, out_ptr, count, length, start, places,
     SCALE: tl.constexpr, heads: tl.constexpr, dim: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     # Of [R, S, H], in 32 bits: more vectors than that would not fit a GPU, and divisions of 64 bits cost.
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     k = tl.arange(0, DIM)[None, :]
@@ -64,5 +66,6 @@ def append_normed(
     with current_device(qkv):
         append_normed_kernel[(triton.cdiv(count, tile),)](
             qkv, qkv if scale is None else scale, keys, values, out, count, length, start, keys.shape[2],
-            SCALE=scale is not None, heads=heads, dim=dim, DIM=padded, ROWS=tile, **FUSED,
+            SCALE=scale is not None, heads=heads, dim=dim, DIM=padded, ROWS=tile,
+            **dependent_launch(qkv), **FUSED,
         )  # fmt: skip

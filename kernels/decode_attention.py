@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import FUSED, current_device, multiprocessors
+from ddfast_kernels.launch import FUSED, current_device, dependent_launch, multiprocessors, wait_for_previous
 from torch import Tensor
 
 _WORTH_A_LAUNCH = 192 * 1024
@@ -70,8 +70,9 @@ def _rotated(x_ptr, angle_ptr, k, mask, ROPE: tl.constexpr):
 def decode_attention_kernel(
     qkv_ptr, keys_ptr, values_ptr, position_ptr, rope_ptr, first_ptr, out_ptr, partial_ptr, qkv_stride, length, scale,
     ROPE: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    dim: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    dim: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     split = tl.program_id(2)
@@ -137,8 +138,10 @@ def decode_attention_kernel(
 
 @triton.jit
 def merge_kernel(
-    partial_ptr, out_ptr, dim: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr
+    partial_ptr, out_ptr,
+    dim: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     head = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, DIM)
     split = tl.arange(0, PARTS)
@@ -167,15 +170,15 @@ def decode_attention(
     group = heads // kv_heads
     tile, splits, num_warps = cut(rows * kv_heads, group, length, dim, keys.element_size(), multiprocessors(keys))
     partial = out if splits == 1 else out.new_empty(rows * heads, splits, dim + 2, dtype=torch.float32)
-    padded = triton.next_power_of_2(dim)
+    padded, launch = triton.next_power_of_2(dim), {**dependent_launch(qkv), **FUSED}
     with current_device(qkv):
         decode_attention_kernel[(rows, kv_heads, splits)](
             qkv, keys, values, position, position if rope is None else rope, position if first is None else first,
             out, partial, qkv.stride(0), length, scale / math.log(2),
             ROPE=rope is not None, FIRST=first is not None, GROUP=group, HEADS=triton.next_power_of_2(group),
-            dim=dim, DIM=padded, TILE=tile, SPLITS=splits, num_warps=num_warps, **FUSED,
+            dim=dim, DIM=padded, TILE=tile, SPLITS=splits, num_warps=num_warps, **launch,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(rows * heads,)](
-                partial, out, dim=dim, DIM=padded, SPLITS=splits, PARTS=triton.next_power_of_2(splits), **FUSED
+                partial, out, dim=dim, DIM=padded, SPLITS=splits, PARTS=triton.next_power_of_2(splits), **launch
             )

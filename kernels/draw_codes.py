@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from ddfast_kernels.filter_logits import is_kept, keys_from, rows_and_codes, rows_of_program, thresholds, value_of
-from ddfast_kernels.launch import UNFUSED, current_device
+from ddfast_kernels.launch import UNFUSED, current_device, dependent_launch, wait_for_previous
 from torch import Tensor
 
 _PART = 4096
@@ -23,8 +23,9 @@ def draw_codes_kernel(
     logits_ptr, uncond_ptr, scale_ptr, uniform_ptr, out_ptr, rows, logits_stride, uncond_stride,
     temperature, top_p, num_codes, top_k,
     GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
-    WHOLE: tl.constexpr, PART: tl.constexpr,
+    WHOLE: tl.constexpr, PART: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     row, inside, scale, logits_ptr, uncond_ptr = rows_of_program(
         logits_ptr, uncond_ptr, scale_ptr, rows, logits_stride, uncond_stride, GUIDED, ROWS
     )
@@ -66,5 +67,5 @@ def draw_codes(
             rows, logits.stride(0), 0 if uncond is None else uncond.stride(0), float(temperature), float(top_p),
             num_codes, top_k,
             GUIDED=uncond is not None, TOP_K=0 < top_k < num_codes, TOP_P=top_p < 1.0,
-            PART=min(sizes["CODES"], _PART), **sizes, **UNFUSED,
+            PART=min(sizes["CODES"], _PART), **sizes, **dependent_launch(logits), **UNFUSED,
         )  # fmt: skip

@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddfast.ops.activate import activate
+from ddfast.ops.add_norm import add_norm_unchecked
+from ddfast.ops.norm_linear import norm_linear, worth_a_kernel
+
 Linear = functools.partial(nn.Linear, dtype=torch.float32)
 Embedding = functools.partial(nn.Embedding, dtype=torch.float32)
 LayerNorm = functools.partial(nn.LayerNorm, dtype=torch.float32)
@@ -34,6 +38,38 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x, weight = contiguous(x), contiguous(self.weight)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def norm_layer(
+    x: Tensor,
+    branch: Tensor | None,
+    layer: nn.Linear,
+    *,
+    layer_bias: Tensor | None = None,
+    activation: str = "none",
+    **norm: Any,
+) -> tuple[Tensor, Tensor]:
+    """x + gate * branch [R, S, W], and what a layer and an activation make of its norm; `norm` is as in `add_norm`.
+
+    By one kernel where rows are so few that the weights are all there is to read, and there is one; else step by step.
+    `layer_bias`, where it is given, takes the place of the layer's own.
+    """
+    bias = layer.bias if layer_bias is None else layer_bias
+    if worth_a_kernel(x):
+        return norm_linear(x, branch, layer.weight, bias, activation=activation, **norm)
+    total, normed = add_norm_unchecked(x, branch, **norm)
+    y = layer(normed) if layer_bias is None else F.linear(normed, layer.weight, bias)
+    return total, y if activation == "none" else activated(y, activation)
+
+
+def plain_layer(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A layer of x [R, S, W] as it is; see `norm_layer`."""
+    return norm_linear(x, None, layer.weight, layer.bias, eps=None)[1] if worth_a_kernel(x) else layer(x)
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """gelu(y), or with "swiglu" silu of the first half of y times the last."""
+    return activate(y, kind="gelu") if activation == "gelu" else activate(*y.chunk(2, dim=-1), kind="silu")
 
 
 def contiguous(x: Tensor) -> Tensor:

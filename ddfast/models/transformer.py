@@ -6,6 +6,7 @@ Dimensions: R rows, S sequence, N tokens, G tokens of one group, W width, H head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,8 @@ from ddfast.models.attention import (
     group_starts,
 )
 from ddfast.models.autoregressive import Condition, SamplingDefaults
-from ddfast.models.layers import Embedding, LayerNorm, Linear, twice_embedded
+from ddfast.models.layers import Embedding, LayerNorm, Linear, norm_layer, plain_layer, twice_embedded
 from ddfast.models.protocol import Teacher
-from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
 from ddfast.ops.dispatch import Asked
 
@@ -44,13 +44,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor | None, mix: Mix, layer: int) -> tuple[Tensor, Tensor]:
         """x [R, S, W] and what the block before adds to it; this block's last branch comes back unadded, like that."""
-        x, normed = _add_norm(x, branch, self.attention_norm)
-        x, normed = _add_norm(x, self.project(mix(layer, self.qkv(normed))), self.mlp_norm)
-        return x, self.contract(activate(self.expand(normed), kind="gelu"))
+        x, qkv = norm_layer(x, branch, self.qkv, **_norm(self.attention_norm))
+        mixed = plain_layer(mix(layer, qkv), self.project)
+        x, hidden = norm_layer(x, mixed, self.expand, activation="gelu", **_norm(self.mlp_norm))
+        return x, plain_layer(hidden, self.contract)
 
 
-def _add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return add_norm_unchecked(x, branch, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+def _norm(norm: nn.LayerNorm) -> dict[str, Any]:
+    """As `add_norm` names what it has."""
+    return {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
 
 
 class Transformer(nn.Module):
@@ -77,7 +79,7 @@ class Transformer(nn.Module):
         branch = None
         for layer, block in enumerate(self.blocks):
             x, branch = block(x, branch, mix, layer)
-        return _add_norm(x, branch, self.norm)[1]
+        return add_norm_unchecked(x, branch, **_norm(self.norm))[1]
 
     @property
     def head_dim(self) -> int:
@@ -220,10 +222,11 @@ class TransformerTeacher(TransformerNetwork, Teacher):
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         body, tokens = self.body, rows * size
         attention = {"decode_attention": Asked(rows, body.head_dim, self.num_tokens)} if size == 1 else {}
-        return attention | {"add_norm": Asked(tokens, size=body.width), "activate": Asked(tokens, size=4 * body.width)}
+        layers = dict.fromkeys(("add_norm", "norm_linear"), Asked(tokens, size=body.width))
+        return attention | layers | {"activate": Asked(tokens, size=4 * body.width)}
 
     def read_out(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
+        return plain_layer(hidden, self.head)
 
     def _tokens_known(self, state: DecodeState) -> int:
         return self.group_starts()[max(state.groups_fed - 1, 0)]

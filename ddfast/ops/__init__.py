@@ -10,6 +10,7 @@ from ddfast.ops.filter_logits import filter_logits
 from ddfast.ops.flow_sample import flow_sample
 from ddfast.ops.nearest_code import nearest_code
 from ddfast.ops.noise import noise
+from ddfast.ops.norm_linear import norm_linear
 from ddfast.ops.sample_codes import sample_codes
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "flow_sample",
     "nearest_code",
     "noise",
+    "norm_linear",
     "sample_codes",
     "score",
     "velocity",

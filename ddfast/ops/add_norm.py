@@ -46,7 +46,7 @@ def add_norm(
     Autograd: through PyTorch's own functions: whatever needs a gradient goes to the reference.
     Raises: `TypeError`/`ValueError`, an argument is not as above.
     """
-    mixed = _check(x, branch, gate, weight, bias, eps)
+    mixed = check_add_norm(x, branch, gate, weight, bias, eps)
     # There is no kernel for the CPU, where a call of an op costs as much as what it would save. A compiler calls it all
     # the same: PyTorch's norms make eps a part of the graph.
     given = (x, branch, gate, weight, bias)
@@ -75,7 +75,7 @@ def add_norm_unchecked(
     return add_norm_reference(x, branch, gate, weight, bias, eps, rms)
 
 
-def _check(
+def check_add_norm(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[str, torch.dtype] | None:
     """Raise the user's error; returns an argument of another dtype than x: under autocast, which is for training."""

@@ -267,6 +267,48 @@ def activate(backend: str, device: torch.device, dtype: torch.dtype, dim: int, d
                 _close(kind, ours, exact, TOLERANCE["activate", dtype] * (1 + exact.abs()))
 
 
+def norm_linear(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
+    """LlamaGen's and VAR's layers, of one row to eight; a row is the same bits in every batch."""
+    for width, outputs, activation in (
+        (1024, 3072, "none"),
+        (1024, 2816, "swiglu"),
+        (2816, 1024, "gelu"),
+        (33, 7, "none"),
+    ):
+        width, outputs = max(width // divisor, 8), max(outputs // divisor, 7)
+        matrices = 2 if activation == "swiglu" else 1
+        x, branch = _normal(device, 19, 2, 8, 1, width).to(dtype).unbind()
+        linear = (_normal(device, 20, matrices * outputs, width) / width**0.5).to(dtype)
+        linear_bias = _normal(device, 21, matrices * outputs).to(dtype)
+        gate, weight, bias = _normal(device, 22, 8, 1, 3, width).to(dtype).unbind(2)
+        fronts: tuple[tuple[Tensor | None, dict[str, Any]], ...] = (
+            (branch, {"weight": weight[0, 0], "eps": 1e-5, "rms": True}),
+            (branch, {"gate": gate, "weight": weight, "bias": bias, "eps": 1e-6}),
+            (None, {"eps": None}),
+        )
+        for added, given in fronts:
+            made: tuple[Tensor, Tensor] | None = None
+            for rows in (8, 2, 1):
+                own: dict[str, Any] = {
+                    n: v[:rows] if isinstance(v, Tensor) and v.dim() > 1 else v for n, v in given.items()
+                }
+                wide: dict[str, Any] = {n: v.double() if isinstance(v, Tensor) else v for n, v in own.items()}
+                front = x[:rows], None if added is None else added[:rows]
+                ours = ops.norm_linear(*front, linear, linear_bias, **own, activation=activation, backend=backend)
+                long, more = (None if t is None else t.double() for t in front)
+                assert long is not None
+                exact = ops.norm_linear(
+                    long, more, linear.double(), linear_bias.double(), **wide, activation=activation,
+                    backend="reference",
+                )  # fmt: skip
+                for one, other in zip(ours, exact, strict=True):
+                    _close("result", one, other, TOLERANCE["norm_linear on a GPU", dtype] * (1 + other.abs()))
+                made = made or ours
+                # A product of NumPy's, by which Triton is interpreted, depends on how many rows there are.
+                if device.type == "cuda" and not torch.equal(ours[1], made[1][:rows]):
+                    raise Wrong(f"{rows} of 8 rows are not the same bits alone")
+
+
 def noise(backend: str, device: torch.device, dtype: torch.dtype, dim: int, divisor: int) -> None:
     """Bit for bit the reference's on the CPU, at counters of 64 bits."""
     index = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1], dtype=torch.int64)
@@ -288,6 +330,7 @@ PROBLEMS: dict[str, Problem] = {
     "add_norm": add_norm,
     "append_normed": append_normed,
     "activate": activate,
+    "norm_linear": norm_linear,
     "noise": noise,
 }
 

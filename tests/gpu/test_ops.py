@@ -213,6 +213,85 @@ def test_add_norm(rows, length, width, variant, dtype):
         assert ((one.double().cpu() - other).abs() <= TOLERANCE["add_norm on a GPU", dtype] * (1 + other.abs())).all()
 
 
+LAYERS = {
+    "LlamaGen": ({"eps": 1e-5, "rms": True}, ("weight",)),
+    "VAR": ({"eps": 1e-6}, ("gate", "weight", "bias")),
+    "VAR, nothing added": ({"eps": 1e-6}, ("weight", "bias")),
+    "no norm": ({"eps": None}, ()),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "gelu", "swiglu"])
+@pytest.mark.parametrize("variant", LAYERS)
+@pytest.mark.parametrize(
+    ("width", "outputs"),
+    [(96, 40), (33, 6), (1024, 3072), (2816, 1024), (1536, 4608), (3200, 9602), (6144, 130), (1024, 16384)][
+        : None if GPU else 1
+    ],
+)
+def test_norm_linear(width, outputs, variant, activation, dtype):
+    """One row is the same bits alone, and among eight."""
+    settings, names = LAYERS[variant]
+    x, branch = moved(*torch.randn(2, 8, 1, width), dtype=dtype)
+    branch = None if "no" in variant else branch
+    linear, linear_bias = moved(torch.randn(outputs, width) / width**0.5, torch.randn(outputs), dtype=dtype)
+    (vectors,) = moved(torch.randn(8, 1, 6, width), dtype=dtype)
+    every = dict(zip(("gate", "weight", "bias"), vectors.unbind(2)[:3], strict=True))
+    given = {name: every[name] if variant != "LlamaGen" else every[name][0, 0] for name in names}
+    settings = {**settings, "activation": activation}
+    alone = None
+    for rows in (8, 1, 2, 3):
+        some = {name: vector if vector.dim() == 1 else vector[:rows] for name, vector in given.items()}
+        front = x[:rows], None if branch is None else branch[:rows]
+        ours = ops.norm_linear(*front, linear, linear_bias, **some, **settings, backend="triton")
+        if alone is None:
+            doubles = {name: tensor.double().cpu() for name, tensor in given.items()}
+            double = [None if tensor is None else tensor.double().cpu() for tensor in (*front, linear, linear_bias)]
+            exact = ops.norm_linear(*double, **doubles, **settings, backend="reference")
+            for one, other in zip(ours, exact, strict=True):
+                assert one.dtype == dtype
+                tolerance = TOLERANCE["norm_linear on a GPU", dtype] * (1 + other.abs())
+                assert ((one.double().cpu() - other).abs() <= tolerance).all()
+            alone = ours
+        elif GPU:  # a product of NumPy's depends on how many rows there are
+            assert all(torch.equal(one, other[:rows]) for one, other in zip(ours, alone, strict=True))
+
+
+@needs_a_gpu
+def test_a_launch_that_begins_early_sees_what_was_written_just_before():
+    """Weights and rows of a step are written by the kernel in front, of this package or not, in a graph or not."""
+    x = torch.zeros(2, 1, 1024, device=DEVICE, dtype=torch.bfloat16)
+    first, second = (torch.zeros(1024, 1024, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    new_x, news = moved(torch.randn(2, 1, 1024), torch.randn(2, 1024, 1024) / 32, dtype=x.dtype)
+
+    def step() -> torch.Tensor:
+        second.copy_(news[1])
+        x.copy_(new_x)
+        first.copy_(news[0])
+        total, y = ops.norm_linear(x, x, first, eps=1e-5, rms=True, activation="gelu", backend="triton")
+        y = ops.add_norm(total, y, eps=1e-5, rms=True, backend="triton")[1]
+        y = ops.norm_linear(y, None, second, eps=None, backend="triton")[1]
+        x.zero_()
+        first.zero_()
+        second.zero_()
+        return y
+
+    expected = step()
+    total, y = ops.norm_linear(new_x, new_x, news[0], eps=1e-5, rms=True, activation="gelu", backend="reference")
+    y = ops.add_norm(total, y, eps=1e-5, rms=True, backend="reference")[1] @ news[1].T
+    torch.testing.assert_close(expected, y, atol=8e-2, rtol=2e-2)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(20):
+        assert torch.equal(step(), expected)
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "length", "heads", "dim", "start"),

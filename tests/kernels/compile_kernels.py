@@ -28,6 +28,7 @@ from ddfast_kernels import (
     flow_sample,
     nearest_code,
     noise,
+    norm_linear,
     tiles,
 )
 from ddfast_kernels.launch import FUSED, UNFUSED
@@ -82,6 +83,7 @@ def cases(architecture: int) -> Iterator[Case]:
         yield Case("draw_codes", kernel, constants, 16, options=UNFUSED, hot=whole, multiples=strides)
     yield from _decode_attention()
     yield from _fused_layers()
+    yield from _norm_linear()
 
 
 def _tabled(architecture: int) -> Iterator[Case]:
@@ -146,9 +148,42 @@ def _fused_layers() -> Iterator[Case]:
         yield Case("append_normed", append_normed.append_normed_kernel, constants, types=bf16)
 
 
+def _norm_linear() -> Iterator[Case]:
+    """LlamaGen-L's layers and head; LlamaGen-3B's first; VAR-d16's and d24's of a class's own vectors."""
+    names = ("x", "branch", "gate", "weight", "bias", "linear", "linear_bias", "total", "out")
+    strides = ("gate_stride", "weight_stride", "bias_stride", "outputs")
+    none = {"BRANCH": False, "GATE": False, "NORM": "none", "WEIGHT": False, "BIAS": False, "OWN": False}
+    rms = {**none, "BRANCH": True, "NORM": "rms", "WEIGHT": True}
+    modulated = {"BRANCH": True, "GATE": True, "NORM": "layer", "WEIGHT": True, "BIAS": True, "OWN": True}
+    for front, activation, width, outputs, type_ in (
+        (rms, "none", 1024, 3072, "bf16"), (none, "none", 1024, 1024, "bf16"), (rms, "swiglu", 1024, 2816, "bf16"),
+        (none, "none", 2816, 1024, "bf16"), (none, "none", 1024, 16384, "bf16"), (rms, "none", 3200, 9600, "bf16"),
+        (modulated, "gelu", 1024, 4096, "bf16"), (modulated, "none", 1536, 4608, "bf16"),
+        (rms, "swiglu", 1024, 2816, "fp32"), (none, "none", 1024, 16384, "fp32"),
+        (modulated, "gelu", 1536, 6144, "fp32"),
+    ):  # fmt: skip
+        size, matrices = 2 if type_ == "bf16" else 4, 2 if activation == "swiglu" else 1
+        layer = norm_linear.cut(width, outputs, matrices, size, front["NORM"] != "none", 132)
+        for rows in sorted({norm_linear.slots(rows, size) for rows in range(1, 9)}):
+            tensors = 1 + front["BRANCH"] + 3 * front["OWN"]
+            constants = {
+                **front, "LINEAR_BIAS": front["BIAS"], "ACTIVATION": activation, "width": width,
+                "WIDTH": max(256 * layer.num_warps, triton.next_power_of_2(width)), "ROWS": rows,
+                "OUTPUTS": layer.outputs, "SLICE": layer.slice, "WARPS": layer.num_warps,
+                "STAGES": norm_linear.stages(layer, width, rows, tensors, matrices, size),
+            }  # fmt: skip
+            types = {f"{name}_ptr": f"*{type_}" for name in names}
+            kernel = norm_linear.norm_linear_kernel
+            yield Case(
+                "norm_linear", kernel, constants, layer.num_warps, types=types, options=UNFUSED, multiples=strides
+            )
+
+
 def compiled(case: Case, architecture: int) -> Any:
     """The kernel of a case, compiled."""
     names = case.kernel.arg_names
+    early = {name: architecture >= 90 for name in ("DEPENDENT", "PREFETCH") if name in names}
+    case = case._replace(constants={**case.constants, **early})
     pointers = {**POINTERS, **case.types}
     signature = {
         name: "constexpr" if name in case.constants
@@ -163,6 +198,7 @@ def compiled(case: Case, architecture: int) -> Any:
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.kernel, signature, constants, aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED, **case.options}
+    options["launch_pdl"] = early.get("DEPENDENT", False)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -175,14 +211,31 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
 
 
+def order(code: str) -> list[str]:
+    """How every sum over a dimension of a kernel's tensors is shared out: elements of a thread, lanes, warps."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    found = []
+    for axis, layout in re.findall(r'"tt\.reduce".*?axis = (\d).*?<[0-9x]+xf32, (#\w+)>\) ->', code, re.DOTALL):
+        shares = re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA|instrShape) = \[([\d, ]+)\]", layouts[layout])
+        found.append(f"{axis}: {[(name, sizes.split(', ')[int(axis)]) for name, sizes in shares]}")
+    return found
+
+
+def waits(code: str) -> bool | None:
+    """Whether a kernel waits for the one before it ahead of every read and write; None: not at all."""
+    before, wait, _ = code.partition("griddepcontrol.wait")
+    return re.search(r"\b(ld|st|atom|red|cp\.async\.c[ag])\b\S*\.global", before) is None if wait else None
+
+
 if __name__ == "__main__":
     for architecture in map(int, sys.argv[1:]):
         for case in cases(architecture):
             kernel = compiled(case, architecture)
-            shown = ("ROWS", "CODES", "dim", "width", "TILE", "SPLITS")
+            shown = ("ROWS", "CODES", "dim", "width", "TILE", "SPLITS", "OUTPUTS", "NORM", "ACTIVATION")
             sizes = {name: value for name, value in case.constants.items() if name in shown}
             facts = {"name": case.name, "sm": architecture, **sizes, "warps": case.num_warps, "hot": case.hot}
-            fused = "fma.rn.f64" in kernel.asm["ptx"]
-            print(
-                json.dumps({**facts, "shared": kernel.metadata.shared, "fma_f64": fused, **usage(kernel.asm["cubin"])})
-            )
+            if case.name == "norm_linear":
+                facts |= {"type": case.types["x_ptr"], "order": order(kernel.asm["ttgir"])}
+            code = kernel.asm["ptx"]
+            facts |= {"shared": kernel.metadata.shared, "fma_f64": "fma.rn.f64" in code, "waits": waits(code)}
+            print(json.dumps({**facts, **usage(kernel.asm["cubin"])}))

@@ -39,6 +39,8 @@ loaded: list[str] = []
 class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self.name = metadata.name
+        # What may begin early knows it, and waits; nothing else does.
+        assert metadata.launch_pdl == ("DEPENDENT" in source.fn.arg_names), self.name
 
     def __call__(self, *_: Any) -> None:
         launched.append(self.name)
@@ -124,7 +126,7 @@ def every_layer(rows: int, heads: int, dim: int, length: int, dtype: torch.dtype
     one, rope, vectors = many[:, :1], torch.zeros(length, dim // 2, 2), torch.zeros(rows, 1, 3, width, dtype=dtype)
     qkv, scale = torch.zeros(rows, length, 3, heads, dim, dtype=dtype), torch.ones(heads, dtype=dtype)
     first, position = torch.zeros(rows, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    step = torch.zeros(rows, 3 * width, dtype=dtype)
+    step, matrix = torch.zeros(rows, 3 * width, dtype=dtype), torch.zeros(2 * width, width, dtype=dtype)
     attention = [{"rope": rope, "first": first}, {"rope": rope}, {}]
     run = {
         "decode_attention": lambda: [
@@ -134,6 +136,15 @@ def every_layer(rows: int, heads: int, dim: int, length: int, dtype: torch.dtype
             ops.add_norm(x, x, gate=vectors[:, :, 0], weight=vectors[:, :, 1], bias=vectors[:, :, 2], eps=1e-6,
                          backend="triton") for x in (one, many)
         ] + [ops.add_norm(x, x, weight=scale.repeat(dim), eps=1e-5, rms=True, backend="triton") for x in (one, many)],
+        "norm_linear": lambda: [
+            ops.norm_linear(one, None if given["eps"] is None else one, matrix, matrix[:, 0], **given,
+                            activation=activation, backend="triton")
+            for activation in ("none", "gelu", "swiglu")
+            for given in (
+                {"eps": None}, {"eps": 1e-5, "rms": True, "weight": scale.repeat(dim)},
+                {"eps": 1e-6, "gate": vectors[:, :, 0], "weight": vectors[:, :, 1], "bias": vectors[:, :, 2]},
+            )
+        ],
         "append_normed": lambda: [
             ops.append_normed(qkv[:, :1], *cache, 0, scale=scale, backend="triton"),
             ops.append_normed(qkv, *cache, 0, backend="triton"),

@@ -32,7 +32,7 @@ def kernels() -> list[dict]:
 def test_every_kernel_compiles(kernels):
     names = {"noise", "filter_logits", "nearest_code", "codebook_posterior", "codebook_posterior_backward"}
     names |= {"flow_sample", "sample_codes", "draw_codes", "decode_attention", "decode_attention_merge"}
-    names |= {"add_norm", "append_normed", "activate"}
+    names |= {"add_norm", "append_normed", "activate", "norm_linear"}
     for architecture in (80, 90):
         assert {kernel["name"] for kernel in kernels if kernel["sm"] == architecture} == names
 
@@ -44,6 +44,28 @@ def test_hot_kernels_do_not_spill(kernels):
 
 def test_shared_memory_is_there(kernels):
     assert max(kernel["shared"] for kernel in kernels) <= 99 * 1024  # of sm_86 and sm_89, the smallest
+
+
+DEPENDENT = {
+    "activate", "add_norm", "append_normed", "decode_attention", "decode_attention_merge", "draw_codes", "norm_linear"
+}  # fmt: skip
+
+
+def test_what_begins_early_waits_before_it_reads_or_writes(kernels):
+    """A step's kernels, where GPUs can; no other, and none elsewhere."""
+    for kernel in kernels:
+        assert kernel["waits"] == (True if kernel["sm"] == 90 and kernel["name"] in DEPENDENT else None), kernel
+
+
+def test_a_row_of_norm_linear_is_summed_alike_whatever_others_there_are(kernels):
+    """Elements of a sum are shared out among threads in the same way, so the codes of a step know no batch."""
+    orders: dict[str, list] = {}
+    for kernel in kernels:
+        if kernel["name"] == "norm_linear":
+            layer = {name: kernel[name] for name in ("sm", "NORM", "ACTIVATION", "width", "OUTPUTS", "type")}
+            orders.setdefault(str(layer), []).append(kernel["order"])
+    assert sum(len(found) == 3 for found in orders.values()) > 10
+    assert all(found == found[:1] * len(found) for found in orders.values())
 
 
 def test_noise_is_not_fused(kernels):

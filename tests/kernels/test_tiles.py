@@ -14,6 +14,7 @@ from ddfast.ops import (
     filter_logits,
     flow_sample,
     nearest_code,
+    norm_linear,
 )
 
 pytestmark = pytest.mark.skipif(not env.triton_interpreted(), reason="needs Triton's interpreter")
@@ -139,6 +140,41 @@ def test_add_norm(monkeypatch, tile, own_vectors):
         for backend in ("triton", "reference")
     ]
     assert all(torch.allclose(ours, theirs, atol=5e-6) for ours, theirs in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("cut", [(8, 32, 1), (16, 64, 2), (32, 32, 4)], ids=str)
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_norm_linear(monkeypatch, cut, activation):
+    """Widths of several pieces and of less than one."""
+    from ddfast_kernels import norm_linear as kernels
+
+    monkeypatch.setattr(kernels, "cut", lambda *_: kernels.Cut(*cut))
+    for width in (24, 300):
+        x, branch = torch.randn(2, 2, 3, width)
+        linear, bias = torch.randn(20, width) / width**0.5, torch.randn(20)
+        for front in ({"eps": 1e-5}, {"eps": None}):
+            given = (x, None if front["eps"] is None else branch, linear, bias)
+            results = [
+                norm_linear(*given, **front, activation=activation, backend=backend)
+                for backend in ("triton", "reference")
+            ]
+            assert all(torch.allclose(ours, theirs, atol=5e-6) for ours, theirs in zip(*results, strict=True))
+
+
+def test_tiles_of_norm_linear():
+    """Every multiprocessor has some outputs, and from one to four programs if there are enough."""
+    from ddfast_kernels import norm_linear as kernels
+
+    assert kernels.cut(1024, 3072, 1, 2, True, 132) == (8, 128, 4)
+    assert kernels.cut(1024, 2816, 2, 2, True, 132) == (8, 128, 4)
+    assert kernels.cut(1024, 1024, 1, 2, False, 132) == (8, 128, 8)
+    assert kernels.cut(2816, 1024, 1, 2, False, 132) == (8, 128, 8)
+    assert kernels.cut(1024, 16384, 1, 2, False, 132) == (32, 64, 4)
+    assert kernels.cut(64, 192, 1, 4, True, 132) == (8, 256, 1)
+    assert [kernels.slots(rows, 2) for rows in (1, 2, 3, 5, 8)] == [2, 2, 4, 8, 8]
+    assert [kernels.slots(rows, 4) for rows in (1, 8)] == [8, 8]
+    assert kernels.stages(kernels.Cut(8, 128, 4), 1024, 2, 2, 1, 2) == 3
+    assert kernels.stages(kernels.Cut(8, 128, 8), 1024, 2, 1, 1, 2) == 2
 
 
 def test_tiles_of_add_norm():

@@ -159,6 +159,10 @@ SCALARS = {
     "scale": lambda a, n: ops.decode_attention(a["x"].repeat(1, 6), *cache(), torch.tensor([2]), scale=n / 8),
     "eps": lambda a, n: ops.add_norm(a["x"][None], a["x"][None], eps=n / 8)[1],
     "eps, rms": lambda a, n: ops.add_norm(a["x"][None], None, eps=n / 8, rms=True)[1],
+    "eps, linear": lambda a, n: ops.norm_linear(a["x"][:, None], None, a["codebook"], eps=n / 8)[1],
+    "eps, linear, asked for": lambda a, n: ops.norm_linear(
+        a["x"][:, None], None, a["codebook"], eps=n / 8, backend="reference"
+    )[1],
     "eps, asked for": lambda a, n: ops.add_norm(a["x"][None], None, eps=n / 8, backend="reference")[1],
 }
 
@@ -292,6 +296,9 @@ LAYERS = {
         **{"qkv": x.flatten(1)[:, : 6 * D], "keys": cache_of(x), "values": cache_of(x), "position": torch.tensor([2])}
         | change
     ),
+    "norm_linear": lambda x, /, **change: ops.norm_linear(
+        **{"x": x, "branch": x, "linear": torch.ones(2, D), "eps": 1e-5, **change}
+    ),
     "activate": lambda x, /, **change: ops.activate(**{"x": x, "kind": "silu", **change}),
 }
 
@@ -317,6 +324,12 @@ def test_empty_batches_of_layers(op):
         ("add_norm", {"eps": "1"}, "eps: got str"),
         ("add_norm", {"eps": -1.0}, "eps: got -1.0"),
         ("add_norm", {"eps": math.nan}, "eps: got nan"),
+        ("norm_linear", {"linear": torch.ones(2, D).long()}, "linear: got dtype torch.int64"),
+        ("norm_linear", {"linear": None}, "linear: got NoneType"),
+        ("norm_linear", {"linear_bias": [1.0]}, "linear_bias: got list"),
+        ("norm_linear", {"branch": [1.0]}, "branch: got list"),
+        ("norm_linear", {"eps": "1"}, "eps: got str"),
+        ("norm_linear", {"activation": "relu"}, "activation: got 'relu'"),
         ("append_normed", {"start": 1.0}, "start: got float"),
         ("append_normed", {"start": -1}, "start: got -1"),
         ("append_normed", {"keys": None}, "keys: got NoneType"),

@@ -34,12 +34,15 @@ def tensors() -> dict[str, torch.Tensor]:
         "rope": normal(7, D // 2, 2),
         "vectors": normal(B, 1, 3, D),
         "block": normal(B, N, 3, 2, D),
+        "matrix": normal(6, D),
+        "pair": normal(2, B, 3, D),
     }
 
 
 def schemas(backend: str) -> dict[str, tuple]:
     a = tensors()
     flow = (a["x"], a["t"], a["log_probs"], a["codebook"])
+    vectors = a["vectors"].unbind(2)
     x0_hat, norm = torch.ops.ddfast.codebook_posterior(*flow, backend)
     return {
         "nearest_code": (a["x"], a["codebook"], False, backend),
@@ -50,7 +53,8 @@ def schemas(backend: str) -> dict[str, tuple]:
         "sample_codes": (a["logits"], None, None, 1.0, 0, 1.0, a["x"], a["codebook"], 8, "dpm3m", backend),
         "draw_codes": (a["logits"], a["uncond"], a["scale"], 1.0, 7, 0.9, a["uniform"], backend),
         "decode_attention": (a["qkv"], a["keys"], a["values"], a["position"], a["rope"], a["index"], 0.5, backend),
-        "add_norm": (a["x"], a["x"] + 1, *a["vectors"].unbind(2), 1e-5, False, backend),
+        "add_norm": (a["x"], a["x"] + 1, *vectors, 1e-5, False, backend),
+        "norm_linear": (*a["pair"], a["matrix"], a["matrix"][:, 0], *vectors, 1e-5, "layer", "swiglu", backend),
         "append_normed": (a["block"], a["keys"], a["values"], 1, a["uniform"][0, :2], backend),
         "activate": (a["x"], a["x"] + 1, "silu", backend),
         "noise": (3, a["index"], [3, 2], backend),
@@ -107,6 +111,9 @@ PUBLIC = {
     "decode_attention": attention_and_cache,
     "add_norm": lambda a: ops.add_norm(a["x"], a["x"] + 1, weight=a["x"][0, 0], eps=1e-5, backend="reference")[1],
     "append_normed": normed_and_cache,
+    "norm_linear": lambda a: ops.norm_linear(
+        a["x"][:, :1], a["x"][:, 1:2], a["matrix"], eps=1e-5, activation="swiglu", backend="reference"
+    )[1],
     "activate": lambda a: ops.activate(a["x"], a["x"] + 1, kind="silu", backend="reference"),
     "noise": lambda a: ddfast.noise(3, a["index"], (3, 2)),
 }

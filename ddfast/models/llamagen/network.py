@@ -21,13 +21,12 @@ from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAtte
 from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import as_codes, known
-from ddfast.models.layers import Embedding, Linear, stack_rows, twice_embedded
+from ddfast.models.layers import Embedding, Linear, norm_layer, plain_layer, stack_rows, twice_embedded
 from ddfast.models.llamagen.tokenizer import LlamaGenTokenizer
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import TokenizedTeacher
 from ddfast.ops import nearest_code
-from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
 from ddfast.ops.dispatch import Asked
 
@@ -116,6 +115,12 @@ class RMSNorm(nn.Module):
         """x + branch [R, L, W], and its norm."""
         return add_norm_unchecked(x, branch, weight=self.weight, eps=self.eps, rms=True)
 
+    def before(
+        self, layer: nn.Linear, x: Tensor, branch: Tensor | None, activation: str = "none"
+    ) -> tuple[Tensor, Tensor]:
+        """x + branch [R, L, W], and what a layer makes of its norm."""
+        return norm_layer(x, branch, layer, activation=activation, weight=self.weight, eps=self.eps, rms=True)
+
 
 def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tensor:
     """Cosines and sines of the 2-D rotary embedding, float32 [C + N, K / 2, 2]: row angles first, then column angles.
@@ -135,7 +140,7 @@ def rope_table(sizes: LlamaGenSizes, device: torch.device | str = "cpu") -> Tens
 
 
 class LlamaAttention(nn.Module):
-    """Attention with rotary embedding; fewer key than query heads are allowed."""
+    """Attention with rotary embedding, from query, key and value on; fewer key than query heads are allowed."""
 
     def __init__(self, sizes: LlamaGenSizes) -> None:
         super().__init__()
@@ -143,8 +148,8 @@ class LlamaAttention(nn.Module):
         self.wqkv = Linear(sizes.dim, heads * head_dim, bias=False)
         self.wo = Linear(sizes.dim, sizes.dim, bias=False)
 
-    def forward(self, x: Tensor, mix: Mix, layer: int) -> Tensor:
-        return self.wo(mix(layer, self.wqkv(x)))
+    def forward(self, qkv: Tensor, mix: Mix, layer: int) -> Tensor:
+        return plain_layer(mix(layer, qkv), self.wo)
 
 
 class SwiGLU(nn.Module):
@@ -156,9 +161,10 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(hidden, width, bias=False)
         stack_rows(self, "w13.weight", ("w1.weight", "w3.weight"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w13(x).chunk(2, dim=-1)
-        return self.w2(activate(gate, value, kind="silu"))
+    def forward(self, x: Tensor, branch: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """Of the norm of x + branch: that sum, and the branch that follows it."""
+        x, hidden = norm.before(self.w13, x, branch, "swiglu")
+        return x, plain_layer(hidden, self.w2)
 
 
 class LlamaBlock(nn.Module):
@@ -173,9 +179,8 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor | None, mix: Mix, layer: int) -> tuple[Tensor, Tensor]:
         """x [R, L, W] and what the block before adds to it; this block's last branch comes back unadded, like that."""
-        x, normed = self.attention_norm.add(x, branch)
-        x, normed = self.ffn_norm.add(x, self.attention(normed, mix, layer))
-        return x, self.feed_forward(normed)
+        x, qkv = self.attention_norm.before(self.attention.wqkv, x, branch)
+        return self.feed_forward(x, self.attention(qkv, mix, layer), self.ffn_norm)
 
 
 class LabelEmbedding(nn.Module):
@@ -448,11 +453,11 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         sizes = self.sizes
         attention = Asked(rows, sizes.dim // sizes.n_head, sizes.cls_token_num + sizes.block_size)
-        layers = {"add_norm": Asked(rows, size=sizes.dim), "activate": Asked(rows, size=sizes.ffn_dim)}
-        return {"decode_attention": attention} | layers
+        layers = dict.fromkeys(("add_norm", "norm_linear"), Asked(rows, size=sizes.dim))
+        return {"decode_attention": attention, "activate": Asked(rows, size=sizes.ffn_dim)} | layers
 
     def read_out(self, hidden: Tensor) -> Tensor:
-        return self.output(hidden)
+        return plain_layer(hidden, self.output)
 
 
 class LlamaGenStudent(_LlamaGenNetwork, DD1Student):

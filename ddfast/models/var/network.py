@@ -30,12 +30,11 @@ from ddfast.models.attention import (
 from ddfast.models.autoregressive import Condition, SamplingDefaults, on_device
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import check_labels
-from ddfast.models.layers import Embedding, Linear
+from ddfast.models.layers import Embedding, Linear, norm_layer, plain_layer
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import ContinuousHead, DD1Student
 from ddfast.models.tokenizers import TokenizedTeacher
 from ddfast.models.var.tokenizer import VARTokenizer
-from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
 from ddfast.ops.append_normed import append_normed
 from ddfast.ops.dispatch import Asked
@@ -64,9 +63,9 @@ class VARAttention(nn.Module):
             return bias, None
         return bias, self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().flatten()
 
-    def forward(self, x: Tensor, bias: Tensor, head_scale: Tensor | None, attend: Attend, layer: int) -> Tensor:
-        rows, length, width = x.shape
-        qkv = F.linear(x, self.mat_qkv.weight, bias).view(rows, length, 3, self.heads, width // self.heads)
+    def forward(self, qkv: Tensor, head_scale: Tensor | None, attend: Attend, layer: int) -> Tensor:
+        rows, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        qkv = qkv.view(rows, length, 3, self.heads, width // self.heads)
         if head_scale is not None and isinstance(attend, CachedAttention):
             cache = attend.cache
             query = append_normed(qkv, cache.keys[layer], cache.values[layer], cache.length, scale=head_scale)
@@ -78,7 +77,7 @@ class VARAttention(nn.Module):
                 query = F.normalize(query, dim=-1) * head_scale[:, None, None]
                 key, scale = F.normalize(key, dim=-1), 1.0
             mixed = attend(layer, query, key, value, scale)
-        return self.proj(mixed.transpose(1, 2).reshape(rows, length, width))
+        return plain_layer(mixed.transpose(1, 2).reshape(rows, length, width), self.proj)
 
 
 @dataclass
@@ -107,8 +106,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1(x), kind="gelu"))
+    def forward(self, x: Tensor, branch: Tensor | None, **norm: Any) -> tuple[Tensor, Tensor]:
+        """Of the norm of x + gate * branch: that sum, and the branch that follows it."""
+        x, hidden = norm_layer(x, branch, self.fc1, activation="gelu", **norm)
+        return x, plain_layer(hidden, self.fc2)
 
 
 class VARBlock(nn.Module):
@@ -139,12 +140,13 @@ class VARBlock(nn.Module):
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = own.modulation.unbind(2)
         branch, gate = gated
-        x, normed = add_norm_unchecked(x, branch, gate=gate, weight=scale1, bias=shift1, eps=self.eps)
-        mixed = self.attn(normed, own.bias, own.head_scale, attend, layer)
+        front: dict[str, Any] = {"gate": gate, "weight": scale1, "bias": shift1, "eps": self.eps}
+        x, qkv = norm_layer(x, branch, self.attn.mat_qkv, layer_bias=own.bias, **front)
+        mixed = self.attn(qkv, own.head_scale, attend, layer)
         if extra is not None:
             x = x + extra
-        x, normed = add_norm_unchecked(x, mixed, gate=gamma1, weight=scale2, bias=shift2, eps=self.eps)
-        return x, (self.ffn(normed), gamma2)
+        x, branch = self.ffn(x, mixed, gate=gamma1, weight=scale2, bias=shift2, eps=self.eps)
+        return x, (branch, gamma2)
 
 
 class HeadNorm(nn.Module):
@@ -404,15 +406,13 @@ class VARTeacher(_VARNetwork, TokenizedTeacher):
 
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         tokens, heads, width = rows * size, self.sizes.num_heads, self.sizes.embed_dim
-        layers = {
-            "add_norm": Asked(tokens, size=width),
-            "activate": Asked(tokens, size=round(width * self.sizes.mlp_ratio)),
-        }
+        layers = dict.fromkeys(("add_norm", "norm_linear"), Asked(tokens, size=width))
+        layers["activate"] = Asked(tokens, size=round(width * self.sizes.mlp_ratio))
         attention = {"append_normed": Asked(3 * heads * tokens, width // heads)} if self.sizes.attn_l2_norm else {}
         return attention | layers
 
     def read_out(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
+        return plain_layer(hidden, self.head)
 
 
 class VARStudent(_VARNetwork, DD1Student):
