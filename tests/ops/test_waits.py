@@ -124,6 +124,9 @@ def call(op: str, backend: str) -> object:
         case "add_norm":
             gate, weight, bias = vectors.unbind(2)
             return function(x, x, gate=gate, weight=weight, bias=bias, eps=1e-5, backend=backend)
+        case "norm_linear":
+            weight, linear = vectors[0, 0, 0], normal(3, D)
+            return function(x[:1], x[:1], linear, weight=weight, eps=1e-5, rms=True, backend=backend)
         case "append_normed":
             return function(normal(B, N, 3, 2, D), keys, values, 1, scale=normal(2), backend=backend)
         case "activate":
