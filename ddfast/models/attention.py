@@ -6,7 +6,7 @@ Dimensions: R rows, H query heads, G key heads, S sequence, L positions of a cac
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -208,8 +208,11 @@ class StepMix:
         self.rope = None if rope is None else rope[:length].contiguous()
         self.scale = head_dim**-0.5
         self.plain: SequenceMix | None = None
-        dtype = keys.dtype
-        if dispatch.choose("decode_attention", keys.device.type, dtype, rows=rows).backend == "reference":
+        sizes: dict[str, Any] = {"rows": rows, "dim": head_dim, "size": length}
+        if dispatch.choose("decode_attention", keys.device, keys.dtype, **sizes).backend == "reference":
+            if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+                # What a graph repeats would go on at the position that the host knows now.
+                raise RuntimeError("decode_attention: got its reference inside a CUDA graph, expected a kernel")
             here = slice(cache.length, cache.length + 1)
             mask = None
             if first is not None:

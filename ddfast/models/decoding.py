@@ -30,8 +30,8 @@ from ddfast.ops.geometry import CodebookGeometry, codebook_geometry
 from ddfast.ops.sample_codes import only_codes
 
 Sampler: TypeAlias = Literal["multinomial", "greedy", "flow"]
-Choices: TypeAlias = tuple[tuple[str, int, str], ...]
-"""Op, rows and backend of all that the steps of a decoding ask for."""
+Choices: TypeAlias = tuple[tuple[str, int, str, str], ...]
+"""Op, rows, backend and its reason, of all that the steps of a decoding ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +340,8 @@ def _choices(teacher: AutoRegressive, plan: Plan, inputs: Inputs) -> Choices:
         asked |= {(sampling, Asked(plan.batch * size, dim, len(codebook))), *teacher.step_ops(rows, size).items()}
     device = codebook.device
     dispatch.prepare(((op, dtype, sizes.dim) for op, sizes in asked), device)
-    return tuple((op, sizes.rows, dispatch.choose_for(op, device, dtype, sizes).backend) for op, sizes in sorted(asked))
+    chosen = [(op, sizes.rows, dispatch.choose(op, device, dtype, **sizes._asdict())) for op, sizes in sorted(asked)]
+    return tuple((op, rows, choice.backend, choice.reason) for op, rows, choice in chosen)
 
 
 def _precision() -> tuple[str, str]:
@@ -355,8 +356,8 @@ def _obstacle(teacher: AutoRegressive, plan: Plan, choices: Choices) -> str:
         return f"{type(teacher).__name__} does not say that its steps can be captured (its attribute `graphable`)"
     if plan.sampler == "flow" and teacher.codebook.is_inference():
         return "the teacher was made in inference mode: its codebook counts no writes, and is looked at in every step"
-    for op, _, backend in choices:
+    for op, _, backend, reason in choices:
         waits = op in ("sample_codes", "draw_codes") or (op == "decode_attention" and teacher.one_by_one)
         if waits and backend == "reference":
-            return f"{op} would run on its reference, which a graph cannot hold; set DDFAST_BACKEND=triton"
+            return f"{op} would run on its reference, which a graph cannot hold ({reason}); see `ddfast doctor`"
     return ""

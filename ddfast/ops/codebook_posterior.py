@@ -140,7 +140,8 @@ def _codebook_posterior(
     if chosen == "triton":
         native.triton("codebook_posterior").codebook_posterior(rows.x, rows.t, rows.log_probs, rows.codes, out, norm)
     elif chosen == "cuda":
-        common.cuda_kernels(rows.codes).codebook_posterior_forward(
+        assert native.cuda is not None
+        native.cuda.codebook_posterior_forward(
             *rows.arguments(0), rows.period, rows.codes.data_ptr(), out.data_ptr(), norm.data_ptr(),
             len(rows.x), *rows.codes.shape, *common.launch_place(rows.x),
         )  # fmt: skip
@@ -184,7 +185,8 @@ def _codebook_posterior_backward(
         kernels = native.triton("codebook_posterior")
         kernels.codebook_posterior_backward(g, rows.x, rows.t, rows.log_probs, rows.codes, mean, norm, out)
     elif chosen == "cuda":
-        common.cuda_kernels(rows.codes).codebook_posterior_backward(
+        assert native.cuda is not None
+        native.cuda.codebook_posterior_backward(
             g.data_ptr(), *rows.arguments(0), rows.period, rows.codes.data_ptr(), mean.data_ptr(), norm.data_ptr(),
             out.data_ptr(), len(rows.x), *rows.codes.shape, *common.launch_place(rows.x),
         )  # fmt: skip

@@ -84,15 +84,6 @@ def launch_place(tensor: Tensor) -> tuple[int, int]:
     return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def cuda_kernels(codebook: Tensor) -> Any:
-    """The CUDA module, if it takes codes of this dimension."""
-    assert native.cuda is not None
-    if codebook.shape[1] > native.cuda.max_dim:
-        most = f"expected at most {native.cuda.max_dim} for backend 'cuda'; use 'triton' or 'reference'"
-        raise ValueError(f"codebook: got codes of dimension {codebook.shape[1]}, {most}")
-    return native.cuda
-
-
 def backend_of(op: str, backend: str, *tensors: Tensor | None, dim: int = 0, size: int = 0) -> str:
     """Dispatch on the first tensor's device, rows and dtype, or that of one of them that no kernel reads.
 

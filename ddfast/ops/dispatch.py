@@ -145,7 +145,7 @@ def choose(
         backend: "auto", or the one that must run.
         rows, size: how many tokens, vectors or samples, and of how many codes, positions or features each: what was
             timed at the nearest sizes decides between kernels.
-        dim: of codes or of a head, 0 for ops that have neither: kernels are compiled for it.
+        dim: of codes or of a head, 0 for ops that have neither, or where it is not known: kernels are compiled for it.
 
     Raises:
         ValueError: `backend`, or DDFAST_BACKEND, is unknown; or asked for by name, for this op, and cannot run these
@@ -155,15 +155,10 @@ def choose(
     choice = _choices.get(key)
     if choice is None:
         where = torch.device(device)
-        choice, final = _decide(op, where, dtype, backend, rows, dim, size)
+        choice, final = _decide(op, where, dtype, backend, rows, dim or usual_dim(op), size)
         if final and where.type == "cuda":
             _choices[key] = choice
     return choice
-
-
-def choose_for(op: str, device: torch.device, dtype: torch.dtype, asked: Asked) -> Choice:
-    """`choose` by "auto", of sizes that somebody else gave; a dimension that is not known is the usual one."""
-    return choose(op, device, dtype, rows=asked.rows, dim=asked.dim or usual_dim(op), size=asked.size)
 
 
 def _decide(
@@ -182,7 +177,8 @@ def _decide(
     if device.type == "cuda":
         reason = GPU_ORDER.get(op, "the kernels as they are listed")
         if not all(obstacle_of[name] for name in kernels):
-            timed = findings.order(device, op, dtype, dim, rows, size)
+            # The same for all rows that a choice is remembered for, whichever came first.
+            timed = findings.order(device, op, dtype, dim, 1 << max(rows.bit_length() - 1, 0), size)
             if timed is not None:
                 reason = timed.reason
                 kernels = [name for name in timed.order if name == "reference" or name in kernels]
@@ -251,6 +247,8 @@ def _verdict(check: Check, device: torch.device) -> findings.Verdict:
     """Of one kernel; those that are likely to be asked for next are verified along with it, in the same process."""
     if not env.verifies():
         return findings.Verdict(True, "not verified (DDFAST_VERIFY=0)")
+    if check.op not in GPU_ORDER:
+        return findings.Verdict(False, "has no problem in ddfast.ops.checks to be verified by; a name asks for it")
     known = verification.known(check, device)
     if known is not None:
         return known
@@ -278,11 +276,17 @@ def _along(check: Check, device: torch.device) -> list[Check]:
 
 
 def _first(op: str, dtype: torch.dtype, dim: int, device: torch.device) -> list[Check]:
-    """The check of the kernel that "auto" would try first, if there is one."""
+    """The check of the kernel that "auto" would try first, if there is one and it has to be verified."""
+    preferred, strict = _asked(op, "auto")
+    if strict or op not in GPU_ORDER:
+        return []
     interpreted = "triton" if env.triton_interpreted() else ""
-    names = (name for name in KERNELS[op] if name != interpreted)
-    usable = (name for name in names if not _obstacle(op, name, device, dtype, dim))
-    return [Check(op, name, dtype, dim) for name in usable][:1]
+    for name in dict.fromkeys((*preferred, *KERNELS[op])):
+        if name == "reference":
+            return []
+        if name != interpreted and DEVICE_OF[name] == device.type and not _obstacle(op, name, device, dtype, dim):
+            return [Check(op, name, dtype, dim)]
+    return []
 
 
 def is_right(op: str, backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> bool:

@@ -159,7 +159,8 @@ def cuda_flow(
     solver: str, *, top_k: int = 0, top_p: float = 1.0,
 ) -> None:  # fmt: skip
     """Call `launch` of the CUDA module on rows described by its leading arguments."""
-    kernels, geometry = common.cuda_kernels(codebook), codebook_geometry(codebook, wait=False)
+    kernels, geometry = native.cuda, codebook_geometry(codebook, wait=False)
+    assert kernels is not None
     eps, codes, place = common.float_rows(noise), codebook.float().contiguous(), common.launch_place(out)
     size = kernels.flow_scratch_bytes(len(eps), *codes.shape, top_k, top_p, 0, place[0])
     scratch = out.new_empty(size, dtype=torch.uint8)

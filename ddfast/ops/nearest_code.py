@@ -72,8 +72,8 @@ def _nearest_code(x: Tensor, codebook: Tensor, cosine: bool, backend: str) -> Te
         return out
     rows, codes = common.float_rows(x), codes.float().contiguous()
     addresses = (rows.data_ptr(), codes.data_ptr(), out.data_ptr())
-    kernels = common.cuda_kernels(codes)
-    kernels.nearest_code(*addresses, len(rows), *codes.shape, cosine, 0, *common.launch_place(rows))
+    assert native.cuda is not None
+    native.cuda.nearest_code(*addresses, len(rows), *codes.shape, cosine, 0, *common.launch_place(rows))
     return out
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ddfast import private_api
+from ddfast import messages, private_api
 from ddfast.ops import dispatch, findings
 
 MARGIN = 0.10
@@ -51,8 +51,9 @@ class Call:
     sizes: Sizes
 
     def run(self, backend: str) -> Any:
-        """Call it again, by a backend."""
-        return self.function(*self.arguments, backend)
+        """Call it again, by a backend; the recorded tensors may be of inference mode, and caches are written to."""
+        with torch.inference_mode():
+            return self.function(*self.arguments, backend)
 
 
 @contextmanager
@@ -66,6 +67,8 @@ def recorded() -> Iterator[list[Call]]:
     def watch(function: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
         if function.namespace != "ddfast" or settings or arguments[-1] != "auto":
             return function(*arguments, **settings)
+        # Positions and the like are counted on where they are; everything else is only read, or written as before.
+        given = [v.clone() if isinstance(v, torch.Tensor) and not v.is_floating_point() else v for v in arguments]
         with dispatch.observed() as asked:
             result = function(*arguments)
         if asked:
@@ -73,7 +76,7 @@ def recorded() -> Iterator[list[Call]]:
             rows = 0 if op in dispatch.DECIDE_CODES else 1 << (max(rows, 1).bit_length() - 1)
             sizes = Sizes(op=op, dtype=dtype, dim=dim, rows=rows, size=size)
             shapes = tuple(tuple(value.shape) for value in arguments if isinstance(value, torch.Tensor))
-            kept[f"{function} {shapes}", sizes] = Call(function=function, arguments=arguments[:-1], sizes=sizes)
+            kept[f"{function} {shapes}", sizes] = Call(function=function, arguments=tuple(given[:-1]), sizes=sizes)
         return result
 
     calls: list[Call] = []
@@ -98,22 +101,25 @@ def tune(
         timed: (call, backends, device, seconds) -> milliseconds by backend; None: `milliseconds`.
     """
     timed = timed or milliseconds
-    backends: dict[Sizes, list[str]] = {}
+    by_sizes: dict[Sizes, list[Call]] = {}
     for call in calls:
-        if call.sizes not in backends:
-            backends[call.sizes] = _candidates(call.sizes, device)
-    calls = [call for call in calls if len(backends[call.sizes]) > 1]
-    totals: dict[Sizes, dict[str, float]] = {}
-    for call in calls:
-        names = backends[call.sizes]
-        found = timed(call, names, device, seconds / len(calls))
-        total = totals.setdefault(call.sizes, dict.fromkeys(names, 0.0))
-        for name in names:
-            total[name] += found[name]
-    orders = {sizes.name: _entry(sizes, total) for sizes, total in totals.items()}
-    if orders:
-        with findings.locked():
-            findings.add(device, "orders", orders)
+        by_sizes.setdefault(call.sizes, []).append(call)
+    backends = {sizes: _candidates(sizes, device) for sizes in by_sizes}
+    share = seconds / max(1, sum(len(found) for sizes, found in by_sizes.items() if len(backends[sizes]) > 1))
+    orders: dict[str, dict[str, Any]] = {}
+    for sizes, alike in by_sizes.items():
+        names = backends[sizes]
+        if len(names) < 2:
+            continue
+        total = dict.fromkeys(names, 0.0)
+        for call in alike:
+            found = timed(call, names, device, share)
+            total = {name: total[name] + found[name] for name in total if name in found}
+        if not total:
+            continue
+        orders[sizes.name] = _entry(sizes, total)
+        with findings.locked():  # what was timed stays, whatever becomes of the rest
+            findings.add(device, "orders", {sizes.name: orders[sizes.name]})
     dispatch.forget()
     return orders
 
@@ -142,10 +148,15 @@ def _entry(sizes: Sizes, total: Mapping[str, float]) -> dict[str, Any]:
 def milliseconds(call: Call, backends: Sequence[str], device: torch.device, seconds: float) -> dict[str, float]:
     """Medians of device time, the backends in turn, each with an L2 cache that holds none of its inputs."""
     with torch.cuda.device(device):
-        replays = {name: _replay(call, name) for name in backends}
+        replays = {}
+        for name in backends:
+            try:
+                replays[name] = _replay(call, name)
+            except RuntimeError as error:  # such as no memory for the reference at these sizes
+                messages.warn(f"{call.sizes.op}: {name} is not timed: {' '.join(str(error).split())[:200]}")
         cache = torch.cuda.get_device_properties(device).L2_cache_size or 64 << 20
         flushed = torch.empty(2 * cache, dtype=torch.uint8, device=device)
-        times: dict[str, list[float]] = {name: [] for name in backends}
+        times: dict[str, list[float]] = {name: [] for name in replays}
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         started = time.perf_counter()
         for turn in range(_ROUNDS):

@@ -133,9 +133,10 @@ def generate_trajectories(
         return Throughput()
     made_by, backend = store.settings.backend, _backend(teacher)
     if made_by not in ("", backend):
+        remedy = "use --device cpu" if made_by == "cpu" else f"set DDFAST_BACKEND=sample_codes={made_by}"
         raise DDFastError(
-            f"{store.path} was begun with the backend {made_by!r} of sample_codes, here it is {backend!r}: set "
-            f"DDFAST_BACKEND=sample_codes={made_by}, or choose another folder"
+            f"{store.path} was begun with the backend {made_by!r} of sample_codes, here it is {backend!r}: {remedy}, "
+            "or choose another folder"
         )
     size = store.settings.shard_size
     batches = math.ceil(size / (batch_size or largest_batch(teacher)))

@@ -178,5 +178,5 @@ def test_errors():
                     backend="cuda")  # fmt: skip
     with pytest.raises(ValueError, match="logits: row 1 has NaN"):
         draw_codes(torch.zeros(3, 5).index_fill(0, torch.tensor(1), -torch.inf), torch.zeros(3), backend="cuda")
-    with pytest.raises(ValueError, match="codebook: got codes of dimension 65, expected at most 64"):
+    with pytest.raises(ValueError, match="codes have 65 dimensions, it takes 64 at most"):
         nearest_code(torch.randn(2, 65), torch.randn(3, 65), backend="cuda")

@@ -357,9 +357,12 @@ def test_w1_and_w3_are_one_matrix_and_two_in_every_state():
     w1, w3 = (state[name] for name in names[:2])
     assert torch.equal(torch.cat((w1, w3)), layer.w13.weight)
     assert w1.data_ptr() == layer.w13.weight.data_ptr()
-    x = torch.randn(2, 3, 64)
-    expected = layer.w2(F.silu(x @ w1.T) * (x @ w3.T))
-    assert torch.allclose(layer(x), expected, atol=1e-6)
+    x, branch = torch.randn(2, 2, 3, 64)
+    norm = teacher.layers[1].ffn_norm
+    total, following = layer(x, branch, norm)
+    normed = norm(x + branch)
+    assert torch.equal(total, x + branch)
+    assert torch.allclose(following, layer.w2(F.silu(normed @ w1.T) * (normed @ w3.T)), atol=1e-6)
 
     other = copy.deepcopy(randomised(llamagen_teacher_like(), 0.3))
     other.load_state_dict(state)

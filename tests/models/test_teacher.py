@@ -130,7 +130,7 @@ def test_a_marked_code_is_an_error(monkeypatch):
     """As a GPU's kernel returns it, which cannot raise by itself."""
     teacher = ToyTeacher()
     marked = torch.tensor([[3], [-1]])
-    monkeypatch.setattr(decoding, "sample_codes", lambda *_, **__: (marked, None))
+    monkeypatch.setattr(decoding, "only_codes", lambda *_, **__: marked)
     with pytest.raises(ValueError, match="token 0 of image 1 has no code"):
         teacher.generate(torch.zeros(2, dtype=torch.int64), sampler="flow", noise=torch.randn(2, 4, 2))
 

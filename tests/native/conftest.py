@@ -110,7 +110,7 @@ def activate(
 ) -> np.ndarray:
     """The result's bits."""
     out = np.zeros_like(x)
-    native.activate(address(x), address(times), address(out), dtype, x.size, gelu, threads)
+    native.activate(address(x), x.size, address(times), x.size, address(out), dtype, 1, x.size, gelu, threads)
     return out
 
 

@@ -105,6 +105,41 @@ def test_nothing_is_verified_while_a_graph_is_captured(machine, capsys):
     assert chosen("noise", rows=10**6) == "cuda"  # by the verdict that is stored
 
 
+def test_what_is_asked_for_is_what_is_verified(machine, monkeypatch):
+    """A kernel that was excluded, because it hangs perhaps, is not waited for."""
+    for setting, first in (("reference", None), ("sample_codes=triton", None), ("triton", "triton"), ("", "cuda")):
+        monkeypatch.setenv("DDFAST_BACKEND", setting)
+        machine.runs.clear()
+        monkeypatch.setattr(findings, "_read", {})
+        monkeypatch.setenv("DDFAST_CACHE", f"/nowhere/{setting}")
+        dispatch.prepare([("sample_codes", torch.float32, 8)], GPU)
+        assert [check.backend for run in machine.runs for check in run] == ([first] if first else [])
+
+
+def test_a_users_op_without_a_problem_runs_by_name_only(machine, monkeypatch):
+    monkeypatch.setitem(dispatch.KERNELS, "scale_shift", ("triton",))
+    choice = dispatch.choose("scale_shift", GPU, torch.float32)
+    assert choice.backend == "reference" and "no problem in ddfast.ops.checks" in choice.reason
+    assert chosen("scale_shift", "triton") == "triton"
+    chosen("noise")
+    assert "scale_shift" not in {check.op for run in machine.runs for check in run}
+
+
+def test_a_dimension_that_is_not_known_is_the_usual_one(machine):
+    assert chosen("decode_attention") == "triton"
+    assert {check.dim for run in machine.runs for check in run if check.op == "decode_attention"} == {64}
+
+
+def test_what_was_timed_does_not_depend_on_who_asks_first(machine):
+    entry = {"order": ["reference"], "reason": "", "rows": 128, "size": 0}
+    chosen("add_norm")
+    findings.add(GPU, "orders", {"add_norm float32 0 128 0": entry})
+    findings.add(GPU, "orders", {"add_norm float32 0 64 0": {**entry, "order": ["triton"], "rows": 64}})
+    for first, then in ((70, 120), (120, 70)):
+        dispatch.forget()
+        assert chosen("add_norm", rows=first) == chosen("add_norm", rows=then) == "triton"
+
+
 def test_verification_can_be_left_out(machine, monkeypatch):
     monkeypatch.setenv("DDFAST_VERIFY", "0")
     choice = dispatch.choose("noise", GPU, torch.float32)

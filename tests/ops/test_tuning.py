@@ -4,7 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backends import backends_of
 from machine import Machine, machine_of
+from official import llamagen_teacher_like, var_teacher_like
+from small import build
 
 from ddfast.evaluation.workload import work
 from ddfast.models.toy import ToyTeacher
@@ -18,6 +21,10 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def machine(monkeypatch, tmp_path) -> Machine:
     return machine_of(monkeypatch, tmp_path)
+
+
+def transformer() -> torch.nn.Module:
+    return build((1,) * 9, trained=True)[0]
 
 
 def call(op: str, rows: int = 0, size: int = 4096, dim: int = 0) -> Call:
@@ -37,6 +44,19 @@ def test_work_asks_for_what_decoding_and_training_do(monkeypatch):
     for made in calls:
         made.run("reference")
         assert made.sizes.rows == 0 or made.sizes.op not in dispatch.DECIDE_CODES
+
+
+@pytest.mark.parametrize("make", [llamagen_teacher_like, var_teacher_like, transformer])
+def test_what_a_decoding_recorded_can_be_called_again(monkeypatch, make):
+    """Positions have gone on since, and tensors are of inference mode; caches are written to again."""
+    monkeypatch.setenv("DDFAST_BACKEND", "auto")
+    teacher = make()
+    with tuning.recorded() as calls:
+        work(teacher, 2)
+    assert {"draw_codes", "sample_codes", "noise"} <= {made.sizes.op for made in calls}
+    for made in calls:
+        made.run("reference")
+        made.run("cpu" if "cpu" in backends_of(made.sizes.op) else "reference")
 
 
 def test_the_fastest_that_is_right_runs_from_then_on(machine):

@@ -452,7 +452,7 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
 
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         sizes = self.sizes
-        attention = Asked(rows, sizes.dim // sizes.n_head, sizes.cls_token_num + sizes.block_size)
+        attention = Asked(rows, sizes.dim // sizes.n_head, sizes.cls_token_num + sizes.block_size - 1)
         layers = dict.fromkeys(("add_norm", "norm_linear"), Asked(rows, size=sizes.dim))
         return {"decode_attention": attention, "activate": Asked(rows, size=sizes.ffn_dim)} | layers
 
