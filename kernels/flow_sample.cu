@@ -120,19 +120,19 @@ struct alignas(16) Quad {
 template <int T>
 __device__ __forceinline__ void load_code(const FlowBlock<T>& b, int count, int e, int first, float (&out)[kDims]) {
   const FlowArguments& a = b.launch->a;
-  const bool real = e < count;
-  const float* from = a.codebook + (int64_t)(real ? code_of(b, (int)b.kept[e]) : 0) * a.d + first;
+  const int real = e < count ? (int)a.d - first : 0;  // how many of them there are: 0 or less, none
+  const float* from = a.codebook + (int64_t)(real > 0 ? code_of(b, (int)b.kept[e]) : 0) * a.d + first;
   if (b.launch->vector_loads) {  // d is a multiple of 8 and the addresses of 16 bytes
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Quad quad = {};
-      if (real && first < (int)a.d) quad = ((const Quad*)from)[half];
+      if (real > 0) quad = ((const Quad*)from)[half];
 #pragma unroll
       for (int k = 0; k < 4; ++k) out[4 * half + k] = quad.value[k];
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < kDims; ++k) out[k] = real && first + k < (int)a.d ? from[k] : 0.f;
+    for (int k = 0; k < kDims; ++k) out[k] = k < real ? from[k] : 0.f;
   }
 }
 
@@ -658,6 +658,7 @@ __global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constan
   const auto row_at = [&](int i) { return of_deferred ? (int)launch.deferred[1 + i] : i; };
   while (turn < (of_deferred ? (int)launch.deferred[0] : (int)a.filter.rows)) {
     b.row = row_at(turn);
+    simt::forget(b.positions);  // the bounds of the row's loops need no registers during the flow
     const Statistics row = load_row(b);
     bool noise_is_finite = true;
     for (int k = 0; k < (int)a.d; ++k) {

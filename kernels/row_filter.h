@@ -232,8 +232,9 @@ __device__ Statistics load_row(Block<T>& b) {
     least = record[1] < least ? record[1] : least;
   }
   most = simt::reduce_max(most);
+  least = simt::reduce_min(least);
   // NaNs are beyond the infinities, on the side of their sign bit.
-  return {most, most <= kKeyOfMinusInf || most >= key_of(INFINITY) || simt::reduce_min(least) < kKeyOfMinusInf};
+  return {most, most <= kKeyOfMinusInf || most >= key_of(INFINITY) || least < kKeyOfMinusInf};
 }
 
 // A digit of the keys among which a selection looks, and those above it, which are settled.

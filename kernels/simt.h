@@ -119,6 +119,10 @@ __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
 
+// The value stays, but for all that the compiler knows it is a new one: what follows from it is computed after this,
+// instead of before a loop that then keeps it in registers.
+__device__ __forceinline__ void forget(int& value) { asm volatile("" : "+r"(value)); }
+
 // Clusters exist from compute capability 9.0 on; elsewhere a launch has clusters of one block.
 __device__ __forceinline__ int cluster_rank(int cluster) {
 #if __CUDA_ARCH__ >= 900

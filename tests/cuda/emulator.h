@@ -522,6 +522,7 @@ inline float bits_float(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+inline void forget(int&) {}
 inline uint32_t to_bf16(float x) {  // to nearest, ties to even
   const uint32_t bits = float_bits(x);
   return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;

@@ -4,8 +4,11 @@ python tests/cuda/sass.py FILE --kernel 'nearest_kernel<8>' --opcodes    # of FI
 python tests/cuda/sass.py --triton nearest_code                          # of Triton kernels, compiled for sm_90
 python tests/cuda/sass.py --record [FILE...]                             # into instructions.json
 
-A pass is the shortest way once round a loop that goes by its markers: what a warp issues per turn while nothing rare
-happens. The whole is every instruction of the loop, inner loops and what is rare included. Padding counts nowhere.
+A pass is the shortest way once round a loop that skips no work: what a warp issues per turn while nothing rare happens.
+Of two branches it takes the shorter, but code that a condition merely guards belongs to it if there is work in it (a
+chunk of codes, say, that a row may not fill). Inner loops are no such work; one that cannot be passed over turns once.
+The whole is every instruction of the loop, inner loops and what is rare included. Padding counts nowhere, nor do the
+copies of a collective for warps that have diverged (`BRA.DIV`): ours have not.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from typing import NamedTuple
 ARCHITECTURE = "sm_90a"
 TABLE = Path(__file__).with_name("instructions.json")
 MARKER = re.compile(r"HMMA|HGMMA|MUFU\.EX2")
-"""What kernels are written for: products of the tensor cores, exponentials."""
+"""What kernels are written for: products of the tensor cores, exponentials. By them the hot loop is known."""
+WORK = re.compile(rf"{MARKER.pattern}|FFMA")
 PADDING = ("NOP",)
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@(!?\w+)\s+)?([\w.]+)([^;]*);", re.MULTILINE)
 FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
@@ -42,8 +46,10 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
+        """Of a branch, but of the one that a diverged warp takes."""
         found = re.search(r"\b0x([0-9a-f]+)\s*$", self.operands)
-        return int(found[1], 16) if found and self.opcode.split(".")[0] in ("BRA", "JMP") else None
+        leads = self.opcode.split(".")[0] in ("BRA", "JMP") and self.opcode != "BRA.DIV"
+        return int(found[1], 16) if found and leads else None
 
     @property
     def falls_through(self) -> bool:
@@ -118,14 +124,15 @@ def loops(code: list[Instruction]) -> list[Loop]:
     found = []
     for head, body in sorted(bodies.items()):
         inner = set().union(*(other for at, other in bodies.items() if at != head and at in body))
-        markers = {at: sum(bool(MARKER.match(one.opcode)) for one in blocks[at]) for at in body - inner}
-        by = max(markers, key=lambda at: (markers[at], len(blocks[at]), -at))
-        edges = {at: [one for one in after[at] if one in body] for at in body}
-        way = _shortest(head, by, blocks, edges) + (_shortest(by, head, blocks, edges) if by != head else [])
+        own = body - inner
+        markers = sum(bool(MARKER.match(one.opcode)) for at in own for one in blocks[at])
+        working = {at for at in own if any(WORK.match(one.opcode) for one in blocks[at])}
+        edges = _unskipped({at: [one for one in after[at] if one in body] for at in body}, head, working)
+        way = _shortest(head, blocks, edges)
         depth = sum(head in other for at, other in bodies.items() if at != head)
         whole = [one for at in sorted(body) for one in _counted(blocks[at])]
         turn = [one for at in way for one in _counted(blocks[at])]
-        found.append(Loop(head, depth, turn, whole, sum(markers.values())))
+        found.append(Loop(head, depth, turn, whole, markers))
     return found
 
 
@@ -143,7 +150,7 @@ def _counted(code: Iterable[Instruction]) -> list[Instruction]:
 
 
 def _blocks(code: list[Instruction]) -> tuple[dict[int, list[Instruction]], dict[int, list[int]]]:
-    """Straight pieces of code by address, and which ones may follow each."""
+    """Straight pieces of code by address, those that are reached, and which ones may follow each."""
     targets = {one.target for one in code}
     starts = targets | {b.at for a, b in itertools.pairwise(code) if a.target or not a.falls_through}
     blocks: dict[int, list[Instruction]] = {}
@@ -157,7 +164,44 @@ def _blocks(code: list[Instruction]) -> tuple[dict[int, list[Instruction]], dict
         last = blocks[at][-1]
         ways = [last.target, beyond if last.falls_through else None]
         after[at] = [way for way in ways if way is not None and way in blocks]
-    return blocks, after
+    reached = _reached(order[0], after)
+    return {at: blocks[at] for at in order if at in reached}, {at: after[at] for at in order if at in reached}
+
+
+def _reached(begin: int, edges: dict[int, list[int]], end: int | None = None) -> set[int]:
+    """The blocks on the ways from `begin`, before they come to `end`."""
+    reached: set[int] = set()
+    waiting = [begin]
+    while waiting:
+        if (at := waiting.pop()) not in reached and at != end:
+            reached.add(at)
+            waiting += edges[at]
+    return reached
+
+
+def _unskipped(edges: dict[int, list[int]], head: int, working: set[int]) -> dict[int, list[int]]:
+    """Without the edges that skip blocks with work: from a fork to where its other branch leads in any case."""
+    certain = {at: set(edges) for at in edges}  # what every way from a block goes by before the loop's next turn
+    before: dict[int, set[int]] = {at: set() for at in edges}
+    for at, next_ones in edges.items():
+        for one in next_ones:
+            before[one].add(at)
+    waiting = set(edges)
+    while waiting:
+        at = waiting.pop()
+        now = {at} | set.intersection(*({head} if one == head else certain[one] | {head} for one in edges[at]))
+        if now != certain[at]:
+            certain[at] = now
+            waiting |= before[at]
+
+    def skips(to: int, other: int) -> bool:
+        joins = to != other != head and to in certain[other]
+        return joins and not working.isdisjoint(_reached(other, edges, to))
+
+    return {
+        at: [to for to in next_ones if not any(skips(to, other) for other in next_ones)]
+        for at, next_ones in edges.items()
+    }
 
 
 def _back_edges(entry: int, after: dict[int, list[int]]) -> Iterator[tuple[int, int]]:
@@ -178,13 +222,13 @@ def _back_edges(entry: int, after: dict[int, list[int]]) -> Iterator[tuple[int, 
             under_way.pop()
 
 
-def _shortest(begin: int, end: int, blocks: dict[int, list[Instruction]], edges: dict[int, list[int]]) -> list[int]:
-    """The way with the fewest instructions, of one step or more: the blocks behind `begin`, up to `end`."""
-    queue: list[tuple[int, list[int]]] = [(0, [begin])]
+def _shortest(head: int, blocks: dict[int, list[Instruction]], edges: dict[int, list[int]]) -> list[int]:
+    """The way round with the fewest instructions: its blocks, the head last."""
+    queue: list[tuple[int, list[int]]] = [(0, [head])]
     done = set()
     while queue:
         length, way = heapq.heappop(queue)
-        if way[-1] == end and len(way) > 1:
+        if way[-1] == head and len(way) > 1:
             return way[1:]
         if way[-1] not in done:
             if len(way) > 1:

@@ -36,14 +36,36 @@ TEXT = """
         /*0100*/                   NOP;                                       /* 0x0 */
 """
 
+# A guard of work, a guard of none, and two branches.
+GUARDED = """
+		Function : guarded
+        /*0000*/                   MOV R2, RZ ;
+        /*0010*/              @!P0 BRA 0x30 ;
+        /*0020*/                   FFMA R3, R4, R5, R3 ;
+        /*0030*/              @!P1 BRA 0x50 ;
+        /*0040*/                   MOV R3, RZ ;
+        /*0050*/              @!P2 BRA 0x90 ;
+        /*0060*/                   FFMA R3, R4, R5, R3 ;
+        /*0070*/                   FFMA R3, R4, R5, R3 ;
+        /*0080*/                   BRA 0xa0 ;
+        /*0090*/                   FADD R3, R3, R3 ;
+        /*00a0*/               @P3 BRA 0x10 ;
+        /*00b0*/                   EXIT ;
+"""
+
 
 def test_loops_of_a_listing():
     [(name, code)] = sass.parsed(TEXT).items()
     assert name == "nearest_kernel<8, true>"
     assert len(code) == 17
     found = [(loop.head, loop.depth, len(loop.turn), len(loop.whole), loop.markers) for loop in sass.loops(code)]
-    assert found == [(0x20, 0, 6, 11, 0), (0x30, 1, 4, 9, 1), (0xA0, 2, 2, 2, 0)]
+    assert found == [(0x20, 0, 6, 9, 0), (0x30, 1, 4, 7, 1), (0xA0, 2, 2, 2, 0)]
     assert sorted(one.at for one in sass.hot_loop(code).turn) == [0x30, 0x40, 0x50, 0x70]
+
+
+def test_a_pass_skips_no_work_and_takes_the_shorter_branch():
+    [code] = sass.parsed(GUARDED).values()
+    assert sorted(one.at for one in sass.hot_loop(code).turn) == [0x10, 0x20, 0x30, 0x50, 0x90, 0xA0]
 
 
 @pytest.fixture(scope="module")
