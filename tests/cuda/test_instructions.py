@@ -45,8 +45,8 @@ GUARDED = """
         /*0030*/              @!P1 BRA 0x50 ;
         /*0040*/                   MOV R3, RZ ;
         /*0050*/              @!P2 BRA 0x90 ;
-        /*0060*/                   FFMA R3, R4, R5, R3 ;
-        /*0070*/                   FFMA R3, R4, R5, R3 ;
+        /*0060*/                   FADD R3, R3, R3 ;
+        /*0070*/                   FADD R3, R3, R3 ;
         /*0080*/                   BRA 0xa0 ;
         /*0090*/                   FADD R3, R3, R3 ;
         /*00a0*/               @P3 BRA 0x10 ;
