@@ -4,11 +4,11 @@ python tests/cuda/sass.py FILE --kernel 'nearest_kernel<8>' --opcodes    # of FI
 python tests/cuda/sass.py --triton nearest_code                          # of Triton kernels, compiled for sm_90
 python tests/cuda/sass.py --record [FILE...]                             # into instructions.json
 
-A pass is the shortest way once round a loop that skips no work: what a warp issues per turn while nothing rare happens.
-Of two branches it takes the shorter, but code that a condition merely guards belongs to it if there is work in it (a
-chunk of codes, say, that a row may not fill). Inner loops are no such work; one that cannot be passed over turns once.
-The whole is every instruction of the loop, inner loops and what is rare included. Padding counts nowhere, nor do the
-copies of a collective for warps that have diverged (`BRA.DIV`): ours have not.
+A pass is the shortest way once round a loop that goes by its work, products and exponentials: what a warp issues per
+turn while nothing rare happens. It goes by the block with most work, and skips no guarded code that is full of it (a
+chunk of codes, say, that a row may not fill). Inner loops are no work of the outer one; one that cannot be skipped
+turns once. The whole is every instruction of the loop, inner loops and what is rare included. Padding counts nowhere,
+nor do the copies of a collective for warps that have diverged (`BRA.DIV`): ours have not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ ARCHITECTURE = "sm_90a"
 TABLE = Path(__file__).with_name("instructions.json")
 MARKER = re.compile(r"HMMA|HGMMA|MUFU\.EX2")
 """What kernels are written for: products of the tensor cores, exponentials. By them the hot loop is known."""
-WORK = re.compile(rf"{MARKER.pattern}|FFMA")
+WORK = {"HMMA": 32, "HGMMA": 32, "MUFU.EX2": 8, "FFMA": 1}
+"""And products without tensor cores; each as so many of these, roughly as long as it keeps its unit."""
+LEAST_WORK = 0.4
+"""Per instruction of guarded code that a pass does not skip: chunks of codes have 0.5, a new maximum's case 0.3."""
 PADDING = ("NOP",)
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@(!?\w+)\s+)?([\w.]+)([^;]*);", re.MULTILINE)
 FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
@@ -124,11 +127,11 @@ def loops(code: list[Instruction]) -> list[Loop]:
     found = []
     for head, body in sorted(bodies.items()):
         inner = set().union(*(other for at, other in bodies.items() if at != head and at in body))
-        own = body - inner
-        markers = sum(bool(MARKER.match(one.opcode)) for at in own for one in blocks[at])
-        working = {at for at in own if any(WORK.match(one.opcode) for one in blocks[at])}
-        edges = _unskipped({at: [one for one in after[at] if one in body] for at in body}, head, working)
-        way = _shortest(head, blocks, edges)
+        own = {at: _counted(blocks[at]) for at in body - inner}
+        markers = sum(bool(MARKER.match(one.opcode)) for code in own.values() for one in code)
+        by = max(own, key=lambda at: (_work(own[at]), len(own[at]), -at))
+        edges = _unskipped({at: [one for one in after[at] if one in body] for at in body}, head, own)
+        way = _shortest(head, by, blocks, edges) + (_shortest(by, head, blocks, edges) if by != head else [])
         depth = sum(head in other for at, other in bodies.items() if at != head)
         whole = [one for at in sorted(body) for one in _counted(blocks[at])]
         turn = [one for at in way for one in _counted(blocks[at])]
@@ -147,6 +150,10 @@ def hot_loop(code: list[Instruction]) -> Loop | None:
 
 def _counted(code: Iterable[Instruction]) -> list[Instruction]:
     return [one for one in code if one.opcode not in PADDING]
+
+
+def _work(code: Iterable[Instruction]) -> int:
+    return sum(next((cost for name, cost in WORK.items() if one.opcode.startswith(name)), 0) for one in code)
 
 
 def _blocks(code: list[Instruction]) -> tuple[dict[int, list[Instruction]], dict[int, list[int]]]:
@@ -179,8 +186,8 @@ def _reached(begin: int, edges: dict[int, list[int]], end: int | None = None) ->
     return reached
 
 
-def _unskipped(edges: dict[int, list[int]], head: int, working: set[int]) -> dict[int, list[int]]:
-    """Without the edges that skip blocks with work: from a fork to where its other branch leads in any case."""
+def _unskipped(edges: dict[int, list[int]], head: int, own: dict[int, list[Instruction]]) -> dict[int, list[int]]:
+    """Without the edges that skip work of the loop's own: from a fork to where its other branch leads in any case."""
     certain = {at: set(edges) for at in edges}  # what every way from a block goes by before the loop's next turn
     before: dict[int, set[int]] = {at: set() for at in edges}
     for at, next_ones in edges.items():
@@ -195,8 +202,10 @@ def _unskipped(edges: dict[int, list[int]], head: int, working: set[int]) -> dic
             waiting |= before[at]
 
     def skips(to: int, other: int) -> bool:
-        joins = to != other != head and to in certain[other]
-        return joins and not working.isdisjoint(_reached(other, edges, to))
+        if to == other or other == head or to not in certain[other]:
+            return False
+        skipped = [one for at in _reached(other, edges, to) for one in own.get(at, ())]
+        return _work(skipped) > LEAST_WORK * len(skipped)
 
     return {
         at: [to for to in next_ones if not any(skips(to, other) for other in next_ones)]
@@ -222,13 +231,13 @@ def _back_edges(entry: int, after: dict[int, list[int]]) -> Iterator[tuple[int, 
             under_way.pop()
 
 
-def _shortest(head: int, blocks: dict[int, list[Instruction]], edges: dict[int, list[int]]) -> list[int]:
-    """The way round with the fewest instructions: its blocks, the head last."""
-    queue: list[tuple[int, list[int]]] = [(0, [head])]
+def _shortest(begin: int, end: int, blocks: dict[int, list[Instruction]], edges: dict[int, list[int]]) -> list[int]:
+    """The way with the fewest instructions, of one step or more: the blocks behind `begin`, up to `end`."""
+    queue: list[tuple[int, list[int]]] = [(0, [begin])]
     done = set()
     while queue:
         length, way = heapq.heappop(queue)
-        if way[-1] == head and len(way) > 1:
+        if way[-1] == end and len(way) > 1:
             return way[1:]
         if way[-1] not in done:
             if len(way) > 1:

@@ -36,21 +36,23 @@ TEXT = """
         /*0100*/                   NOP;                                       /* 0x0 */
 """
 
-# A guard of work, a guard of none, and two branches.
+# Two guards of work, one of none, and two branches.
 GUARDED = """
 		Function : guarded
         /*0000*/                   MOV R2, RZ ;
         /*0010*/              @!P0 BRA 0x30 ;
         /*0020*/                   FFMA R3, R4, R5, R3 ;
         /*0030*/              @!P1 BRA 0x50 ;
-        /*0040*/                   MOV R3, RZ ;
-        /*0050*/              @!P2 BRA 0x90 ;
-        /*0060*/                   FFMA R3, R4, R5, R3 ;
-        /*0070*/                   FFMA R3, R4, R5, R3 ;
-        /*0080*/                   BRA 0xa0 ;
+        /*0040*/                   FFMA R3, R4, R5, R3 ;
+        /*0050*/              @!P2 BRA 0x70 ;
+        /*0060*/                   MOV R3, RZ ;
+        /*0070*/              @!P3 BRA 0xb0 ;
+        /*0080*/                   FADD R3, R3, R3 ;
         /*0090*/                   FADD R3, R3, R3 ;
-        /*00a0*/               @P3 BRA 0x10 ;
-        /*00b0*/                   EXIT ;
+        /*00a0*/                   BRA 0xc0 ;
+        /*00b0*/                   FADD R3, R3, R3 ;
+        /*00c0*/               @P4 BRA 0x10 ;
+        /*00d0*/                   EXIT ;
 """
 
 
@@ -65,7 +67,7 @@ def test_loops_of_a_listing():
 
 def test_a_pass_skips_no_work_and_takes_the_shorter_branch():
     [code] = sass.parsed(GUARDED).values()
-    assert sorted(one.at for one in sass.hot_loop(code).turn) == [0x10, 0x20, 0x30, 0x50, 0x90, 0xA0]
+    assert sorted(one.at for one in sass.hot_loop(code).turn) == [0x10, 0x20, 0x30, 0x40, 0x50, 0x70, 0xB0, 0xC0]
 
 
 @pytest.fixture(scope="module")
