@@ -682,7 +682,7 @@ __global__ void __launch_bounds__(T, kWide / T) flow_kernel(const __grid_constan
       if (evaluations < 0) {
         launch.deferred[1 + simt::count_up(launch.deferred)] = (uint32_t)b.row;
       } else {
-        a.codes[b.row] = code;
+        a.codes[b.row] = code == (int64_t)kNone ? -1 : code;  // noise so large that no score is a number
         if (a.evaluations) a.evaluations[b.row] = evaluations;
       }
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
 from typing import Any
@@ -59,12 +61,25 @@ _KNOWS_DEPENDENT_LAUNCHES = (
 )
 
 
+_DRIVER_OF_EDGES = 12030
+"""CUDA of the first driver that captures such launches into graphs."""
+
+
+@functools.cache
+def _driver() -> int:
+    """CUDA's version of the driver, 12030 for 12.3; 0 where there is none."""
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def dependent_launch(tensor: Tensor) -> dict[str, Any]:
     """A launch's arguments that let it begin before the kernel in front of it has ended, on GPUs that can (sm_90 on).
 
     The kernel has a parameter DEPENDENT, and calls `wait_for_previous` with it before it reads or writes.
     """
-    if _KNOWS_DEPENDENT_LAUNCHES and capability(tensor) >= 90:
+    if _KNOWS_DEPENDENT_LAUNCHES and capability(tensor) >= 90 and _driver() >= _DRIVER_OF_EDGES:
         return {"DEPENDENT": True, "launch_pdl": True}
     return {"DEPENDENT": False}
 

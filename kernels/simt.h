@@ -166,11 +166,16 @@ __device__ __forceinline__ T* of_rank(T* mine, int rank, int cluster) {
 
 inline cudaError_t clear(void* at, size_t bytes, cudaStream_t stream) { return cudaMemsetAsync(at, 0, bytes, stream); }
 
-// An error where there is no code of the kernel for the current device.
+// An error where there is no code of the kernel for the current device. Code for older ones that the driver translates
+// knows no clusters, in which a device that has them would launch it: every block would take itself for the first.
 template <class Arguments>
 cudaError_t load(void (*kernel)(Arguments)) {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, (const void*)kernel);
+  cudaError_t status = cudaFuncGetAttributes(&attributes, (const void*)kernel);
+  Device found;
+  if (!status) status = device(&found);
+  if (!status && found.clusters && attributes.ptxVersion < 90) status = cudaErrorNoKernelImageForDevice;
+  return status;
 }
 
 // Asynchronous, capturable into a graph; `blocks` is a multiple of `cluster`.

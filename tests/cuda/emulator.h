@@ -530,7 +530,7 @@ inline uint32_t to_bf16(float x) {  // to nearest, ties to even
 inline uint32_t pack_bf16(float first, float second) { return to_bf16(first) | to_bf16(second) << 16; }
 
 // out = c + a b, where `a_at(row, k, words of the lane that has it)` and b_at are elements. The products are exact;
-// their sum with c is rounded towards zero, as far from the exact value as hardware is seen to go.
+// sums are cut, as far from the exact value as hardware is seen to go.
 template <class A, class B>
 void product(float (&out)[4], const uint32_t* a, int a_words, const uint32_t* b, int b_words, const float (&c)[4],
              int depth, A a_at, B b_at) {
@@ -542,11 +542,24 @@ void product(float (&out)[4], const uint32_t* a, int a_words, const uint32_t* b,
   const int g = lane() / 4, q = lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = g + (i / 2) * 8, column = 2 * q + i % 2;
-    double sum = simt::bits_float(words[6 + i]);
-    for (int k = 0; k < depth; ++k) sum += (double)a_at(all, row, k) * b_at(all, k, column);
-    float rounded = (float)sum;
-    if (std::fabs((double)rounded) > std::fabs(sum)) rounded = std::nextafterf(rounded, 0.f);
-    out[i] = rounded;
+    // As hardware is measured to add: a few products at a time, all addends aligned to the largest and cut.
+    constexpr int kTogether = 4, kBits = 25;
+    float sum = simt::bits_float(words[6 + i]);
+    for (int first = 0; first < depth; first += kTogether) {
+      double terms[kTogether + 1] = {sum};
+      for (int k = 0; k < kTogether && first + k < depth; ++k)
+        terms[k + 1] = (double)a_at(all, row, first + k) * b_at(all, first + k, column);
+      double largest = 0., exact = 0., cut = 0.;
+      for (double term : terms) exact += term, largest = std::fmax(largest, std::fabs(term));
+      int exponent;
+      std::frexp(largest, &exponent);
+      const double unit = std::ldexp(1., exponent - kBits);
+      for (double term : terms) cut += std::trunc(term / unit) * unit;
+      if (!std::isfinite(exact) || largest == 0.) cut = exact;
+      sum = (float)cut;
+      if (std::fabs((double)sum) > std::fabs(cut)) sum = std::nextafterf(sum, 0.f);
+    }
+    out[i] = sum;
   }
 }
 inline void mma_tf32(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -261,3 +261,13 @@ def test_empty_and_refused(emulator):
         emulator.sample_codes(torch.zeros(1, 7), torch.zeros(1, 65), torch.randn(7, 65))
     with pytest.raises(RuntimeError, match="status 1"):
         emulator.sample_codes(torch.zeros(1, 7), torch.zeros(1, 4), torch.randn(7, 4), cluster=3)
+
+
+@pytest.mark.parametrize("cluster", [0, 2])
+def test_noise_so_large_that_no_score_is_a_number_is_marked(emulator, cluster):
+    """Finite, but not what comes of it."""
+    log_probs, noise, codebook = (tensor.float() for tensor in problem(4, 90, 8))
+    noise[1] = torch.tensor([1e37, -1e37] * 4)
+    noise[2] = torch.tensor([3e38, -3e38] * 4)
+    codes, _ = emulator.sample_codes(log_probs, noise, codebook, cluster=cluster)
+    assert (codes[[0, 3]] >= 0).all() and (codes[[1, 2]] == -1).all()
