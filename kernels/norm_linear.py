@@ -6,8 +6,8 @@ A program has some outputs of all rows, and normalises the rows itself: two read
 launch. The first read is for the statistics; the second goes, in pieces and with pieces of W, into products on the
 tensor cores, whose small side the rows are. The warps share the width, not the outputs: each has a slice of every
 piece, and the slices are summed at the end. On the number of rows depend masks and padding alone, never how a sum is
-shared out: a row's result is the same bits in every batch, for widths that 16 divides. SwiGLU's two matrices lie one behind the other, and a
-program has the same outputs of both.
+shared out: a row's result is the same bits in every batch, for widths that 16 divides. SwiGLU's two matrices lie one
+behind the other, and a program has the same outputs of both.
 
 Bytes: W, which binds. LlamaGen-L in bf16: 6.3 MB for wqkv, 2.1 for wo, 11.5 for w1 and w3, 5.8 for w2, 33.6 for the
 head; a token, 24 blocks and the head, 650 MB, of which an H100 reads 3.35 TB/s in 0.19 ms. FLOP: 2 per element and row,
