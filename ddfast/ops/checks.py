@@ -1,8 +1,9 @@
 """Small problems that a kernel must solve as the reference does before it runs by itself on a GPU.
 
-`main` runs them in a process of its own for `verification`, and tells line by line which check begins and how it ended. A problem has what tells kernels apart that are right from those that nearly are: rows
-that keep few codes and rows that keep all (one launch, clusters, codes staged in shared memory, a second launch), equal
-logits, filtered codes, rows that cannot be used, sizes that divide by nothing.
+`main` runs them in a process of its own for `verification`, and tells line by line which check begins and how it ended.
+A problem has what tells kernels apart that are right from those that nearly are: rows that keep few codes and rows that
+keep all (one launch, clusters, codes staged in shared memory, a second launch), equal logits, filtered codes, rows that
+cannot be used, sizes that divide by nothing.
 
 Dimensions: R rows, V codes, d code dimension.
 """
@@ -356,7 +357,7 @@ LEFT = 3
 """Exit code of a process that leaves a device which has an error in it, or no memory: the next one begins anew."""
 
 _PASSING = (
-    "out of memory", "memoryallocation", "alloc_failed", "cannot allocate memory",  # CUDA's, PyTorch's, Triton's, Linux's
+    "out of memory", "memoryallocation", "alloc_failed", "cannot allocate memory",
     "cublas_status_not_initialized",  # which had no memory for its handle
     "busy or unavailable",  # another process has the GPU for itself
     "no space left", "read-only file system",
