@@ -9,6 +9,7 @@ import functools
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from ddfast.errors import DDFastError
@@ -33,9 +34,21 @@ def settings() -> dict[str, str | None]:
 
 
 def cache_dir() -> Path:
-    """Folder that holds trained teachers between runs; created by whoever writes to it."""
+    """Folder that holds trained teachers between runs; created by whoever writes to it.
+
+    Without a home (a container whose user has no entry in passwd) it is among the temporary files.
+
+    Raises:
+        DDFastError: DDFAST_CACHE begins with the home of somebody who has none.
+    """
     value = os.environ.get("DDFAST_CACHE")
-    return Path(value).expanduser() if value else Path.home() / ".cache" / "ddfast"
+    try:
+        return Path(value or "~/.cache/ddfast").expanduser()
+    except RuntimeError as error:
+        if value:
+            raise DDFastError(f"DDFAST_CACHE is {value!r}: {error}") from error
+        user = os.getuid() if hasattr(os, "getuid") else "cache"
+        return Path(tempfile.gettempdir()) / f"ddfast-{user}"
 
 
 def backend_setting() -> str:
@@ -66,10 +79,14 @@ def verifies() -> bool:
 
 
 def of_a_verifier() -> dict[str, str]:
-    """The environment of a process that verifies kernels: no rank of torchrun's, no wish for a backend."""
+    """The environment of a process that verifies kernels: no rank of torchrun's, no wish for a backend.
+
+    It finds the modules that this process finds, those of the working directory ('') only if this one does.
+    """
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DDFAST_BACKEND")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "DDFAST_VERIFY": "0"}
+    modules = (path or os.getcwd() for path in sys.path if isinstance(path, str))
+    return kept | {"PYTHONPATH": os.pathsep.join(modules), "DDFAST_VERIFY": "0"}
 
 
 def isa() -> str | None:

@@ -45,11 +45,16 @@ class Check(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether a kernel may run by itself, what to tell of it, and whether that will be so next time too."""
+    """Whether a kernel may run by itself, and what to tell of it.
+
+    final: that will be so next time too, as long as this process runs.
+    kept: also for other processes, in the file.
+    """
 
     passed: bool
     text: str
     final: bool = True
+    kept: bool = True
 
 
 class Order(NamedTuple):

@@ -1,8 +1,11 @@
 """The process that verifies kernels, whatever becomes of it; what is remembered; and that a wrong kernel is found."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,8 @@ import pytest
 import torch
 from backends import backends_of
 
-from ddfast import messages, ops
+from ddfast import env, messages, ops
+from ddfast.errors import DDFastError
 from ddfast.ops import checks, findings, verification
 from ddfast.ops.findings import Check, Verdict
 
@@ -74,14 +78,78 @@ def test_a_kernel_that_hangs_is_wrong(tmp_path, monkeypatch):
         tell(ends=0)
     """)  # fmt: skip
     verdicts = verification.run(CHECKS[:2], 0, command)
-    assert verdicts[CHECKS[0]] == Verdict(False, "it took longer than 2 s")
+    assert verdicts[CHECKS[0]] == Verdict(False, "it took longer than 2 s", final=True, kept=False)
     assert verdicts[CHECKS[1]].passed
+
+
+@pytest.mark.parametrize("name", ["KILL", "TERM", "INT", "HUP", "SEGV", "ABRT", "BUS", "ILL", "FPE"])
+def test_who_ends_the_process_says_nothing_of_the_kernel(tmp_path, name):
+    """The kernel of Linux for want of memory, a scheduler, Ctrl-C; a crash is the kernel's."""
+    number = getattr(signal, f"SIG{name}")
+    command = child(tmp_path, f"tell(ready=True); tell(begins=0); os.kill(os.getpid(), {int(number)}); time.sleep(60)")
+    crashed = name in ("SEGV", "ABRT", "BUS", "ILL", "FPE")
+    expected = Verdict(False, f"its process ended with signal {int(number)}", final=crashed, kept=crashed)
+    assert verification.run(CHECKS[:1], 0, command) == {CHECKS[0]: expected}
+
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "left"),
+    [
+        (checks.Wrong("codes differ"), "wrong", False),
+        (ValueError("backend: 'cuda' cannot run it"), "wrong", False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "wrong", True),
+        (RuntimeError("flow_sample: cudaErrorIllegalAddress, an illegal memory access"), "wrong", True),
+        (RuntimeError("Triton Error [HIP]: invalid device function"), "wrong", True),
+        (RuntimeError("noise: cudaErrorLaunchOutOfResources, too many resources requested"), "wrong", True),
+        (torch.OutOfMemoryError(OUT_OF_MEMORY), "unknown", True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "unknown", True),
+        (RuntimeError("draw_codes: cudaErrorMemoryAllocation"), "unknown", True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "unknown", True),
+        (MemoryError(), "unknown", False),
+        (OSError(28, "No space left on device"), "unknown", False),
+        (OSError(30, "Read-only file system", "/root/.triton/cache"), "unknown", False),
+        (subprocess.CalledProcessError(1, ["gcc"]), "unknown", False),
+    ],
+    ids=str,
+)
+def test_what_is_the_kernels_fault(monkeypatch, capsys, error, told, left):
+    """What passes is not kept; what CUDA says ends the process."""
+
+    def solve(check: Check, device: torch.device) -> None:
+        if check.op == "noise":
+            raise error
+
+    monkeypatch.setattr(checks, "solve", solve)
+    wanted = [[check.op, check.backend, str(check.dtype), check.dim] for check in CHECKS[:2]]
+    assert checks.main(json.dumps({"index": None, "checks": wanted})) == (checks.LEFT if left else 0)
+    ends = [event for event in map(json.loads, capsys.readouterr().out.splitlines()) if "ends" in event]
+    assert told in ends[0] and len(ends[0]) == 2
+    assert ends[1:] == ([] if left else [{"ends": 1}])
+
+
+def test_a_users_folder_does_not_stand_in_for_modules(tmp_path, monkeypatch):
+    """A queue.py or torch/ where the user stands; what this process would find there the child finds too."""
+    for name in ("queue.py", "torch.py", "json.py"):
+        (tmp_path / name).write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    wanted = Check("activate", "reference", torch.float32, 0)
+    assert verification.run([wanted], None) == {wanted: Verdict(True, "verified on this GPU")}
+    monkeypatch.setattr(sys, "path", [*sys.path, "", Path("no name")])
+    assert env.of_a_verifier()["PYTHONPATH"].split(os.pathsep)[-1] == str(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ("raise RuntimeError('CUDA: exclusive mode')", "exit code 1 before a kernel ran (RuntimeError: CUDA: exclu"),
+        ("raise RuntimeError('CUDA: no driver')", "exit code 1 before a kernel ran (RuntimeError: CUDA: no driver)"),
+        (
+            "raise RuntimeError('all CUDA-capable devices are busy or unavailable' + chr(10) + 'Compile with DSA.')",
+            "(RuntimeError: all CUDA-capable devices are busy or unavailable): in exclusive compute mode",
+        ),
         ("tell(ready=True)", "exit code 0 before a kernel ran"),
         ("print('not ours'); print('[1]'); os.kill(os.getpid(), 9)", "signal 9 before a kernel ran"),
     ],
@@ -96,8 +164,15 @@ def test_no_memory_says_nothing_of_the_kernels(tmp_path):
     assert verification.run(CHECKS[:1], 0, command) == {CHECKS[0]: Verdict(False, "no memory", final=False)}
 
 
-def test_no_python_to_start():
+def test_no_python_to_start(monkeypatch):
     (verdict,) = verification.run(CHECKS[:1], 0, ["/no/such/python"]).values()
+    assert not verdict.final and "no process could be started" in verdict.text
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    (verdict,) = verification.run(CHECKS[:1], 0).values()
     assert not verdict.final and "no process could be started" in verdict.text
 
 
@@ -120,6 +195,8 @@ def folder(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("DDFAST_CACHE", str(tmp_path))
     monkeypatch.setattr(findings, "_read", {})
     monkeypatch.setattr(findings, "identity", lambda index: {"gpu": "Test GPU", "index": index})
+    monkeypatch.setattr(verification, "_undecided", {})
+    monkeypatch.setattr(verification, "_told", set())
     messages.warn_once.cache_clear()
     return tmp_path
 
@@ -200,6 +277,73 @@ def test_one_process_verifies_for_the_others(folder, monkeypatch):
     assert verification.known(CHECKS[0], GPU) == Verdict(True, "verified on this GPU")
 
 
+@pytest.fixture
+def twins(folder, monkeypatch) -> SimpleNamespace:
+    """Two GPUs of one model; `verdicts` is what is found out on either, and `now` the time."""
+    stand_in = SimpleNamespace(verdicts={}, runs=[], now=0.0)
+
+    def run(wanted: list[Check], index: int) -> dict[Check, Verdict]:
+        stand_in.runs.append(index)
+        return dict.fromkeys(wanted, stand_in.verdicts[index])
+
+    monkeypatch.setattr(findings, "identity", lambda index: {"gpu": "Test GPU"})
+    monkeypatch.setattr(verification, "run", run)
+    monkeypatch.setattr(verification.time, "monotonic", lambda: stand_in.now)
+    return stand_in
+
+
+def test_what_passes_is_of_one_gpu_and_asked_again(twins, capsys):
+    other = torch.device("cuda", 1)
+    twins.verdicts = {0: Verdict(False, "no memory", final=False), 1: Verdict(True, "verified on this GPU")}
+    for now, runs in ((0, 1), (299, 1), (301, 2), (899, 2), (902, 3)):
+        twins.now = now
+        if verification.known(CHECKS[0], GPU) is None:
+            verification.verify(CHECKS[:1], GPU)
+        assert verification.known(CHECKS[0], GPU) == twins.verdicts[0]
+        assert len(twins.runs) == runs
+    assert capsys.readouterr().err.count("could not be verified") == 1
+    assert verification.known(CHECKS[0], other) is None
+    verification.verify(CHECKS[:1], other)
+    assert verification.known(CHECKS[0], other) == verification.known(CHECKS[0], GPU) == twins.verdicts[1]
+
+
+def test_a_kernel_that_took_too_long_does_not_run_in_this_process(twins, monkeypatch, capsys):
+    twins.verdicts = {0: Verdict(False, "it took longer than 120 s", kept=False)}
+    verification.verify(CHECKS[:1], GPU)
+    twins.now = 1e6
+    assert verification.known(CHECKS[0], GPU) == twins.verdicts[0]
+    assert "not right on this GPU" in capsys.readouterr().err
+    assert not findings.of(GPU, again=True)["verdicts"]
+
+
+def test_every_process_tells_once_what_is_not_right(twins, monkeypatch, capsys):
+    """By whichever process it was found."""
+    twins.verdicts = {0: Verdict(False, "codes differ")}
+    verification.verify(CHECKS[:1], GPU)
+    for _ in range(2):
+        for _ in range(2):
+            assert verification.known(CHECKS[0], GPU) == twins.verdicts[0]
+        assert capsys.readouterr().err.count("not right on this GPU") == 1
+        monkeypatch.setattr(findings, "_read", {})  # as in another process
+        monkeypatch.setattr(verification, "_told", set())
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As containers have them: HOME is unset, and the uid has no entry in passwd."""
+
+    def nobody(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    monkeypatch.setattr(Path, "home", lambda: nobody(Path()))
+    monkeypatch.delenv("DDFAST_CACHE", raising=False)
+    assert env.cache_dir().parent == Path(tempfile.gettempdir())
+    assert env.cache_dir().name.startswith("ddfast-")
+    monkeypatch.setenv("DDFAST_CACHE", "~/ddfast")
+    with pytest.raises(DDFastError, match="DDFAST_CACHE is '~/ddfast'"):
+        env.cache_dir()
+
+
 def test_the_identity_tells_kernels_and_versions_apart(monkeypatch):
     properties = SimpleNamespace(name="Test GPU", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
@@ -260,6 +404,60 @@ def test_a_wrong_kernel_is_found(monkeypatch, op, damage):
 def test_an_op_without_a_problem_is_not_right():
     with pytest.raises(checks.Wrong, match="has no problem"):
         checks.solve(Check("scale_shift", "cuda", torch.float32, 0), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dim", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [0.0, 2.0, 1.1])
+def test_a_wrong_gradient_is_found(monkeypatch, factor, dtype, dim):
+    """Of a kernel whose forward is right."""
+
+    class Damaged(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return factor * grad
+
+    def damaged(x, *arguments, backend: str):
+        x = x if backend == "reference" else Damaged.apply(x)
+        return ops.codebook_posterior(x, *arguments, backend="reference")
+
+    monkeypatch.setattr(checks, "ops", SimpleNamespace(**{**vars(ops), "codebook_posterior": damaged}))
+    with pytest.raises(checks.Wrong, match="gradient"):
+        checks.solve(Check("codebook_posterior", "cuda", dtype, dim), torch.device("cpu"), 32)
+
+
+@pytest.mark.parametrize("dim", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_right_gradients_pass(dtype, dim):
+    """Interpreted kernels too, whose products are not those of tensor cores but rounded as theirs are."""
+    for name in backends_of("codebook_posterior"):
+        checks.solve(Check("codebook_posterior", name, dtype, dim), torch.device("cpu"), 1 if name == "cpu" else 32)
+
+
+@pytest.mark.parametrize("op", sorted({*checks.PROBLEMS} - {"noise"}))
+def test_float32_is_exact_enough(op):
+    """The definitions themselves in float32: a kernel that is as good as PyTorch is not called wrong."""
+    dim = {"decode_attention": 64, "append_normed": 32}.get(op, 8)
+    checks.solve(Check(op, "reference", torch.float32, dim), torch.device("cpu"), 1 if op == "activate" else 8)
+
+
+def test_activate_has_room_for_approximations(monkeypatch):
+    """Exponential and quotient of a GPU are off by two units each: 2^-22 of their size."""
+
+    def activate(x, times=None, *, kind: str, backend: str):
+        if backend == "reference":
+            return ops.activate(x, times, kind=kind, backend="reference")
+        slope = 1.0 if kind == "silu" else 2 * (2 / torch.pi) ** 0.5
+        fall = -slope * x * (1 if kind == "silu" else 1 + 0.044715 * x * x)
+        y = x / (1 + fall.exp() * (1 + 2**-22)) * (1 - 2**-22)
+        return y if times is None else y * times
+
+    monkeypatch.setattr(checks, "ops", SimpleNamespace(**{**vars(ops), "activate": activate}))
+    checks.solve(Check("activate", "triton", torch.float32, 0), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("op", sorted(checks.PROBLEMS))
