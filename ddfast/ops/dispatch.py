@@ -156,7 +156,8 @@ def choose(
     if choice is None:
         where = torch.device(device)
         choice, final = _decide(op, where, dtype, backend, rows, dim or usual_dim(op), size)
-        if final and where.type == "cuda":
+        # What decides codes stays the same as long as a process runs, also where it is only for want of memory.
+        if where.type == "cuda" and (final or (op in DECIDE_CODES and not _makes_a_graph())):
             _choices[key] = choice
     return choice
 
@@ -252,7 +253,7 @@ def _verdict(check: Check, device: torch.device) -> findings.Verdict:
     known = verification.known(check, device)
     if known is not None:
         return known
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if _makes_a_graph():
         text = "not verified on this GPU yet, which cannot be done while a graph is captured or compiled"
         messages.warn_once(f"{check.op}: {check.backend} is {text}; the reference runs. Call the op once before")
         return findings.Verdict(False, text, final=False)
@@ -260,6 +261,11 @@ def _verdict(check: Check, device: torch.device) -> findings.Verdict:
     found = verification.known(check, device)
     assert found is not None
     return found
+
+
+def _makes_a_graph() -> bool:
+    """Whether what runs now is captured or compiled."""
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
 def _along(check: Check, device: torch.device) -> list[Check]:

@@ -94,6 +94,17 @@ def test_what_could_not_be_found_out_is_not_remembered(machine, monkeypatch, cap
     assert chosen("noise") == "cuda"
 
 
+def test_what_decides_codes_does_not_change_within_a_process(machine, monkeypatch):
+    """A GPU that had no memory left for verifying is asked again later; a store's codes come from one kernel."""
+    for op, backend in (("sample_codes", "cuda"), ("noise", "cuda")):
+        machine.wrong[op, backend] = Verdict(False, "no memory", final=False)
+    before = [chosen(op, dim=8) for op in ("sample_codes", "noise")]
+    machine.wrong.clear()
+    monkeypatch.setattr(verification, "_undecided", {})
+    after = [chosen(op, dim=8) for op in ("sample_codes", "noise")]
+    assert before == ["triton", "triton"] and after == ["triton", "cuda"]
+
+
 def test_nothing_is_verified_while_a_graph_is_captured(machine, capsys):
     machine.capturing = True
     choice = dispatch.choose("noise", GPU, torch.float32)
