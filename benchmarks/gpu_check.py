@@ -143,7 +143,7 @@ def _version(package: str) -> str:
 
 @functools.cache
 def fingerprint(root: Path = ROOT) -> str:
-    """What counts as the same thing checked: a hash of the sources, and of Python's, PyTorch's and Triton's versions."""
+    """What counts as the same thing checked: a hash of the sources and of the versions of Python, PyTorch, Triton."""
     digest = hashlib.sha256(f"{platform.python_version()} {_version('torch')} {_version('triton')}".encode())
     found = {file for pattern in SOURCES for place in root.glob(pattern) for file in (place, *place.rglob("*"))}
     for file in sorted(found):
@@ -250,10 +250,8 @@ def check(path: Path, named: Sequence[str], now: str, steps: Sequence[Step] = ST
         )
         if lacking:
             if step.installs:
-                found = importlib.util.find_spec("ddfast_cuda") is not None
-                print(
-                    "Triton's kernels run from this folder;", f"CUDA's {'as installed before' if found else 'do not'}"
-                )
+                cuda = "do not" if importlib.util.find_spec("ddfast_cuda") is None else "as installed before"
+                print(f"Triton's kernels run from this folder, CUDA's {cuda}")
             continue
         done = run(step, path, anew=bool(named)) | {"sources": now, "commit": commit()}
         results = read(path)  # a benchmark wrote into it
