@@ -40,7 +40,7 @@ def is_hooked(module: torch.nn.Module) -> bool:
     if _GLOBAL_HOOKS is None or "forward" in vars(module):
         return True
     own = (getattr(module, name, True) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
-    return any(own) or _GLOBAL_HOOKS()
+    return any(own) or bool(_GLOBAL_HOOKS())
 
 
 def writes(tensor: Tensor) -> int:
