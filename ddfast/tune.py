@@ -51,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not getattr(options, name) > 0:
                 raise DDFastError(f"--{name}: got {getattr(options, name)}, expected a positive number")
         if options.forget:
-            print(f"{findings.forget_orders(device)} orders forgotten, of {findings.path()}; verdicts stay")
-            return
+            return print(f"{findings.forget_orders(device)} orders forgotten, of {findings.path()}; verdicts stay")
         teacher = teacher_of(options)
         with tuning.recorded() as calls:
             for samples in sorted({1, options.samples}):  # one: what has kernels for few rows alone

@@ -126,8 +126,6 @@ def test_what_a_step_started_ends_with_it(tmp_path):
 def test_without_what_a_build_needs_steps_run_from_the_sources(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     told = "import os, ddfast, ddfast_kernels as k; print(*(os.path.realpath(m.__path__[0]) for m in (ddfast, k)))"
-        "import os, ddfast, ddfast_kernels; print(*(os.path.realpath(m.__path__[0]) for m in (ddfast, ddfast_kernels)))"
-    )
     steps = [
         python("install", "import sys; sys.exit(1)", needs=("no_such_package",), installs=True),
         python("next", told),
