@@ -81,7 +81,7 @@ def test_what_is_checked_is_known_by_its_contents(tmp_path):
     (tmp_path / "kernels/b.cu").write_text("new")
     seen.append(fingerprint(tmp_path))
     assert len({*seen}) == len(seen)
-    for name in ("benchmarks/results/gpu.json", "kernels/__pycache__/a.pyc", "tests/ops/test_a.py", "docs/a.md"):
+    for name in ("benchmarks/results/gpu.json", "kernels/__pycache__/a.pyc", "tests/ops/test_a.py", "docs/a.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("what nothing depends on")
     assert fingerprint(tmp_path) == seen[-1]
