@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_check import fingerprint
 
 from ddfast.ops import native
 
@@ -69,11 +70,29 @@ def pytest_configure(config):
         config.pluginmanager.register(InItsPlace())
 
 
+_passed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.when == "call":
+        item.stash[_passed] = report.passed
+
+
 @pytest.fixture(autouse=True)
 def kept(request) -> Iterator[None]:
-    """With --results FILE, what a benchmark found out is in that file as soon as it ends."""
-    yield
+    """With --results FILE, what a benchmark found out is in that file as soon as it ends.
+
+    With --resume, it does not run where the file has what it found out and these sources passed it.
+    """
     path = request.config.getoption("--results")
+    results = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    if request.config.getoption("--resume"):
+        for benchmark in results.get("benchmarks", []):
+            if benchmark["name"] == request.node.name and benchmark.get("sources") == fingerprint():
+                pytest.skip(f"measured with these sources already: {path}")
+    yield
     found = getattr(request.node.funcargs.get("benchmark"), "extra_info", None)
     if path is None or not found:
         return
@@ -82,6 +101,7 @@ def kept(request) -> Iterator[None]:
     machine = about_this_machine()
     entry = {"name": request.node.name, "extra_info": dict(found), "command": machine.pop("command")}
     entry["commit"] = done.stdout.strip() or "unknown"
+    entry["sources"] = fingerprint() if request.node.stash.get(_passed, False) else None  # None: measured, but failed
     others = [benchmark for benchmark in results.get("benchmarks", []) if benchmark["name"] != entry["name"]]
     results["machine_info"] = machine | {"cpu": {}, "processor": platform.machine(), "command": "make gpu-check"}
     results["commit_info"] = {"id": entry["commit"]}
@@ -93,6 +113,7 @@ def kept(request) -> Iterator[None]:
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=None, metavar="FILE", help="add what is measured to a JSON file")
+    parser.addoption("--resume", action="store_true", help="leave out what these sources measured into it already")
     parser.addoption(
         "--peer-path",
         action="append",

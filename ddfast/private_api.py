@@ -24,6 +24,7 @@ _MODES = _find("_C._len_torch_dispatch_stack")
 _TRANSFORM = _find("_C._functorch.peek_interpreter_stack")
 _PROFILED = _find("autograd._profiler_enabled")
 _CLEAR_WORKSPACES = _find("_C._cuda_clearCublasWorkspaces")
+_GLOBAL_HOOKS = _find("nn.modules.module._has_any_global_hook")
 _LERP = _find("_foreach_lerp_")
 
 
@@ -32,6 +33,14 @@ def is_watched() -> bool:
     if _MODES is None or _TRANSFORM is None or _PROFILED is None:
         return True
     return bool(_MODES()) or _TRANSFORM() is not None or _PROFILED()
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of a module is more than its `forward`, or another `forward` than its class has."""
+    if _GLOBAL_HOOKS is None or "forward" in vars(module):
+        return True
+    own = (getattr(module, name, True) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+    return any(own) or bool(_GLOBAL_HOOKS())
 
 
 def writes(tensor: Tensor) -> int:

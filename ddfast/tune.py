@@ -30,10 +30,12 @@ class TuneOptions(TrainConfig):
     Attributes:
         samples: decoded at a time, and trained on.
         seconds: that the timing takes; verifying and compiling come before.
+        forget: what was timed on this GPU before, instead of timing.
     """
 
     samples: int = 64
     seconds: float = 20.0
+    forget: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,12 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("samples", "seconds"):
             if not getattr(options, name) > 0:
                 raise DDFastError(f"--{name}: got {getattr(options, name)}, expected a positive number")
+        if options.forget:
+            return print(f"{findings.forget_orders(device)} orders forgotten, of {findings.path()}; verdicts stay")
+        teacher = teacher_of(options)
         with tuning.recorded() as calls:
-            work(teacher_of(options), options.samples)
+            for samples in sorted({1, options.samples}):  # one: what has kernels for few rows alone
+                work(teacher, samples)
         found = tuning.tune(calls, device, seconds=options.seconds)
         for name, timed in sorted(found.items()):
             print(f"{name}: {timed['order'][0]}, {timed['reason']}")
-        print(f"kept in {findings.path()}; `ddfast doctor` shows it, and deleting the file undoes it")
+        if not found:
+            print("nothing was timed: no op has two backends that are right here; `ddfast doctor` says why")
+        elif found.keys() <= findings.orders_on_file(device).keys():
+            print(f"kept in {findings.path()}; `ddfast doctor` shows it, `ddfast tune --forget` undoes it")
 
     return cli.run("tune", body, arguments)
 

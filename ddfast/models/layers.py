@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
 from ddfast.ops.norm_linear import norm_linear, worth_a_kernel
+from ddfast.private_api import is_hooked
 
 Linear = functools.partial(nn.Linear, dtype=torch.float32)
 Embedding = functools.partial(nn.Embedding, dtype=torch.float32)
@@ -52,19 +53,31 @@ def norm_layer(
     """x + gate * branch [R, S, W], and what a layer and an activation make of its norm; `norm` is as in `add_norm`.
 
     By one kernel where rows are so few that the weights are all there is to read, and there is one; else step by step.
-    `layer_bias`, where it is given, takes the place of the layer's own.
+    `layer_bias` is for a layer that has none.
     """
-    bias = layer.bias if layer_bias is None else layer_bias
-    if worth_a_kernel(x):
+    if worth_a_kernel(x) and is_plain(layer):
+        bias = layer.bias if layer_bias is None else layer_bias
         return norm_linear(x, branch, layer.weight, bias, activation=activation, **norm)
     total, normed = add_norm_unchecked(x, branch, **norm)
-    y = layer(normed) if layer_bias is None else F.linear(normed, layer.weight, bias)
+    if layer_bias is None:
+        y = layer(normed)
+    elif is_plain(layer):
+        y = F.linear(normed, layer.weight, layer_bias)
+    else:
+        y = layer(normed) + layer_bias
     return total, y if activation == "none" else activated(y, activation)
 
 
 def plain_layer(x: Tensor, layer: nn.Linear) -> Tensor:
     """A layer of x [R, S, W] as it is; see `norm_layer`."""
-    return norm_linear(x, None, layer.weight, layer.bias, eps=None)[1] if worth_a_kernel(x) else layer(x)
+    if worth_a_kernel(x) and is_plain(layer):
+        return norm_linear(x, None, layer.weight, layer.bias, eps=None)[1]
+    return layer(x)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether its weight says all that a layer does: no hook, adapter or offloading, and no weight in another form."""
+    return type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter) and not is_hooked(layer)
 
 
 def activated(y: Tensor, activation: str) -> Tensor:

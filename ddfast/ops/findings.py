@@ -166,6 +166,26 @@ def add(device: torch.device, table: str, found: Mapping[str, Any]) -> None:
         messages.warn_once(f"{error}: what is found about this GPU's kernels is found anew by every process")
 
 
+def orders_on_file(device: torch.device) -> dict[str, Any]:
+    """What `ddfast tune` found for a GPU and the file has."""
+    return dict(_load(path(), quiet=True).get(machine_key(index_of(device)), {}).get("orders", {}))
+
+
+def forget_orders(device: torch.device) -> int:
+    """Remove what `ddfast tune` found for a GPU, here and in the file; its verdicts stay. Returns how many there were.
+
+    Raises:
+        DDFastError: the file cannot be written.
+    """
+    with locked():
+        machines = _load(path(), quiet=True)
+        orders = machines.get(machine_key(index_of(device)), {}).pop("orders", {})
+        if orders:
+            write_atomically(path(), json.dumps({"format": _FORMAT, "machines": machines}, indent=1) + "\n")
+    of(device)["orders"].clear()
+    return len(orders)
+
+
 def _load(file: Path, *, quiet: bool = False) -> dict[str, Any]:
     """The file's machines; nothing where it is missing, damaged or of another format."""
     try:

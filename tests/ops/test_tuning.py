@@ -9,6 +9,7 @@ from machine import Machine, machine_of
 from official import llamagen_teacher_like, var_teacher_like
 from small import build
 
+from ddfast.errors import DDFastError
 from ddfast.evaluation.workload import work
 from ddfast.models.toy import ToyTeacher
 from ddfast.ops import dispatch, findings, native, tuning
@@ -133,6 +134,74 @@ def test_every_candidate_meets_a_cold_cache_in_turn(monkeypatch):
     assert found == {"cuda": 1.0, "reference": 2.0}
     assert log[:8] == ["flush", "event", "cuda", "event", "flush", "event", "reference", "event"]
     assert len(log) == 5 * 8  # five rounds at least, however little time there is
+
+
+@pytest.fixture
+def command(monkeypatch, machine):
+    """`ddfast tune` on a GPU that is not there, and how many samples it works with."""
+    from ddfast import tune
+
+    worked = []
+    monkeypatch.setattr(tune, "check_device", lambda _: None)
+    monkeypatch.setattr(tune, "teacher_of", lambda _: None)
+    monkeypatch.setattr(tune, "work", lambda _, samples: worked.append(samples))
+
+    def run(*arguments, found=0):
+        def tuned(calls, device, seconds):
+            made = {f"noise float32 0 64 {number}": entry for number in range(found)}
+            if made:
+                findings.add(device, "orders", made)
+            return made
+
+        entry = {"order": ["cuda", "triton"], "reason": "timed", "rows": 64, "size": 4096}
+        monkeypatch.setattr(tuning, "tune", tuned)
+        return tune.main(["--recipe", "digits", "--device", "cuda:0", *arguments])
+
+    run.worked = worked
+    return run
+
+
+def test_tune_times_one_sample_too(command):
+    """Some kernels are for few rows only."""
+    assert command("--samples", "64") == 0
+    assert command.worked == [1, 64]
+    assert command("--samples", "1") == 0
+    assert command.worked == [1, 64, 1]
+
+
+def test_tune_says_what_it_kept(command, capsys, monkeypatch):
+    assert command(found=0) == 0
+    shown = capsys.readouterr().out
+    assert "nothing was timed" in shown and "kept in" not in shown
+    assert command(found=2) == 0
+    assert f"kept in {findings.path()}" in capsys.readouterr().out
+    findings.path().unlink()
+
+    def refuse(*_):
+        raise DDFastError("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(findings, "write_atomically", refuse)
+        assert command(found=2) == 0
+        assert "kept in" not in capsys.readouterr().out
+
+
+def test_forgetting_orders_keeps_verdicts_and_other_gpus(command, capsys):
+    other = torch.device("cuda", 1)
+    assert command("--forget") == 0 and "0 orders forgotten" in capsys.readouterr().out
+    assert not findings.path().exists()
+    findings.add(GPU, "verdicts", {"noise cuda float32 0": [True, "verified on this GPU"]})
+    findings.add(other, "orders", {"noise float32 0 1 1": {"order": ["triton"], "reason": "", "rows": 1, "size": 1}})
+    command(found=3)
+    assert len(findings.of(GPU)["orders"]) == 3
+    command.worked.clear()
+    capsys.readouterr()
+    assert command("--forget") == 0
+    assert "3 orders forgotten" in capsys.readouterr().out and not command.worked
+    for _ in range(2):  # here, and in a process that reads the file
+        assert findings.of(GPU) == {"verdicts": {"noise cuda float32 0": [True, "verified on this GPU"]}, "orders": {}}
+        assert len(findings.of(other)["orders"]) == 1
+        findings._read.clear()
 
 
 def test_tune_needs_a_gpu(capsys):
