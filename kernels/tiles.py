@@ -62,7 +62,7 @@ TILES: dict[str, tuple[Line, ...]] = {
     # 38 and 43, 96 and 128 registers, 20 and 16 warps; a second stage takes 3 more, and 16 bytes of stack on sm_80.
     "codebook_posterior": (
         Line(0, 32, Tile(64, 32, 4, 1)),
-        Line(0, 64, Tile(32, 32, 4, 1)),
+        Line(0, 64, Tile(16, 32, 4, 1)),
         Line(0, _ANY, Tile(16, 32, 4, 1)),
     ),
     # 39 and 45, 125 and 156 registers, 16 and 12 warps.
