@@ -339,7 +339,7 @@ def _choices(teacher: AutoRegressive, plan: Plan, inputs: Inputs) -> Choices:
     for size in {teacher.groups[group] for group in plan.groups}:
         asked |= {(sampling, Asked(plan.batch * size, dim, len(codebook))), *teacher.step_ops(rows, size).items()}
     device = codebook.device
-    dispatch.prepare(((op, dtype, sizes.dim) for op, sizes in asked), device)
+    dispatch.prepare({(op, dtype, sizes.dim) for op, sizes in asked}, device)
     chosen = [(op, sizes.rows, dispatch.choose(op, device, dtype, **sizes._asdict())) for op, sizes in sorted(asked)]
     return tuple((op, rows, choice.backend, choice.reason) for op, rows, choice in chosen)
 

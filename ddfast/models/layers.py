@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.ops.activate import activate
 from ddfast.ops.add_norm import add_norm_unchecked
-from ddfast.ops.norm_linear import norm_linear, worth_a_kernel
+from ddfast.ops.norm_linear import activated, norm_linear, worth_a_kernel
 from ddfast.private_api import is_hooked
 
 Linear = functools.partial(nn.Linear, dtype=torch.float32)
@@ -65,7 +64,7 @@ def norm_layer(
         y = F.linear(normed, layer.weight, layer_bias)
     else:
         y = layer(normed) + layer_bias
-    return total, y if activation == "none" else activated(y, activation)
+    return total, activated(y, activation)
 
 
 def plain_layer(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -78,11 +77,6 @@ def plain_layer(x: Tensor, layer: nn.Linear) -> Tensor:
 def is_plain(layer: nn.Module) -> bool:
     """Whether its weight says all that a layer does: no hook, adapter or offloading, and no weight in another form."""
     return type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter) and not is_hooked(layer)
-
-
-def activated(y: Tensor, activation: str) -> Tensor:
-    """gelu(y), or with "swiglu" silu of the first half of y times the last."""
-    return activate(y, kind="gelu") if activation == "gelu" else activate(*y.chunk(2, dim=-1), kind="silu")
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Dimensions: R rows, S sequence, W width, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -109,6 +111,14 @@ def _check(
     return mixed
 
 
+def activated(y: Tensor, activation: str, *, by: Callable[..., Tensor] = activate) -> Tensor:
+    """y, gelu(y), or with "swiglu" silu of the first half of y times the last; `by` is `activate` or its reference."""
+    if activation == "none":
+        return y
+    first, times = (y, None) if activation == "gelu" else y.chunk(2, dim=-1)
+    return by(first, times, kind="gelu" if activation == "gelu" else "silu")
+
+
 def norm_linear_reference(
     x: Tensor,
     branch: Tensor | None,
@@ -125,13 +135,7 @@ def norm_linear_reference(
     total, normed = x, x
     if norm != "none":
         total, normed = add_norm_reference(x, branch, gate, weight, bias, eps, norm == "rms")
-    y = F.linear(normed, linear, linear_bias)
-    if activation == "gelu":
-        y = activate_reference(y, None, "gelu")
-    elif activation == "swiglu":
-        first, last = y.chunk(2, dim=-1)
-        y = activate_reference(first, last, "silu")
-    return total, y
+    return total, activated(F.linear(normed, linear, linear_bias), activation, by=activate_reference)
 
 
 def _apart(
@@ -151,12 +155,7 @@ def _apart(
     if norm != "none":
         vectors = {"gate": gate, "weight": weight, "bias": bias}
         total, normed = add_norm_unchecked(x, branch, **vectors, eps=eps, rms=norm == "rms")
-    y = F.linear(normed, linear, linear_bias)
-    if activation == "gelu":
-        y = activate(y, kind="gelu")
-    elif activation == "swiglu":
-        y = activate(*y.chunk(2, dim=-1), kind="silu")
-    return total, y
+    return total, activated(F.linear(normed, linear, linear_bias), activation)
 
 
 def _norm_linear(
