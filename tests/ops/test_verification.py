@@ -110,7 +110,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB"
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "unknown", True),
         (MemoryError(), "unknown", False),
         (OSError(28, "No space left on device"), "unknown", False),
-        (OSError(30, "Read-only file system", "/home/user/.triton/cache"), "unknown", False),
+        (OSError(30, "Read-only file system", "/var/cache/triton"), "unknown", False),
         (subprocess.CalledProcessError(1, ["gcc"]), "unknown", False),
     ],
     ids=str,
