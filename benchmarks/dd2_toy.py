@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.config import MatchConfig, TrainConfig, update
+from ddfast.distill.batch import Part
 from ddfast.distill.dd2 import Matching
 from ddfast.distill.losses import anchor_distance
 from ddfast.distill.method import Roles
@@ -163,9 +164,9 @@ def prepared(tokens: int, start: int, seed: int) -> tuple[Matching, Judge]:
     draw = from_noise(teacher)
     for step in range(500):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 500)
-        generator = torch.Generator().manual_seed(10_000 + step)
+        part = Part.whole(256, torch.Generator().manual_seed(10_000 + step))
         optimizer.zero_grad()
-        method.step("guidance", draw(256, generator), generator)[0].backward()
+        method.step("guidance", draw(part), part)[0].backward()
         optimizer.step()
     return method, Judge(teacher)
 
@@ -198,8 +199,8 @@ def directions(tokens: int, start: int, seed: int) -> None:
         method.config = dataclasses.replace(MatchConfig(start_iterations=0, draws=4, fake_score="velocity"), **settings)
 
         def loss(batch: int) -> Tensor:
-            generator = torch.Generator().manual_seed(batch)
-            return method.step("student", draw(256, generator), generator)[0]
+            part = Part.whole(256, torch.Generator().manual_seed(batch))
+            return method.step("student", draw(part), part)[0]
 
         found = gradients(method, loss, 60)
         mean = [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]
@@ -224,7 +225,7 @@ def tokens_matrix(tokens: int, start: int, seed: int) -> None:
 
             def loss(number: int, term: str = term, token: int = token) -> Tensor:
                 generator = torch.Generator().manual_seed(number)
-                batch = draw(2048, generator)
+                batch = draw(Part.whole(2048, generator))
                 x, _ = student.generate(batch.condition, batch.noise)
                 prefix = method._prefix(x)
                 x = torch.where(torch.arange(tokens)[:, None] == token, x, x.detach())

@@ -11,6 +11,7 @@ import torch
 from compare import side_by_side
 
 from ddfast.config import update
+from ddfast.distill.batch import Part
 from ddfast.distill.dd2 import Matching
 from ddfast.distill.method import Roles
 from ddfast.distill.stages import new_network
@@ -39,13 +40,13 @@ def test_score_of_an_update(benchmark, recipe, batch_size):
     config.dd2.match.form, config.dd2.match.start_iterations = "sid", 0
     student, guidance = new_network(config, teacher), new_network(config, teacher)
     method = Matching(Roles(student=student, teacher=teacher, guidance=guidance), config.dd2.match)
-    batch = from_noise(teacher)(batch_size, torch.Generator().manual_seed(0))
+    batch = from_noise(teacher)(Part.whole(batch_size, torch.Generator().manual_seed(0)))
     reduced = config.dd2.match.precision == "bfloat16"
 
     def generator_update() -> None:
         student.zero_grad(set_to_none=True)
         with torch.autocast(config.device, torch.bfloat16, enabled=reduced):
-            loss, _ = method.step("student", batch, torch.Generator().manual_seed(1))
+            loss, _ = method.step("student", batch, Part.whole(batch_size, torch.Generator().manual_seed(1)))
         loss.backward()
 
     with torch.no_grad():

@@ -306,6 +306,34 @@ class TrajectoryConfig:
 
 
 @dataclass(kw_only=True)
+class ParallelConfig:
+    """How the work is shared: what is learnt does not depend on it.
+
+    Attributes:
+        strategy: replicate (every process holds all of the networks), shard (the processes of a node hold a part each
+            of networks, optimizers and averages), or auto: replicate where memory suffices.
+        micro_batch: samples of a process that go through a network at a time; 0: what memory holds.
+        recompute: blocks (keep a block's input alone, and compute the rest again in the backward pass), none, or auto:
+            blocks where memory holds too few samples without.
+        timeout: seconds without a step after which a process ends, and with it the others.
+    """
+
+    strategy: str = "auto"
+    micro_batch: int = 0
+    recompute: str = "auto"
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        strategies, ways = ("auto", "replicate", "shard"), ("auto", "none", "blocks")
+        _require(self.strategy in strategies, "strategy", self.strategy, "auto, replicate or shard")
+        _require(self.recompute in ways, "recompute", self.recompute, "auto, none or blocks")
+        _require(
+            self.micro_batch >= 0, "micro_batch", self.micro_batch, "a positive number, or 0 for what memory holds"
+        )
+        _require_positive(self, "timeout")
+
+
+@dataclass(kw_only=True)
 class OptimisationConfig:
     """What every training stage has.
 
@@ -570,6 +598,7 @@ class TrainConfig:
         dd1: distillation by DD1.
         dd2: distillation by DD2.
         evaluation: figures.
+        parallel: how the processes share the work.
     """
 
     recipe: str = "digits"
@@ -585,6 +614,7 @@ class TrainConfig:
     dd1: DD1Config = field(default_factory=DD1Config)
     dd2: DD2Config = field(default_factory=DD2Config)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         require_seed(self.seed)

@@ -33,8 +33,8 @@ REPORT, PICTURES = "report.md", "samples.png"
 ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
 ADAPTATION_JSON = "adaptation.json"
 
-LOCATION = ("out", "device", "resume", "trajectories.batch_size")
-"""Fields that decide where and how a run goes on, not what it makes."""
+LOCATION = ("out", "device", "resume", "trajectories.batch_size", "parallel")
+"""Fields, and tables of fields, that decide where and how a run goes on, not what it makes."""
 
 
 def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher, Student]:
@@ -109,13 +109,17 @@ def claim_folder(config: TrainConfig) -> None:
         different = [
             f"{name} is {theirs.get(name)!r}, not {wanted.get(name)!r}"
             for name in {**wanted, **{name: None for name in theirs if _LEFT.fullmatch(name)}}
-            if name not in LOCATION and theirs.get(name) != wanted.get(name)
+            if not _is_location(name) and theirs.get(name) != wanted.get(name)
         ]
         if different:
             raise DDFastError(f"{out} holds a run with other settings ({'; '.join(different)}); choose another --out")
     elif config.resume:
         raise DDFastError(f"--resume: no run in {out}; leave --resume out to start one")
     write_atomically(path, tomli_w.dumps(mine))
+
+
+def _is_location(name: str) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in LOCATION)
 
 
 class Stages:

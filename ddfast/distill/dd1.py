@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ddfast.config import DD1Config
+from ddfast.distill.batch import Batch, Part
 from ddfast.distill.losses import embedding_distance, perceptual_distance, token_cross_entropy
 from ddfast.distill.lpips import LPIPS
-from ddfast.distill.method import Batch, Method, Roles, scheduled_rate
+from ddfast.distill.method import Method, Roles, scheduled_rate
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student
 
@@ -57,22 +58,29 @@ class DD1(Method):
         """Linear warm-up, then cosine decay."""
         return scheduled_rate(self.config, update, self.total)
 
-    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(self, phase: str, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on the tokens that each sequence's point leaves open."""
         student, config = self.student, self.config
         assert batch.codes is not None
-        later = torch.rand(len(batch.codes), generator=generator, dtype=torch.float32) < config.point_probability
-        points = (later.long() * config.point).to(batch.codes.device)
+        later = torch.rand(part.size, generator=part.generator, dtype=torch.float32) < config.point_probability
+        points = (part.own(later).long() * config.point).to(batch.codes.device)
         target = student.codebook[batch.codes]
         is_data = student.data_mask(points, len(batch.codes))
         logits, embeddings = student.predict(
             batch.condition, torch.where(is_data[..., None], target, batch.noise), points
         )
-        cross_entropy = token_cross_entropy(logits, batch.codes, ~is_data)
+        share = self._open_tokens(part.own(later)) / self._open_tokens(later)
+        cross_entropy = share * token_cross_entropy(logits, batch.codes, ~is_data)
         if self.lpips is None:
-            name, distance = "embedding_distance", embedding_distance(embeddings, target, ~is_data)
+            name, distance = "embedding_distance", share * embedding_distance(embeddings, target, ~is_data)
         else:
             decode = partial(self.roles.teacher.decode, clamp=False)
-            name, distance = "lpips", perceptual_distance(embeddings, target, ~is_data, decode, self.lpips)
+            name = "lpips"
+            distance = part.share * perceptual_distance(embeddings, target, ~is_data, decode, self.lpips)
         loss = cross_entropy + config.embedding_weight * distance
         return loss, {"cross_entropy": cross_entropy.detach(), name: distance.detach()}
+
+    def _open_tokens(self, later: Tensor) -> int:
+        """How many tokens are open in sequences of which some, bool [b], start from the later point."""
+        starts = self.roles.teacher.group_starts()
+        return len(later) * starts[-1] - int(later.sum()) * starts[self.config.point]

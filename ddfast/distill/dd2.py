@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ddfast import seeds
 from ddfast.config import AdaptConfig, MatchConfig, TuneConfig
+from ddfast.distill.batch import Batch, Part
 from ddfast.distill.losses import (
     anchor_distance,
     next_token_divergence,
@@ -25,7 +26,7 @@ from ddfast.distill.losses import (
     score_distance_sid,
     velocity_distance,
 )
-from ddfast.distill.method import Batch, ExponentialMovingAverage, Method, Roles, scheduled_rate
+from ddfast.distill.method import ExponentialMovingAverage, Method, Roles, scheduled_rate
 from ddfast.distill.monitor import Watcher
 from ddfast.models.autoregressive import Condition, SamplingDefaults
 from ddfast.models.flow_network import FlowNetwork
@@ -68,12 +69,12 @@ class Adaptation(Method):
         """One schedule over both."""
         return scheduled_rate(self.config, update, self.total)
 
-    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(self, phase: str, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Distance to the table, or next-token cross-entropy on the teacher's samples."""
         if phase == "fit":
-            return self.student.embedding_error(), {}
+            return part.share * self.student.embedding_error(), {}
         assert batch.codes is not None
-        return negative_log_likelihood(self.student, batch.condition, batch.codes), {}
+        return part.share * negative_log_likelihood(self.student, batch.condition, batch.codes), {}
 
     def reads_codes(self, phase: str) -> bool:
         """The table is there without a sample."""
@@ -129,14 +130,14 @@ class Tuning(Method):
         """One schedule over both."""
         return scheduled_rate(self.config, update, self.total)
 
-    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(self, phase: str, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the velocity at noisy tokens."""
         assert batch.codes is not None
         student, teacher = self.student, self.roles.teacher
         tokens = student.codebook[batch.codes]
         with torch.set_grad_enabled(phase == "full"):
             features = student.features(batch.condition, tokens)
-        t, eps = _draws(self.config.draws, tokens, generator, _FIRST_TIME, 1.0)
+        t, eps, _ = _draws(self.config.draws, tokens, part, _FIRST_TIME, 1.0)
         x = add_noise(tokens, eps, t)
         with torch.no_grad():
             if self.config.loss == "gts":
@@ -144,7 +145,7 @@ class Tuning(Method):
                 target = velocity(x, t, log_probs, student.codebook)
             else:
                 target = eps - tokens
-        return velocity_distance(student.velocity(x, t, features), target), {}
+        return part.share * velocity_distance(student.velocity(x, t, features), target), {}
 
 
 class Matching(Method):
@@ -215,16 +216,16 @@ class Matching(Method):
         """Likelihood and diversity of a fixed batch of samples, and how far the averaged weights' are from them."""
         return self.watcher.look(average)
 
-    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(self, phase: str, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """One update of the guidance network or of the generator."""
         if phase == "guidance":
-            return self._guidance_step(batch, generator), {}
+            return part.share * self._guidance_step(batch, part), {}
         config, student, teacher = self.config, self.student, self.roles.teacher
         x, features = student.generate(batch.condition, batch.noise)
         prefix = self._prefix(x)
         with torch.no_grad():
             log_probs = teacher.log_probs(batch.condition, prefix, defaults=self.sampling)
-        loss, logged = x.new_zeros(()), {}
+        loss, logged, by_time = x.new_zeros(()), {}, {}
         if config.anchor_weight:
             with torch.no_grad():
                 target = flow_sample(log_probs, batch.noise, student.codebook)[1]
@@ -234,16 +235,16 @@ class Matching(Method):
             logged["lookahead"] = next_token_divergence(student.code_logits(features), log_probs)
             loss = loss + config.lookahead_weight * logged["lookahead"]
         if config.score_weight and phase == "student":
-            distance, by_time = self._score_distance(x, prefix, log_probs, batch.condition, generator)
-            logged |= {"score_distance": distance, **by_time}
+            distance, by_time = self._score_distance(x, prefix, log_probs, batch.condition, part)
+            logged["score_distance"] = distance
             loss = loss + config.score_weight * distance
-        return loss, {name: value.detach() for name, value in logged.items()}
+        return part.share * loss, {name: part.share * value.detach() for name, value in logged.items()} | by_time
 
     def _prefix(self, x: Tensor) -> Tensor:
         """What is read of generated tokens x [B, N, D], without gradient: int64 codes [B, N], or x as it is."""
         return nearest_code(x.detach(), self.student.codebook) if self.config.prefix == "codes" else x.detach()
 
-    def _guidance_step(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def _guidance_step(self, batch: Batch, part: Part) -> Tensor:
         """Cross-entropy of generated codes, or flow matching on generated tokens, given those before them."""
         guidance = self.roles.guidance
         assert guidance is not None
@@ -255,16 +256,16 @@ class Matching(Method):
         if self.config.fake_score == "codes":
             codes = prefix if self.config.prefix == "codes" else nearest_code(x, self.student.codebook)
             return F.cross_entropy(guidance.code_logits(features).flatten(0, 1), codes.flatten())
-        t, eps = _draws(self.config.draws, x, generator, _FIRST_TIME, 1.0)
+        t, eps, _ = _draws(self.config.draws, x, part, _FIRST_TIME, 1.0)
         return velocity_distance(guidance.velocity(add_noise(x, eps, t), t, features), eps - x)
 
     def _score_distance(
-        self, x: Tensor, prefix: Tensor, log_probs: Tensor, condition: Condition, generator: torch.Generator
+        self, x: Tensor, prefix: Tensor, log_probs: Tensor, condition: Condition, part: Part
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """CSD at generated tokens x [B, N, D], and the predictions' mean squared difference by flow time."""
+        """CSD at a part's tokens x [b, N, D], and what it contributes to the predictions' difference by flow time."""
         guidance, config = self.roles.guidance, self.config
         assert guidance is not None
-        t, eps = _draws(config.draws, x, generator, _FIRST_TIME, _LAST_TIME)
+        t, eps, all_times = _draws(config.draws, x, part, _FIRST_TIME, _LAST_TIME)
         with _frozen(guidance):
             with torch.no_grad():
                 features = guidance.features(condition, self.roles.teacher.embed(prefix))
@@ -280,7 +281,7 @@ class Matching(Method):
             distance = score_distance_kl(x, real, fake)
         else:
             distance = score_distance_sid(x, real, fake, config.alpha)
-        return distance, _by_time((real - fake).detach().square().sum(-1), t)
+        return distance, _by_time((real - fake).detach().square().sum(-1), t, all_times)
 
 
 def sampling_settings(teacher: Teacher, config: TuneConfig | MatchConfig) -> SamplingDefaults:
@@ -303,20 +304,27 @@ def _schedule(config: MatchConfig) -> list[tuple[str, int, int]]:
     ]
 
 
-def _draws(draws: int, x: Tensor, generator: torch.Generator, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Flow times [m, B, N], uniform between the bounds, and noise [m, B, N, D] for tokens x [B, N, D]."""
-    shape = (draws, *x.shape)
-    seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
+def _draws(draws: int, x: Tensor, part: Part, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Flow times [m, b, N], uniform between the bounds, and noise [m, b, N, D] for a part's tokens x [b, N, D].
+
+    The third is the times of the whole batch [m, B, N].
+    """
+    seed = part.seed()
     own = seeds.generator(seed % 2**32, x.device)  # drawn where it is used: millions of numbers a step
-    t = low + (high - low) * torch.rand(shape[:-1], generator=own, dtype=torch.float32, device=x.device)
-    return t, torch.randn(shape, generator=own, dtype=torch.float32, device=x.device)
+    shape = (draws, part.size, x.shape[1])
+    t = low + (high - low) * torch.rand(shape, generator=own, dtype=torch.float32, device=x.device)
+    return part.own(t, 1), part.noise(seed, (draws, *x.shape[1:]), x.device).transpose(0, 1), t
 
 
-def _by_time(values: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Means of values [m, B, N] in equal bins of t [m, B, N]."""
-    index = (t * _TIME_BINS).long().clamp_max(_TIME_BINS - 1).flatten()
-    sums = torch.zeros(_TIME_BINS, dtype=torch.float32, device=t.device).index_add_(0, index, values.flatten().float())
-    means = sums / torch.bincount(index, minlength=_TIME_BINS).clamp_min(1)
+def _by_time(values: Tensor, t: Tensor, all_times: Tensor) -> dict[str, Tensor]:
+    """What values [m, b, N] contribute to the means in equal bins of the whole batch's times [m, B, N]."""
+
+    def bins(times: Tensor) -> Tensor:
+        return (times * _TIME_BINS).long().clamp_max(_TIME_BINS - 1).flatten()
+
+    sums = torch.zeros(_TIME_BINS, dtype=torch.float32, device=t.device)
+    sums.index_add_(0, bins(t), values.flatten().float())
+    means = sums / torch.bincount(bins(all_times), minlength=_TIME_BINS).clamp_min(1)
     return {f"score_discrepancy_t{(number + 0.5) / _TIME_BINS:g}": mean for number, mean in enumerate(means)}
 
 

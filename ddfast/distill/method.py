@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddfast import private_api
 from ddfast.config import OptimisationConfig
-from ddfast.models.autoregressive import Condition
+from ddfast.distill.batch import Batch, Part
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -26,15 +26,6 @@ class Roles:
     student: Student
     teacher: Teacher
     guidance: FlowNetwork | None = None
-
-
-@dataclass(kw_only=True)
-class Batch:
-    """Noise [B, N, D], conditions, and where a method learns from data the codes int64 [B, N] that go with them."""
-
-    noise: Tensor
-    condition: Condition
-    codes: Tensor | None = None
 
 
 class Method(ABC):
@@ -56,8 +47,11 @@ class Method(ABC):
         """Whose turn it is in step `step`: a key of `networks`."""
 
     @abstractmethod
-    def step(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one update of `phase`, and what to log; all randomness comes from `generator`."""
+    def step(self, phase: str, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a part of the batch contributes to the loss of one update of `phase`, and to what is logged.
+
+        The sums over all parts are the batch's. All randomness comes from `part`, after what `batch` took of it.
+        """
 
     @abstractmethod
     def learning_rate(self, phase: str, update: int) -> float:

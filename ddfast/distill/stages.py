@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddfast import seeds
 from ddfast.config import DD2Config, TrainConfig, config_hash
+from ddfast.distill.batch import Part
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
 from ddfast.distill.method import Roles
@@ -98,7 +99,7 @@ def adapt(
         that was fitted to nothing. The log has what is between: after the fit, and every as many steps from there.
     """
     generator = seeds.generator(config.seed, number=5_000_003)
-    held_out = from_noise(teacher, decoding=teacher.defaults)(64, generator)
+    held_out = from_noise(teacher, decoding=teacher.defaults)(Part.whole(64, generator))
     assert held_out.codes is not None
     before = code_likelihoods(network, held_out.condition, held_out.codes)
     network.train().requires_grad_(True)

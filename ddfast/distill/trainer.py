@@ -8,14 +8,14 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ddfast import seeds
 from ddfast.config import OptimisationConfig
-from ddfast.distill.method import Batch, ExponentialMovingAverage, Method
+from ddfast.distill.batch import Batch, Draw, Part
+from ddfast.distill.method import ExponentialMovingAverage, Method
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
 from ddfast.messages import warn
@@ -24,7 +24,6 @@ from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.layers import stacked_rows
 from ddfast.models.official import UNFINISHED
 from ddfast.models.protocol import Teacher
-from ddfast.ops import noise
 from ddfast.progress import Progress
 from ddfast.trajectories.store import Trajectories
 
@@ -34,13 +33,6 @@ METRICS = "metrics.jsonl"
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What AdamW and Muon keep of a parameter."""
-
-
-class Draw(Protocol):
-    """Makes a batch of the size given, all of its randomness from the generator; codes only where they are read."""
-
-    def __call__(self, size: int, generator: torch.Generator, codes: bool = True) -> Batch:
-        """The batch."""
 
 
 def optimise(
@@ -91,10 +83,11 @@ def optimise(
             if method.starts_from_average(run.step):
                 run.average.copy_to(run.averaged)
             phase = method.phase(run.step)
-            batch = draw(config.batch_size, generator, method.reads_codes(phase))
+            part = Part.whole(config.batch_size, generator)
+            batch = draw(part, method.reads_codes(phase))
             try:
                 with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
-                    loss, logged = method.step(phase, batch, generator)
+                    loss, logged = method.step(phase, batch, part)
             except ValueError as error:  # ops look at what they are given: here, what diverged weights made
                 raise DDFastError(
                     f"{stage}: step {run.step} stopped: {error}; the last checkpoint is kept: "
@@ -140,8 +133,8 @@ def from_store(trajectories: Trajectories, teacher: Teacher) -> Draw:
     """Batches of a store's pairs."""
     device = teacher.codebook.device
 
-    def draw(size: int, generator: torch.Generator, codes: bool = True) -> Batch:
-        rows = torch.randint(len(trajectories.codes), (size,), generator=generator, dtype=torch.int64)
+    def draw(part: Part, codes: bool = True) -> Batch:
+        rows = part.integers(len(trajectories.codes))
         return Batch(
             noise=trajectories.noise(rows).to(device),
             codes=trajectories.codes[rows].long().to(device),
@@ -155,17 +148,17 @@ def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) ->
     """Batches of fresh noise and conditions; with settings for `decoding`, the teacher makes sequences beside them."""
     device = teacher.codebook.device
 
-    def draw(size: int, generator: torch.Generator, codes: bool = True) -> Batch:
-        condition = teacher.condition_of(
-            torch.randint(teacher.num_conditions, (size,), generator=generator, dtype=torch.int64).to(device)
-        )
-        seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
-        eps = noise(seed, torch.arange(size, dtype=torch.int64), (teacher.num_tokens, teacher.code_dim), device)
+    def draw(part: Part, codes: bool = True) -> Batch:
+        condition = teacher.condition_of(part.integers(teacher.num_conditions).to(device))
+        seed = part.seed()
+        eps = part.noise(seed, (teacher.num_tokens, teacher.code_dim), device)
         drawn = None
         if decoding is not None and codes:
             own = seeds.generator(seed % 2**32, device)
+            shape = (part.size, teacher.num_tokens)
+            uniform = part.own(torch.rand(shape, generator=own, dtype=torch.float32, device=device))
             # No graph: it would keep the teacher's cache through the student's backward pass.
-            drawn = teacher.generate(condition, generator=own, graph=False, **dataclasses.asdict(decoding))
+            drawn = teacher.generate(condition, uniform=uniform, graph=False, **dataclasses.asdict(decoding))
         return Batch(noise=eps, condition=condition, codes=drawn)
 
     return draw

@@ -11,9 +11,10 @@ import torch
 from small import LABELS, build
 
 from ddfast.config import DD1Config, TrainConfig
+from ddfast.distill.batch import Batch, Part
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.losses import embedding_distance, token_cross_entropy
-from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
+from ddfast.distill.method import ExponentialMovingAverage, Roles
 from ddfast.distill.stages import distill
 from ddfast.distill.trainer import CHECKPOINT, METRICS
 from ddfast.errors import DDFastError
@@ -56,7 +57,7 @@ def test_a_step_sees_data_before_its_point_and_noise_after_it():
     original = student.predict
     student.predict = lambda condition, x, t: (seen.update(x=x, t=t), original(condition, x, t))[1]
     method = DD1(Roles(student=student, teacher=teacher), DD1Config(point=3, point_probability=0.5))
-    loss, logged = method.step("student", batch, torch.Generator().manual_seed(4))
+    loss, logged = method.step("student", batch, Part.whole(len(batch.noise), torch.Generator().manual_seed(4)))
     assert sorted(seen["t"].unique().tolist()) == [0, 3]
     for row, point in enumerate(seen["t"].tolist()):
         assert torch.equal(seen["x"][row, :point], teacher.codebook[batch.codes[row, :point]])

@@ -6,8 +6,9 @@ import torch
 
 from ddfast.config import AdaptConfig, DD2Config, MatchConfig, TrainConfig, TuneConfig, update
 from ddfast.distill import losses
+from ddfast.distill.batch import Batch, Part
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning
-from ddfast.distill.method import Batch, ExponentialMovingAverage, Roles
+from ddfast.distill.method import ExponentialMovingAverage, Roles
 from ddfast.distill.monitor import Watcher
 from ddfast.distill.stages import adapt, match, new_network, tune
 from ddfast.distill.trainer import ALARM_CHECKPOINT, CHECKPOINT, METRICS, from_noise, optimise
@@ -38,7 +39,7 @@ def toy_matching(**settings: object) -> Matching:
 
 
 def toy_batch(size: int = 16, seed: int = 3) -> Batch:
-    return from_noise(ToyTeacher())(size, torch.Generator().manual_seed(seed))
+    return from_noise(ToyTeacher())(Part.whole(size, torch.Generator().manual_seed(seed)))
 
 
 def test_losses_by_hand():
@@ -65,7 +66,7 @@ both_scores = pytest.mark.parametrize("fake_score", ["codes", "velocity"])
 @pytest.mark.parametrize("form", ["kl", "sid"])
 def test_the_generators_step_leaves_no_gradient_in_the_guidance_network(form, fake_score):
     method = toy_matching(form=form, fake_score=fake_score)
-    loss, _ = method.step("student", toy_batch(), torch.Generator().manual_seed(0))
+    loss, _ = method.step("student", toy_batch(), Part.whole(16, torch.Generator().manual_seed(0)))
     loss.backward()
     assert all(parameter.grad is None for parameter in method.roles.guidance.parameters())
     assert all(parameter.requires_grad for parameter in method.roles.guidance.parameters())
@@ -73,7 +74,7 @@ def test_the_generators_step_leaves_no_gradient_in_the_guidance_network(form, fa
     assert head.output.weight.grad.abs().amax() > 0
     assert method.student.position_embedding.grad.abs().amax() > 0
     method.student.zero_grad(set_to_none=True)
-    method.step("guidance", toy_batch(), torch.Generator().manual_seed(0))[0].backward()
+    method.step("guidance", toy_batch(), Part.whole(16, torch.Generator().manual_seed(0)))[0].backward()
     assert all(parameter.grad is None for parameter in method.student.parameters())
 
 
@@ -90,7 +91,9 @@ def test_prefixes_take_no_gradient(form, prefix, fake_score):
     def distance(tokens: torch.Tensor) -> torch.Tensor:
         made = method._prefix(tokens)
         log_probs = teacher.log_probs(label, made)
-        return method._score_distance(tokens, made, log_probs, label, torch.Generator().manual_seed(1))[0]
+        return method._score_distance(
+            tokens, made, log_probs, label, Part.whole(len(tokens), torch.Generator().manual_seed(1))
+        )[0]
 
     (whole,) = torch.autograd.grad(distance(x), x)
     for token in range(4):
@@ -150,7 +153,7 @@ def test_a_guidance_network_of_codes_knows_the_generators_law():
     optimizer = torch.optim.AdamW(guidance.parameters(), lr=5e-3, weight_decay=0.0)
     for step in range(300):
         optimizer.zero_grad()
-        method.step("guidance", toy_batch(256, seed=step), torch.Generator())[0].backward()
+        method.step("guidance", toy_batch(256, seed=step), Part.whole(256, torch.Generator()))[0].backward()
         optimizer.step()
     batch = toy_batch(50_000, seed=1000)
     with torch.no_grad():
@@ -167,7 +170,7 @@ def test_a_guidance_network_of_codes_knows_the_generators_law():
 def test_the_anchor_is_the_teachers_flow_given_ones_own_prefix():
     method = toy_matching(score_weight=0.0, anchor_weight=1.0, start_iterations=1)
     batch, teacher = toy_batch(), method.roles.teacher
-    loss, logged = method.step("start", batch, torch.Generator())
+    loss, logged = method.step("start", batch, Part.whole(len(batch.noise), torch.Generator()))
     x = method.student.generate(batch.condition, batch.noise)[0]
     codes = nearest_code(x, teacher.codebook)
     target = torch.stack(
@@ -226,8 +229,8 @@ def test_both_targets_of_stage_1_have_the_same_mean():
         network = toy_network(0, 0.2)
         teacher = network.teacher
         method = Tuning(Roles(student=network, teacher=teacher), TuneConfig(loss=loss, draws=8, **SMALL))
-        batch = from_noise(teacher, decoding=teacher.defaults)(20_000, torch.Generator().manual_seed(0))
-        method.step("full", batch, torch.Generator().manual_seed(1))[0].backward()
+        batch = from_noise(teacher, decoding=teacher.defaults)(Part.whole(20_000, torch.Generator().manual_seed(0)))
+        method.step("full", batch, Part.whole(len(batch.noise), torch.Generator().manual_seed(1)))[0].backward()
         return network.velocity_head.output.bias.grad
 
     torch.testing.assert_close(gradient("monte_carlo"), gradient("gts"), rtol=0.02, atol=0.02)
@@ -239,11 +242,11 @@ def test_the_head_alone_comes_first():
         Roles(student=network, teacher=network.teacher), TuneConfig(iterations=5, head_iterations=2, **SMALL)
     )
     assert [method.phase(step) for step in range(5)] == ["head", "head", "full", "full", "full"]
-    batch = from_noise(ToyTeacher(), decoding=network.teacher.defaults)(8, torch.Generator())
-    method.step("head", batch, torch.Generator())[0].backward()
+    batch = from_noise(ToyTeacher(), decoding=network.teacher.defaults)(Part.whole(8, torch.Generator()))
+    method.step("head", batch, Part.whole(len(batch.noise), torch.Generator()))[0].backward()
     assert network.input.weight.grad is None
     assert network.velocity_head.input.weight.grad is not None
-    method.step("full", batch, torch.Generator())[0].backward()
+    method.step("full", batch, Part.whole(len(batch.noise), torch.Generator()))[0].backward()
     assert network.input.weight.grad is not None
 
 

@@ -1,0 +1,152 @@
+"""The processes that torchrun started for one command: what they agree on, and how one that fails ends the others.
+
+One process alone agrees with itself: everything here then does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddfast import env
+from ddfast.errors import DDFastError
+
+T = TypeVar("T")
+
+_SIGNS_PER_SECOND = 1.0
+_LOOKS_PER_SECOND = 10.0
+
+
+class _Group:
+    """This process's place among those that talk to each other."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        self.waits, self.last_sign = 0, 0.0
+
+    def sign(self) -> None:
+        """Show the others, and the watchdog, that this process goes on."""
+        now = time.monotonic()
+        if now - self.last_sign >= 1 / _SIGNS_PER_SECOND:
+            self.last_sign = now
+            self.store.add(f"signs/{self.rank}", 1)
+            faulthandler.dump_traceback_later(self.timeout, exit=True)
+
+    def wait(self) -> None:
+        """Until all have come here, as long as those who have not show signs of life."""
+        self.waits += 1
+        place, seen = f"wait/{self.waits}", {other: (-1, time.monotonic()) for other in range(self.size)}
+        self.store.add(place, 1)
+        while self.store.add(place, 0) < self.size:
+            time.sleep(1 / _LOOKS_PER_SECOND)
+            self.sign()
+            for other, (signs, since) in seen.items():
+                now = self.store.add(f"signs/{other}", 0)
+                if now != signs:
+                    seen[other] = now, time.monotonic()
+                elif time.monotonic() - since > self.timeout:
+                    raise DDFastError(
+                        f"process {other} of {self.size} has shown no sign of life for {self.timeout:g} s "
+                        "(--parallel.timeout): see its own messages above; the last checkpoint is kept"
+                    )
+
+
+_group: _Group | None = None
+
+
+@contextlib.contextmanager
+def together(device: str, timeout: float) -> Iterator[None]:
+    """Within, the processes that torchrun started talk to each other; each takes a GPU of its own.
+
+    A process that makes no step for `timeout` seconds prints where it stands and ends, and so do those that wait for
+    it: torchrun then ends them all, and starts them again where it is told to (`--max-restarts`).
+
+    Args:
+        device: cpu or cuda.
+        timeout: seconds.
+    """
+    global _group
+    rank, size = env.rank_and_world_size()
+    if size == 1 or _group is not None:
+        yield
+        return
+    backend = "gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(env.local_rank_and_world_size()[0] % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    limit = datetime.timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    group_store = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
+    _group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout)
+    _group.sign()
+    try:
+        yield
+    finally:
+        _group = None
+        faulthandler.cancel_dump_traceback_later()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 speaks and writes."""
+    return _group.rank if _group else 0
+
+
+def count() -> int:
+    """How many processes share the work."""
+    return _group.size if _group else 1
+
+
+def sign() -> None:
+    """Say that this process goes on: called wherever a stage makes progress."""
+    if _group:
+        _group.sign()
+
+
+def wait() -> None:
+    """Until all processes are here, however long the others take while they make progress."""
+    if _group:
+        _group.wait()
+
+
+def first_does(what: Callable[[], T]) -> T:
+    """The result of a function that the first process alone calls, which all get; what it raises, all raise."""
+    if not _group:
+        return what()
+    said: list[Any] = [None, None]
+    if _group.rank == 0:
+        try:
+            said[0] = what()
+        except Exception as error:  # every process shall end by it
+            said[1] = error
+    _group.wait()
+    dist.broadcast_object_list(said, device=torch.device("cpu"))
+    if said[1] is not None:
+        raise said[1]
+    return said[0]
+
+
+def gather(value: T) -> list[T]:
+    """What every process gives, by rank."""
+    if not _group:
+        return [value]
+    _group.wait()
+    values: list[Any] = [None] * _group.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes of a tensor on the CPU, in place."""
+    if _group:
+        dist.all_reduce(values)
+    return values
