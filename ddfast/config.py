@@ -327,9 +327,8 @@ class ParallelConfig:
         strategies, ways = ("auto", "replicate", "shard"), ("auto", "none", "blocks")
         _require(self.strategy in strategies, "strategy", self.strategy, "auto, replicate or shard")
         _require(self.recompute in ways, "recompute", self.recompute, "auto, none or blocks")
-        _require(
-            self.micro_batch >= 0, "micro_batch", self.micro_batch, "a positive number, or 0 for what memory holds"
-        )
+        expected = "a positive number, or 0 for what memory holds"
+        _require(self.micro_batch >= 0, "micro_batch", self.micro_batch, expected)
         _require_positive(self, "timeout")
 
 

@@ -47,7 +47,7 @@ class Part:
         """One number int64 [b] below `limit` per sample of this part."""
         return self.own(torch.randint(limit, (self.size,), generator=self.generator, dtype=torch.int64))
 
-    def seed(self) -> int:
+    def shared_seed(self) -> int:
         """A seed that all parts share."""
         return int(torch.randint(2**62, (), generator=self.generator, dtype=torch.int64))
 

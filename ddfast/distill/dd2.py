@@ -225,7 +225,8 @@ class Matching(Method):
         prefix = self._prefix(x)
         with torch.no_grad():
             log_probs = teacher.log_probs(batch.condition, prefix, defaults=self.sampling)
-        loss, logged, by_time = x.new_zeros(()), {}, {}
+        loss, logged = x.new_zeros(()), {}
+        by_time: dict[str, Tensor] = {}
         if config.anchor_weight:
             with torch.no_grad():
                 target = flow_sample(log_probs, batch.noise, student.codebook)[1]
@@ -309,7 +310,7 @@ def _draws(draws: int, x: Tensor, part: Part, low: float, high: float) -> tuple[
 
     The third is the times of the whole batch [m, B, N].
     """
-    seed = part.seed()
+    seed = part.shared_seed()
     own = seeds.generator(seed % 2**32, x.device)  # drawn where it is used: millions of numbers a step
     shape = (draws, part.size, x.shape[1])
     t = low + (high - low) * torch.rand(shape, generator=own, dtype=torch.float32, device=x.device)

@@ -150,7 +150,7 @@ def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) ->
 
     def draw(part: Part, codes: bool = True) -> Batch:
         condition = teacher.condition_of(part.integers(teacher.num_conditions).to(device))
-        seed = part.seed()
+        seed = part.shared_seed()
         eps = part.noise(seed, (teacher.num_tokens, teacher.code_dim), device)
         drawn = None
         if decoding is not None and codes:

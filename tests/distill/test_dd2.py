@@ -91,9 +91,8 @@ def test_prefixes_take_no_gradient(form, prefix, fake_score):
     def distance(tokens: torch.Tensor) -> torch.Tensor:
         made = method._prefix(tokens)
         log_probs = teacher.log_probs(label, made)
-        return method._score_distance(
-            tokens, made, log_probs, label, Part.whole(len(tokens), torch.Generator().manual_seed(1))
-        )[0]
+        part = Part.whole(len(tokens), torch.Generator().manual_seed(1))
+        return method._score_distance(tokens, made, log_probs, label, part)[0]
 
     (whole,) = torch.autograd.grad(distance(x), x)
     for token in range(4):

@@ -19,19 +19,8 @@ PACKAGE = ROOT / "ddfast"
 
 # A module may import from its own and lower layers, and no modules import each other in a circle.
 LAYERS = [
-    {
-        "errors",
-        "env",
-        "files",
-        "config",
-        "messages",
-        "private_api",
-        "processes",
-        "progress",
-        "schedule",
-        "seeds",
-        "frechet",
-    },
+    {"errors", "env", "files", "config", "messages", "private_api", "processes"}
+    | {"progress", "schedule", "seeds", "frechet"},
     {"ops"},
     {"models"},
     {"trajectories"},
