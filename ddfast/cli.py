@@ -21,6 +21,7 @@ import tyro
 from ddfast import env
 from ddfast.config import DD1_PREFIX, MethodConfig, SettingError, TrainConfig, read_toml, update
 from ddfast.errors import DDFastError
+from ddfast.interruption import EXIT_CODE, Terminated, answer_termination
 from ddfast.models import families
 from ddfast.recipes import get_recipe, import_users
 
@@ -36,7 +37,7 @@ COMMANDS = {
 }
 
 RESUMABLE = ("train", "trajectories")
-IN_MANY_PROCESSES = ("trajectories", "doctor")
+IN_MANY_PROCESSES = ("train", "trajectories", "doctor")
 
 Options = TypeVar("Options", bound=TrainConfig)
 Plain = TypeVar("Plain")
@@ -116,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str] | None) -> int:
     """Run one command's body and turn what went wrong into one line and an exit code.
 
-    0: success; 1: a failure that says what to do; 130: interrupted, to be resumed. `--debug` shows tracebacks.
+    0: success; 1: a failure that says what to do; 130: interrupted, to be resumed; 75: ended by SIGTERM, to be resumed.
+    `--debug` shows tracebacks.
     """
     rest = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in rest
@@ -126,11 +128,12 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
         rest = _import_users(rest)
         if command not in IN_MANY_PROCESSES:
             env.check_one_process(f"`{command}`")
+        answer_termination()
         body(rest)
     except KeyboardInterrupt as interrupt:
         resumed = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"
         print(f"\nddfast {command}: interrupted; {str(interrupt) or resumed}", file=sys.stderr)
-        return 130
+        return EXIT_CODE if isinstance(interrupt, Terminated) else 130
     except (DDFastError, ValueError, TypeError, OSError) as error:
         if debug:
             traceback.print_exc()

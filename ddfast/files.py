@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,10 +44,10 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     with _beside(path) as temporary:
         yield temporary
         if durable:
-            _sync(temporary)
+            sync(temporary)
         os.replace(temporary, path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -64,7 +65,7 @@ def whole_folder(folder: Path, *, last: str) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
-            _sync(file)
+            sync(file)
         if folder.exists():
             (folder / last).unlink(missing_ok=True)
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
@@ -72,7 +73,7 @@ def whole_folder(folder: Path, *, last: str) -> Iterator[Path]:
             temporary.rmdir()
         else:
             os.replace(temporary, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -88,6 +89,40 @@ def _beside(path: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         raise DDFastError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, occupied: str) -> Iterator[None]:
+    """Within, this process alone holds the lock of a file that is made for it; the system frees it when a process ends.
+
+    A file system without locks lets everybody in.
+
+    Raises:
+        DDFastError: another process holds it; the message is `occupied`, and which.
+    """
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except ImportError:
+        yield
+        return
+    except OSError as error:
+        raise DDFastError(f"cannot write {path}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = file.read().strip()
+            raise DDFastError(f"{occupied}{f' ({who})' if who else ''}; wait for its end, or stop it") from error
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def check_new(path: Path, option: str) -> None:
@@ -131,7 +166,7 @@ def read_text(path: Path) -> str:
         raise DDFastError(f"{path} is not {encoding[:6].upper()} text ({error.reason}); save it as UTF-8") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file's content, or a folder's entries, durable; Windows neither needs nor allows it for folders."""
     if os.name != "posix" and path.is_dir():
         return

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddfast import env
+from ddfast import env, processes
 from ddfast.config import DD1_PREFIX, TrainConfig, plain
+from ddfast.distill import checkpoints
 from ddfast.distill.dd1 import check_point
-from ddfast.distill.stages import adapt, distill, match, new_network, tune
-from ddfast.distill.trainer import CHECKPOINT, METRICS
+from ddfast.distill.stages import Live, adapt, distill, match, new_network, tune
+from ddfast.distill.trainer import METRICS
 from ddfast.errors import DDFastError
 from ddfast.evaluation.protocol import evaluate
 from ddfast.files import write_atomically
 from ddfast.messages import say
-from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
+from ddfast.models.checkpoint import load_state, load_tensors, save_tensors, state_of
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.loading import build_teacher, check_student, load_student, save_student
 from ddfast.models.official import STUDENT_FILE
@@ -41,10 +41,11 @@ from ddfast.runs import (
     check_device,
     claim_folder,
     complete,
+    occupied,
     read_json,
 )
 from ddfast.trajectories.generate import generate_trajectories, store_settings
-from ddfast.trajectories.store import TrajectoryStore
+from ddfast.trajectories.store import Trajectories, TrajectoryStore
 
 
 def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
@@ -60,20 +61,24 @@ def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
     Raises:
         DDFastError: the folder cannot be used, the method is unknown, or a stage fails; what was done is kept.
     """
-    env.check_one_process("train")
     if config.method not in METHODS:
         raise DDFastError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
     check_init(config)
     check_device(config.device)
-    out = config.out
-    claim_folder(config)
-    stages = Stages(out / STAGES)
+    with processes.together(config.device, config.parallel.timeout), occupied(config.out):
+        return _train(config, progress_bar)
 
+
+def _train(config: TrainConfig, progress_bar: ProgressBar) -> dict[str, Any]:
+    """`train` in a folder that is this run's alone, by all processes."""
+    out = config.out
+    processes.first_does(lambda: claim_folder(config))
+    stages = Stages(out / STAGES)
     with stages.timed("teacher"):
-        teacher = build_teacher(config, progress_bar("teacher"))
+        teacher = processes.first_then_all(lambda: build_teacher(config, progress_bar("teacher")))
     check_student(teacher, config.method)
     student = METHODS[config.method](config, teacher, stages, progress_bar)
-    if (out / METRICS_JSON).exists():
+    if exists(out / METRICS_JSON):
         say(f"evaluation: {out / METRICS_JSON} exists, skipped")
         return read_json(out / METRICS_JSON)
     with stages.timed("evaluation"):
@@ -81,12 +86,22 @@ def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
     written = {"report": out / REPORT, "log": out / METRICS}
     if teacher.has_decoder:
         written["pictures"] = out / PICTURES
-        write_pictures(config, teacher, student, written["pictures"])
-    write_report(config, metrics, student, stages.seconds, written["report"])
-    write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n")
+
+    def write() -> None:
+        if teacher.has_decoder:
+            write_pictures(config, teacher, student, written["pictures"])
+        write_report(config, metrics, student, stages.seconds, written["report"])
+        write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n")
+
+    processes.first_does(write)
     say("\n".join(["", *quality_table(config, metrics, student), ""]))
     say(", ".join(f"{name}: {path}" for name, path in written.items()))
     return metrics
+
+
+def exists(path: Path) -> bool:
+    """Whether the first process sees a file: what the others see of a shared folder may be older."""
+    return processes.first_does(path.exists)
 
 
 def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_bar: ProgressBar) -> Student:
@@ -95,16 +110,15 @@ def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
     check_point(config.dd1, teacher)
     with stages.timed("trajectories"):
         store = make_trajectories(config, teacher, progress_bar("trajectories"))
-    if (out / STUDENT_FILE).exists():
+    if exists(out / STUDENT_FILE):
         say(f"student: {out / STUDENT_FILE} exists, skipped")
-        student: Student = load_student(out, teacher)
-        complete(student, config)
-        return student
-    with stages.timed("distillation"):
-        trajectories = store.load(config.trajectories.count)
-        student, live = distill(config, teacher, trajectories, out, progress=progress_bar("distillation"))
-    save_student(out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    else:
+        with stages.timed("distillation"):
+            trajectories = store.load(config.trajectories.count)
+            trained, live = distill(config, teacher, trajectories, out, progress=progress_bar("distillation"))
+        finish_student(config, trained, live)
+    student = load_student(out, teacher)
+    complete(student, config)
     return student
 
 
@@ -116,21 +130,53 @@ def train_dd2(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
         with stages.timed("trajectories"):
             store = make_trajectories(config, teacher, progress_bar("trajectories"))
             trajectories = store.load(config.trajectories.count)
-    if (out / STUDENT_FILE).exists():
+    if exists(out / STUDENT_FILE):
         say(f"student: {out / STUDENT_FILE} exists, skipped")
         return load_student(out, teacher)
+    student, guidance = _starts(config, teacher, trajectories, stages, progress_bar)
+    with stages.timed("matching"):
+        live = match(config, teacher, student, guidance, out, progress=progress_bar("matching"))
+    if guidance is not None:
+        save_network(out / GUIDANCE_FILE, guidance)
+    finish_student(config, student, live)
+    return load_student(out, teacher)
+
+
+def finish_student(config: TrainConfig, student: Student, live: Live) -> None:
+    """Write a trained student; its checkpoints go."""
+    save_student(config.out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
+    processes.wait()
+    checkpoints.remove(config.out)
+
+
+def _starts(
+    config: TrainConfig,
+    teacher: Teacher,
+    trajectories: Trajectories | None,
+    stages: Stages,
+    progress_bar: ProgressBar,
+) -> tuple[FlowNetwork, FlowNetwork | None]:
+    """Generator and guidance network as the matching starts from them, after the stages before it."""
+    out, match_config = config.out, config.dd2.match
     base = new_network(config, teacher)
     if base.looks_up:
-        with stages.timed("adaptation"), _artefact(base, out / ADAPTED_FILE) as todo:
-            if todo:
-                likelihoods = adapt(config, teacher, base, out, progress=progress_bar("adaptation"))
-                say("adaptation, nats per token: " + json.dumps(likelihoods))
+
+        def adapting(network: FlowNetwork) -> None:
+            likelihoods = adapt(config, teacher, network, out, progress=progress_bar("adaptation"))
+            say("adaptation, nats per token: " + json.dumps(likelihoods))
+            if processes.rank() == 0:
                 write_atomically(out / ADAPTATION_JSON, json.dumps(likelihoods, indent=2) + "\n")
-    tuned = copy.deepcopy(base)
+
+        with stages.timed("adaptation"):
+            base = _after(adapting, base, out / ADAPTED_FILE)
+    tuned = base
     if needs_tuning(config):
-        with stages.timed("tuning"), _artefact(tuned, out / TUNED_FILE) as todo:
-            if todo:
-                tune(config, teacher, tuned, trajectories, out, progress=progress_bar("tuning"))
+
+        def tuning(network: FlowNetwork) -> None:
+            tune(config, teacher, network, trajectories, out, progress=progress_bar("tuning"))
+
+        with stages.timed("tuning"):
+            tuned = _after(tuning, base, out / TUNED_FILE)
 
     def started(where: str) -> FlowNetwork:
         trained = {"stage1": tuned, "teacher": base}.get(where)
@@ -139,14 +185,8 @@ def train_dd2(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
     student = started(config.init)
     if config.init.startswith(DD1_PREFIX):
         student.start_from_student(load_student(config.init.removeprefix(DD1_PREFIX), teacher))
-    guidance = started(dd2.match.guidance_start) if dd2.match.score_weight else None
-    with stages.timed("matching"):
-        live = match(config, teacher, student, guidance, out, progress=progress_bar("matching"))
-    if guidance is not None:
-        save_network(out / GUIDANCE_FILE, guidance)
-    save_student(out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
-    (out / CHECKPOINT).unlink(missing_ok=True)
-    return student
+    guidance = started(match_config.guidance_start) if match_config.score_weight else None
+    return student, guidance
 
 
 METHODS: dict[str, Callable[[TrainConfig, Teacher, Stages, ProgressBar], Student]] = {
@@ -176,22 +216,24 @@ def check_init(config: TrainConfig) -> None:
         raise DDFastError(f"--init {init}: no {STUDENT_FILE} at {path}; `ddfast train --method dd1` makes it")
 
 
-@contextlib.contextmanager
-def _artefact(network: FlowNetwork, path: Path) -> Iterator[bool]:
-    """Load a stage's network if its file is there (yields False), else save it after the body (yields True)."""
-    if path.exists():
+def _after(stage: Callable[[FlowNetwork], None], network: FlowNetwork, path: Path) -> FlowNetwork:
+    """A network like the given one after a stage, as the stage's file has it: the file is made if it is not there."""
+    if exists(path):
         say(f"{path} exists, skipped")
-        load_state(network, load_tensors(path)[0], path)
-        yield False
-        return
-    yield True
-    save_network(path, network)
-    (path.parent / CHECKPOINT).unlink(missing_ok=True)
+    else:
+        trained = copy.deepcopy(network)
+        stage(trained)
+        save_network(path, trained)
+        processes.wait()
+        checkpoints.remove(path.parent)
+    after = copy.deepcopy(network)
+    load_state(after, load_tensors(path)[0], path)
+    return after
 
 
 def save_network(path: Path, network: FlowNetwork) -> None:
-    """Write a stage's network."""
-    save_tensors(path, network.state_dict(), {"network": network.config})
+    """Write a stage's network; where it is spread over processes, all call this."""
+    save_tensors(path, state_of(network), {"network": network.config})
 
 
 def make_trajectories(config: TrainConfig, teacher: Teacher, progress: Progress) -> TrajectoryStore:
@@ -200,8 +242,10 @@ def make_trajectories(config: TrainConfig, teacher: Teacher, progress: Progress)
     What was made, how fast and on what machine becomes a line of `config.out/throughput.jsonl`.
     """
     settings = config.trajectories
-    store = TrajectoryStore.open_or_create(config.out / "trajectories", store_settings(teacher, settings, config.seed))
+    folder, wanted = config.out / "trajectories", store_settings(teacher, settings, config.seed)
+    store = processes.first_then_all(lambda: TrajectoryStore.open_or_create(folder, wanted))
     made = generate_trajectories(teacher, store, settings.count, batch_size=settings.batch_size, progress=progress)
+    processes.wait()
     if not made.pairs:
         say("trajectories: all there, skipped")
         return store

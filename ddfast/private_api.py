@@ -43,6 +43,11 @@ def is_hooked(module: torch.nn.Module) -> bool:
     return any(own) or bool(_GLOBAL_HOOKS())
 
 
+def is_persistent(module: torch.nn.Module, buffer: str) -> bool:
+    """Whether a module's state has a buffer of its own; without the name, all are taken to be in it."""
+    return buffer not in getattr(module, "_non_persistent_buffers_set", ())
+
+
 def writes(tensor: Tensor) -> int:
     """How often a tensor was written to, as PyTorch counts it; -1 where it does not count."""
     return -1 if tensor.is_inference() else getattr(tensor, "_version", -1)

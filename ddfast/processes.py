@@ -150,3 +150,35 @@ def total(values: Tensor) -> Tensor:
     if _group:
         dist.all_reduce(values)
     return values
+
+
+def is_spread(tensor: object) -> bool:
+    """Whether the processes hold a part of a tensor each (PyTorch's DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one process would have it; of one that is spread, every process asks at the same point."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: memory of its own, or all of it where it is not spread."""
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def first_said(value: T) -> T:
+    """What the first process gives."""
+    return first_does(lambda: value)
+
+
+def first_then_all(what: Callable[[], T]) -> T:
+    """The result of a function that the first process calls before the others do: what it keeps on disk, they find.
+
+    What it raises in the first process, all raise.
+    """
+    made: list[T] = []
+    first_does(lambda: made.append(what()))
+    if not made:
+        made.append(what())
+    return made[0]

@@ -14,13 +14,14 @@ import nvtx
 import tomli_w
 import torch
 
+from ddfast import processes
 from ddfast.config import TrainConfig, plain, read_toml, update
-from ddfast.distill.trainer import CHECKPOINT
+from ddfast.distill.checkpoints import FOLDER as CHECKPOINTS
 from ddfast.errors import DDFastError
-from ddfast.files import read_text, write_atomically
+from ddfast.files import locked, read_text, write_atomically
 from ddfast.messages import say
 from ddfast.models.loading import build_teacher, load_student, load_teacher
-from ddfast.models.official import STUDENT_FILE, TEACHER_FILE
+from ddfast.models.official import STUDENT_FILE, TEACHER_FILE, UNFINISHED
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
 from ddfast.progress import Progress
@@ -29,6 +30,7 @@ from ddfast.recipes import get_recipe
 CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
 THROUGHPUT = "throughput.jsonl"
 REPORT, PICTURES = "report.md", "samples.png"
+LOCK = ".lock"
 
 ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
 ADAPTATION_JSON = "adaptation.json"
@@ -103,7 +105,12 @@ def claim_folder(config: TrainConfig) -> None:
     """Make `config.out`, or accept it if what it holds was made with the same settings; then write config.toml."""
     out, path = config.out, config.out / CONFIG
     mine = plain(config)
-    artefacts = ("trajectories", CHECKPOINT, STUDENT_FILE, ADAPTED_FILE, TUNED_FILE)
+    artefacts = ("trajectories", CHECKPOINTS, STUDENT_FILE, ADAPTED_FILE, TUNED_FILE)
+    if (out / UNFINISHED).exists():
+        raise DDFastError(
+            f"{out / UNFINISHED} is of a run that an older ddfast began: finish it with that, or delete the file to "
+            "begin its stage again"
+        )
     if any((out / name).exists() for name in artefacts) and path.exists():
         theirs, wanted = _said(read_toml(path)), _said(mine)
         different = [
@@ -122,6 +129,18 @@ def _is_location(name: str) -> bool:
     return any(name == field or name.startswith(f"{field}.") for field in LOCATION)
 
 
+@contextlib.contextmanager
+def occupied(out: Path) -> Iterator[None]:
+    """Within, no other run may use the folder `out`; of several processes, the first one speaks for all.
+
+    Raises:
+        DDFastError: one does.
+    """
+    with contextlib.ExitStack() as kept:
+        processes.first_does(lambda: kept.enter_context(locked(out / LOCK, f"a run is going on in {out}")))
+        yield
+
+
 class Stages:
     """Seconds that every stage took, kept over interruptions."""
 
@@ -138,7 +157,8 @@ class Stages:
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
+            if processes.rank() == 0:
+                write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Adaptation(Method):
         """Nats per token on the held-out samples."""
         if self.held_out is None or self.held_out.codes is None:
             return {}, None
-        found = code_likelihoods(self.student, self.held_out.condition, self.held_out.codes)
+        found = self.call(code_likelihoods, self.student, self.held_out.condition, self.held_out.codes)
         return {f"{name}_nll": value for name, value in found.items()}, None
 
 
@@ -214,7 +214,7 @@ class Matching(Method):
 
     def watch(self, step: int, average: ExponentialMovingAverage) -> tuple[dict[str, float], str | None]:
         """Likelihood and diversity of a fixed batch of samples, and how far the averaged weights' are from them."""
-        return self.watcher.look(average)
+        return self.watcher.look(average, self.call)
 
     def step(self, phase: str, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """One update of the guidance network or of the generator."""

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ddfast import private_api
+from ddfast import private_api, processes
 from ddfast.config import OptimisationConfig
 from ddfast.distill.batch import Batch, Part
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.schedule import warmup_cosine
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -28,16 +31,31 @@ class Roles:
     guidance: FlowNetwork | None = None
 
 
+class Call(Protocol):
+    """Calls function(*arguments)."""
+
+    def __call__(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Its result."""
+
+
+def directly(function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments): a `Call` of networks that are whole."""
+    return function(*arguments)
+
+
 class Method(ABC):
     """One stage of a distillation; it knows losses, not optimizers.
 
     Attributes:
         networks: the network that each phase updates.
         total: steps, all phases together.
+        call: how what reads the networks' weights is called outside of `step`: `call(function, *arguments)`; their
+            processes may hold a part of the weights each.
     """
 
     networks: dict[str, nn.Module]
     total: int
+    call: Call = staticmethod(directly)
 
     def __init__(self, roles: Roles) -> None:
         self.roles = roles
@@ -71,7 +89,7 @@ class Method(ABC):
 
 
 class ExponentialMovingAverage:
-    """Running average of a network's parameters, moved once per update of that network.
+    """Running average of a network's parameters, moved once per update of that network, each process its part.
 
     Early on the rate is (step + 1) / (step + 10), so that the average forgets the initialisation.
 
@@ -81,12 +99,13 @@ class ExponentialMovingAverage:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.average = {name: value.detach().clone() for name, value in network.named_parameters()}
+        self._own = [processes.own(value) for value in self.average.values()]
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Move the average towards the network after its update number `step` (0-based)."""
         rate = min(self.decay, (step + 1) / (step + 10))
-        private_api.foreach_lerp_(list(self.average.values()), list(network.parameters()), 1 - rate)
+        private_api.foreach_lerp_(self._own, [processes.own(value) for value in network.parameters()], 1 - rate)
 
     @contextlib.contextmanager
     def applied_to(self, network: nn.Module) -> Iterator[None]:

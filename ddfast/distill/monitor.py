@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ddfast import seeds
-from ddfast.distill.method import ExponentialMovingAverage
+from ddfast.distill.method import Call, ExponentialMovingAverage, directly
 from ddfast.frechet import frechet_distance
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Teacher
@@ -37,8 +39,8 @@ class Watcher:
         self.reference: Tensor | None = None
 
     @torch.no_grad()
-    def look(self, average: ExponentialMovingAverage) -> tuple[dict[str, float], str | None]:
-        """Figures of the samples, and what is alarming about them, if anything.
+    def look(self, average: ExponentialMovingAverage, call: Call = directly) -> tuple[dict[str, float], str | None]:
+        """Figures of the samples, and what is alarming about them, if anything; networks are called by `call`.
 
         - teacher_nll: nats per token of the live samples under the teacher, unfiltered.
         - diversity: entropy of the codes at every position, as a share of the teacher's own samples'.
@@ -48,12 +50,12 @@ class Watcher:
         teacher, student = self.teacher, self.student
         if self.reference is None:
             generator = seeds.generator(_SEED, teacher.codebook.device)
-            self.reference = teacher.generate(self.condition, generator=generator)
-        live = student.generate(self.condition, self.noise)[0]
+            self.reference = call(partial(teacher.generate, generator=generator), self.condition)
+        live = call(student.generate, self.condition, self.noise)[0]
         with average.applied_to(student):
-            averaged = student.generate(self.condition, self.noise)[0]
+            averaged = call(student.generate, self.condition, self.noise)[0]
         codes = nearest_code(live, student.codebook)
-        log_probs = teacher.log_probs(self.condition, codes, filtered=False).gather(-1, codes[..., None])
+        log_probs = call(partial(teacher.log_probs, filtered=False), self.condition, codes).gather(-1, codes[..., None])
         spread = float(self._features(teacher.embed(self.reference)).var(0).sum())
         seen = {
             "teacher_nll": -float(log_probs.mean()),

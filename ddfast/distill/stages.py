@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ddfast import seeds
 from ddfast.config import DD2Config, TrainConfig, config_hash
@@ -16,6 +15,7 @@ from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
 from ddfast.distill.method import Roles
 from ddfast.distill.trainer import from_noise, from_store, optimise
 from ddfast.models import families
+from ddfast.models.checkpoint import AnyTensor, state_of
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.loading import start_student, student_class
 from ddfast.models.protocol import Teacher
@@ -23,7 +23,7 @@ from ddfast.models.student import DD1Student, Student
 from ddfast.progress import Progress
 from ddfast.trajectories.store import Trajectories
 
-Live = dict[str, Tensor]
+Live = dict[str, AnyTensor]
 """State of a student's weights without averaging."""
 
 
@@ -38,6 +38,7 @@ def distill(
 ) -> tuple[DD1Student, Live]:
     """Train a DD1 student (None: one that starts as the teacher); returns it averaged, and the live weights.
 
+    Of several processes, each then holds a part of both: `ddfast.models.loading.save_student` writes them whole.
     Interruption, resume, log and errors: `ddfast.distill.trainer.optimise`.
     """
     seeds.seed_all(config.seed)
@@ -54,11 +55,12 @@ def distill(
         out,
         stage="distillation",
         seed=config.seed,
+        parallel=config.parallel,
         identity=config_hash(config.dd1, *_data(config)),
         ema_decay=config.dd1.ema_decay,
         progress=progress,
     )
-    live = {name: value.detach().clone() for name, value in student.state_dict().items()}
+    live = _live(student)
     average.copy_to(student)
     return student.eval().requires_grad_(False), live
 
@@ -92,7 +94,7 @@ def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
 def adapt(
     config: TrainConfig, teacher: Teacher, network: FlowNetwork, out: Path, *, progress: Progress | None = None
 ) -> dict[str, dict[str, float]]:
-    """DD2's stage 0: train the network's input in place.
+    """DD2's stage 0: train the network's input in place, where several processes then hold a part of it each.
 
     Returns:
         nats per token on fresh samples of the teacher, {"before" | "after": {"teacher", "adapted"}}; "before" is an MLP
@@ -103,19 +105,22 @@ def adapt(
     assert held_out.codes is not None
     before = code_likelihoods(network, held_out.condition, held_out.codes)
     network.train().requires_grad_(True)
+    method = Adaptation(Roles(student=network, teacher=teacher), config.dd2.adapt, held_out)
     optimise(
-        Adaptation(Roles(student=network, teacher=teacher), config.dd2.adapt, held_out),
+        method,
         config.dd2.adapt,
         from_noise(teacher, decoding=teacher.defaults),
         out,
         stage="adaptation",
         seed=config.seed,
+        parallel=config.parallel,
         identity=config_hash(*_shape(config.dd2), config.dd2.adapt, *_data(config)),
         watch_every=config.dd2.adapt.fit_iterations,
         progress=progress,
     )
     network.eval().requires_grad_(False)
-    return {"before": before, "after": code_likelihoods(network, held_out.condition, held_out.codes)}
+    after = method.call(code_likelihoods, network, held_out.condition, held_out.codes)
+    return {"before": before, "after": after}
 
 
 def tune(
@@ -128,6 +133,8 @@ def tune(
     progress: Progress | None = None,
 ) -> None:
     """DD2's stage 1: turn the network, in place, into an AR-diffusion model of the teacher's tokens.
+
+    Several processes then hold a part of it each.
 
     Args:
         trajectories: sequences to learn from; None: the teacher makes them on the fly.
@@ -142,6 +149,7 @@ def tune(
         out,
         stage="tuning",
         seed=config.seed,
+        parallel=config.parallel,
         identity=config_hash(*_shape(dd2), dd2.adapt, dd2.tune, *_data(config)),
         progress=progress,
     )
@@ -159,7 +167,7 @@ def match(
 ) -> Live:
     """DD2's stage 2: train generator and guidance network in place.
 
-    The generator ends with its averaged weights; returned are the live ones.
+    The generator ends with its averaged weights; returned are the live ones. Several processes then hold a part each.
     """
     dd2 = config.dd2
     for network in (student, guidance):
@@ -174,17 +182,24 @@ def match(
         out,
         stage="matching",
         seed=config.seed,
+        parallel=config.parallel,
         identity=config_hash(dd2, config.init, *_data(config)),
         ema_decay=dd2.match.ema_decay,
         watch_every=dd2.match.watch_every,
         progress=progress,
     )
-    live = {name: value.detach().clone() for name, value in student.state_dict().items()}
+    live = _live(student)
     average.copy_to(student)
     for network in (student, guidance):
         if network is not None:
             network.eval().requires_grad_(False)
     return live
+
+
+def _live(student: Student) -> Live:
+    """A copy of the state, which the moving average is about to overwrite."""
+    own = {name: value.detach().clone() for name, value in student.named_parameters(remove_duplicate=False)}
+    return state_of(student, own)
 
 
 def _shape(dd2: DD2Config) -> tuple[int, int]:

@@ -5,34 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ddfast import seeds
-from ddfast.config import OptimisationConfig
+from ddfast import processes, seeds
+from ddfast.config import OptimisationConfig, ParallelConfig
+from ddfast.distill import checkpoints
 from ddfast.distill.batch import Batch, Draw, Part
+from ddfast.distill.checkpoints import Checkpoints
 from ddfast.distill.method import ExponentialMovingAverage, Method
+from ddfast.distill.sharding import Spread
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
+from ddfast.interruption import Wishes, deferred
 from ddfast.messages import warn
 from ddfast.models.autoregressive import SamplingDefaults
-from ddfast.models.checkpoint import load_tensors, save_tensors
-from ddfast.models.layers import stacked_rows
-from ddfast.models.official import UNFINISHED
 from ddfast.models.protocol import Teacher
 from ddfast.progress import Progress
 from ddfast.trajectories.store import Trajectories
 
-CHECKPOINT = UNFINISHED
-ALARM_CHECKPOINT = "checkpoint-before-alarm.safetensors"
+ALARM_CHECKPOINT = "checkpoint-before-alarm"
 METRICS = "metrics.jsonl"
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-"""What AdamW and Muon keep of a parameter."""
 
 
 def optimise(
@@ -44,15 +41,20 @@ def optimise(
     stage: str,
     seed: int,
     identity: str,
+    parallel: ParallelConfig | None = None,
     ema_decay: float = 0.0,
     watch_every: int = 0,
     progress: Progress | None = None,
 ) -> ExponentialMovingAverage:
     """Run a stage; returns the moving average of the student (with `ema_decay` 0: its weights as they are).
 
-    Every `checkpoint_every` steps, and when interrupted, the whole state goes to `out/checkpoint.safetensors`; a later
-    call with the same settings continues from there and ends with the same weights, bit for bit on a CPU. Step k's
-    batch and randomness depend on (seed, k) alone. `out/metrics.jsonl` gets a line every `log_every` steps.
+    Every `checkpoint_every` steps, and when interrupted, the whole state goes to a folder in `out/checkpoints`; a later
+    call with the same settings continues from there and ends with the same weights, with as many processes bit for bit
+    on a CPU. Step k's batch and randomness depend on (seed, k) and a sample's number alone. `out/metrics.jsonl` gets a
+    line every `log_every` steps.
+
+    Of several processes (`ddfast.processes`), each makes a part of every batch; the networks stay spread over them
+    (`ddfast.distill.sharding`), and so is the average that is returned.
 
     Args:
         method: its networks are trained in place.
@@ -62,70 +64,73 @@ def optimise(
         stage: its name, in the log and in the checkpoint.
         seed: of every step's randomness.
         identity: of the settings; a checkpoint of others is refused.
+        parallel: how the work is shared; None: as its defaults say.
         ema_decay: of the student's moving average.
         watch_every: steps between the method's looks at its samples; 0: none. What it finds alarming is printed, and
-            the last checkpoint before it is kept as `checkpoint-before-alarm.safetensors`.
+            the last checkpoint before it is kept as `checkpoint-before-alarm`.
         progress: called as progress(done, total, text).
 
     Raises:
-        DDFastError: the checkpoint is of other settings, or the loss is no longer finite.
+        DDFastError: the checkpoint is of other settings, the loss is no longer finite, or the batch has less than a
+            sample per process.
+        KeyboardInterrupt: Ctrl-C or SIGTERM (`ddfast.interruption.Terminated`) came to any process; all is saved.
     """
-    run = _Run(method, config, stage, identity, ema_decay)
-    run.restore(out / CHECKPOINT)
-    _truncate_metrics(out / METRICS, stage, run.step)
+    if config.batch_size < processes.count():
+        raise DDFastError(
+            f"{stage}: batch_size {config.batch_size} is less than a sample for each of {processes.count()} processes"
+        )
+    run = _Run(method, config, Checkpoints(out, stage, identity), parallel or ParallelConfig(), ema_decay)
+    run.restore()
+    if processes.rank() == 0:
+        _truncate_metrics(out / METRICS, stage, run.step)
     started, first_step, alarmed = time.perf_counter(), run.step, False
-    device = method.roles.teacher.codebook.device
-    reduced = config.precision == "bfloat16"
     latest: dict[str, Tensor | float] = {}
+    contributed: dict[str, Tensor] = {}
     try:
-        while run.step < method.total:
-            generator = seeds.generator(_step_seed(seed, run.step))
-            if method.starts_from_average(run.step):
-                run.average.copy_to(run.averaged)
-            phase = method.phase(run.step)
-            part = Part.whole(config.batch_size, generator)
-            batch = draw(part, method.reads_codes(phase))
-            try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
-                    loss, logged = method.step(phase, batch, part)
-            except ValueError as error:  # ops look at what they are given: here, what diverged weights made
-                raise DDFastError(
-                    f"{stage}: step {run.step} stopped: {error}; the last checkpoint is kept: "
-                    "if the training diverged, try a lower learning rate"
-                ) from error
-            if not math.isfinite(loss.item()):
-                raise DDFastError(
-                    f"{stage}: the loss became {loss.item()} at step {run.step}; the last checkpoint is kept: "
-                    "try a lower learning rate"
-                )
-            norm = run.update(phase, loss)
-            figures: dict[str, Tensor | float] = {
-                "loss": loss.detach(),
-                "gradient_norm": norm,
-                "learning_rate": run.learning_rate,
-            }
-            latest |= {_named(what, phase, method): value for what, value in figures.items()}
-            latest |= logged
-            if watch_every and (run.step % watch_every == 0 or run.step == method.total):
-                seen, alarm = method.watch(run.step, run.average)
-                latest |= seen
-                if alarm and not alarmed:
-                    alarmed = True
-                    kept = run.keep(out / CHECKPOINT, out / ALARM_CHECKPOINT)
-                    warn(f"{stage}, step {run.step}: {alarm}; {kept} is kept")
-            if run.step % config.log_every == 0 or run.step == method.total:
-                rate = (run.step - first_step) / (time.perf_counter() - started)
-                line = {"stage": stage, "step": run.step, **{name: _number(value) for name, value in latest.items()}}
-                with (out / METRICS).open("a") as file:
-                    file.write(json.dumps(line | {"steps_per_second": round(rate, 2)}) + "\n")
-                latest = {}
-            if progress:
-                progress(run.step, method.total, f"loss {loss.item():.3f}")
-            if run.step % config.checkpoint_every == 0 or run.step == method.total:
-                run.save(out / CHECKPOINT)
-    except KeyboardInterrupt:
-        run.save(out / CHECKPOINT)
-        raise
+        with deferred() as wishes:
+            while run.step < method.total:
+                phase = method.phase(run.step)
+                try:
+                    done = run.take_step(draw, seed, wishes)
+                except ValueError as error:  # ops look at what they are given: here, what diverged weights made
+                    raise DDFastError(
+                        f"{stage}: step {run.step} stopped: {error}; the last checkpoint is kept: "
+                        "if the training diverged, try a lower learning rate"
+                    ) from error
+                if isinstance(done, KeyboardInterrupt):
+                    run.save()
+                    raise done
+                loss, norm, logged = done
+                figures: dict[str, Tensor | float] = {
+                    "loss": loss,
+                    "gradient_norm": norm,
+                    "learning_rate": run.learning_rate,
+                }
+                latest |= {_named(what, phase, method): value for what, value in figures.items()}
+                contributed |= logged
+                if watch_every and (run.step % watch_every == 0 or run.step == method.total):
+                    seen, alarm = processes.first_said(method.watch(run.step, run.average))
+                    latest |= seen
+                    if alarm and not alarmed:
+                        alarmed = True
+                        if not checkpoints.keep(out, out / ALARM_CHECKPOINT):
+                            run.save(to=out / ALARM_CHECKPOINT)
+                        warn(f"{stage}, step {run.step}: {alarm}; {out / ALARM_CHECKPOINT} is kept")
+                if run.step % config.log_every == 0 or run.step == method.total:
+                    rate = (run.step - first_step) / (time.perf_counter() - started)
+                    numbers = {name: _number(value) for name, value in latest.items()} | _sums(contributed)
+                    if processes.rank() == 0:
+                        line = {"stage": stage, "step": run.step, **numbers, "steps_per_second": round(rate, 2)}
+                        with (out / METRICS).open("a") as file:
+                            file.write(json.dumps(line) + "\n")
+                    latest, contributed = {}, {}
+                processes.sign()
+                if progress:
+                    progress(run.step, method.total, f"loss {loss:.3f}")
+                if run.step % config.checkpoint_every == 0 or run.step == method.total:
+                    run.save()
+    finally:
+        run.spread.restore()
     return run.average
 
 
@@ -165,13 +170,17 @@ def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) ->
 
 
 class _Run:
-    """Everything a resumed run must find again."""
+    """Everything a resumed run must find again, and one step of it."""
 
-    def __init__(self, method: Method, config: OptimisationConfig, stage: str, identity: str, ema_decay: float) -> None:
-        self.method, self.config, self.stage, self.identity = method, config, stage, identity
+    def __init__(
+        self, method: Method, config: OptimisationConfig, kept: Checkpoints, parallel: ParallelConfig, ema_decay: float
+    ) -> None:
+        self.method, self.config, self.checkpoints, self.parallel = method, config, kept, parallel
         # A network has its own optimizers, whichever phases update it.
         self.roles = {id(network): name for name, network in method.networks.items()}
         self.networks = {name: method.networks[name] for name in self.roles.values()}
+        self.spread = Spread(self.networks.values(), method.roles.teacher, strategy=parallel.strategy)
+        method.call = self.spread
         self.optimizers = {name: _optimizers(network, config) for name, network in self.networks.items()}
         self.owners = {
             parameter: optimizer
@@ -186,13 +195,67 @@ class _Run:
         self.updates = dict.fromkeys(self.networks, 0)
         self.learning_rate = 0.0
 
-    def update(self, phase: str, loss: Tensor) -> Tensor:
-        """One optimizer step, and the average's move if it was the student's; the gradient's norm before clipping."""
+    def take_step(
+        self, draw: Draw, seed: int, wishes: Wishes
+    ) -> tuple[float, Tensor, dict[str, Tensor]] | KeyboardInterrupt:
+        """One optimizer step; or, where a signal has come to any process, what to raise: nothing has changed then.
+
+        Returns:
+            the batch's loss, its gradient's norm before clipping, and what this process contributes to the log.
+
+        Raises:
+            DDFastError: the loss is not finite.
+        """
+        method, phase = self.method, self.method.phase(self.step)
+        network = method.networks[phase]
+        logged: dict[str, Tensor] = {}
+        own = torch.zeros((), dtype=torch.float64, device=method.roles.teacher.codebook.device)
+        parts = list(self._parts(_step_seed(seed, self.step)))
+        for number, part in enumerate(parts):
+            answer = _agreed(wishes)
+            if answer:
+                return answer
+            if number == 0:
+                network.zero_grad(set_to_none=True)
+                if method.starts_from_average(self.step):
+                    self.average.copy_to(self.averaged)
+            self.spread.accumulate(last=number == len(parts) - 1)
+            contribution, figures = self._contribution(phase, draw, part)
+            contribution.backward()
+            own += contribution.detach()
+            logged = {name: logged[name] + value if logged else value for name, value in figures.items()}
+        loss = float(processes.total(own.cpu()))
+        if not math.isfinite(loss):
+            raise DDFastError(
+                f"{self.checkpoints.stage}: the loss became {loss} at step {self.step}; the last checkpoint is kept: "
+                "try a lower learning rate"
+            )
+        return loss, self._update(phase), logged
+
+    def _parts(self, seed: int) -> Iterator[Part]:
+        """This process's part of the batch, in as many micro-batches as every process has."""
+        size, count, rank = self.config.batch_size, processes.count(), processes.rank()
+        first, last = size * rank // count, size * (rank + 1) // count
+        largest, smallest = -(-size // count), size // count
+        number = min(-(-largest // (self.parallel.micro_batch or largest)), smallest)
+        for part in range(number):
+            begin, end = (first + (last - first) * border // number for border in (part, part + 1))
+            yield Part(size=size, first=begin, last=end, generator=seeds.generator(seed))
+
+    def _contribution(self, phase: str, draw: Draw, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
+        method, device = self.method, self.method.roles.teacher.codebook.device
+        reads = method.reads_codes(phase)
+        batch = self.spread(draw, part, reads) if self.spread.spreads_teacher else draw(part, reads)
+        # A cast that is kept would keep a block's weights, which are gathered for a moment.
+        reduced, kept = self.config.precision == "bfloat16", processes.count() == 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=reduced, cache_enabled=kept):
+            return self.spread(method.step, phase, batch, part)
+
+    def _update(self, phase: str) -> Tensor:
+        """The optimizer's step, and the average's move if it was the student's; the gradient's norm before clipping."""
         network = self.method.networks[phase]
         name = self.roles[id(network)]
         self.learning_rate = self.method.learning_rate(phase, self.updates[name])
-        network.zero_grad(set_to_none=True)
-        loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.gradient_clip)
         for optimizer in self.optimizers[name]:
             for group in optimizer.param_groups:
@@ -202,62 +265,60 @@ class _Run:
             self.average.update(network, self.updates[name])
         self.updates[name] += 1
         self.step += 1
-        return norm
+        return processes.whole(norm)
 
-    def save(self, path: Path) -> None:
-        """Write the state; the old file stays until the new one is complete."""
-        tensors: dict[str, Tensor] = {f"average.{name}": value for name, value in self.average.average.items()}
+    def save(self, *, to: Path | None = None) -> None:
+        """Write a checkpoint; all processes do, at the same step."""
+        self.checkpoints.save(self._tensors(), {"step": self.step, "updates": self.updates}, to=to)
+
+    def restore(self) -> None:
+        """Continue from the stage's last checkpoint, if there is one."""
+        found = self.checkpoints.newest()
+        if found is None:
+            return
+        place, state = found
+        self.step, self.updates = state["step"], state["updates"]
+        self._make_states(checkpoints.names_in(place))
+        checkpoints.load(place, self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Networks, average, and what the optimizers keep of every parameter."""
+        tensors = {f"average.{name}": value for name, value in self.average.average.items()}
         for role, network in self.networks.items():
             for name, parameter in network.named_parameters():
-                tensors[f"{role}.{name}"] = parameter
+                tensors[f"{role}.{name}"] = parameter.detach()
                 for moment, value in self.owners[parameter].state.get(parameter, {}).items():
                     tensors[f"{moment}.{role}.{name}"] = value
-        header = {"stage": self.stage, "identity": self.identity, "step": self.step, "updates": self.updates}
-        save_tensors(path, tensors, header)
+        return tensors
 
-    def keep(self, path: Path, copy: Path) -> Path:
-        """Keep the last checkpoint (none yet: the state of now) under another name."""
-        if path.exists():
-            shutil.copyfile(path, copy)
-        else:
-            self.save(copy)
-        return copy
-
-    @torch.no_grad()
-    def restore(self, path: Path) -> None:
-        """Continue from `path` if it exists and is of this stage."""
-        if not path.exists():
-            return
-        tensors, header = load_tensors(path)
-        if header.get("stage") != self.stage:  # of an earlier stage, whose result is there: interrupted in between
-            return
-        if header.get("identity") != self.identity:
-            raise DDFastError(f"{path} belongs to a run with other settings; choose another --out or delete the file")
-        self.step, self.updates = header["step"], header["updates"]
-        for role, network in self.networks.items():
-            for place in (f"{role}.", *(f"{moment}.{role}." for moment in _MOMENTS)):
-                _stack(tensors, place, network)
-        _stack(tensors, "average.", self.averaged)
+    def _make_states(self, names: set[str]) -> None:
+        """Make what the optimizers have of parameters in a checkpoint; one that no loss reached yet has nothing."""
         for role, network in self.networks.items():
             for name, parameter in network.named_parameters():
-                parameter.copy_(tensors[f"{role}.{name}"])
-                moments = {
-                    moment: tensors[f"{moment}.{role}.{name}"].to("cpu" if moment == "step" else parameter.device)
-                    for moment in _MOMENTS
-                    if f"{moment}.{role}.{name}" in tensors
-                }
-                if moments:  # a parameter that no loss reached yet has none
-                    self.owners[parameter].state[parameter] = moments
-        for name, value in self.average.average.items():
-            value.copy_(tensors[f"average.{name}"])
+                kept = [moment for moment in _MOMENTS if f"{moment}.{role}.{name}" in names]
+                for moment in kept:
+                    empty = torch.zeros((), dtype=torch.float32) if moment == "step" else torch.zeros_like(parameter)
+                    self.owners[parameter].state[parameter][moment] = empty.detach()
 
 
-def _stack(tensors: dict[str, Tensor], place: str, network: nn.Module) -> None:
-    """Put together what a checkpoint of before has of the parts of a matrix; a count of steps is that of each."""
-    for whole, parts in stacked_rows(network):
-        found = [tensors[place + part] for part in parts if place + part in tensors]
-        if len(found) == len(parts):
-            tensors[place + whole] = torch.cat(found) if found[0].dim() else found[0]
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What AdamW and Muon keep of a parameter."""
+
+
+def _agreed(wishes: Wishes) -> KeyboardInterrupt | None:
+    """What Ctrl-C or SIGTERM asked of any process, for all to raise."""
+    if processes.count() > 1:
+        came = torch.tensor([wishes.interrupted, wishes.terminated], dtype=torch.float64)
+        wishes.interrupted, wishes.terminated = (bool(number) for number in processes.total(came))
+    return wishes.answer()
+
+
+def _sums(contributed: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over the processes of what each contributed to the figures of a batch."""
+    if not contributed:
+        return {}
+    own = torch.stack([value.detach().double() for value in contributed.values()]).cpu()
+    return dict(zip(contributed, processes.total(own).tolist(), strict=True))
 
 
 def _optimizers(network: nn.Module, config: OptimisationConfig) -> list[torch.optim.Optimizer]:

@@ -19,16 +19,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ddfast import private_api
+from ddfast import private_api, processes
 from ddfast.errors import DDFastError
 from ddfast.files import read_text, write_atomically
 from ddfast.messages import say
@@ -46,6 +45,8 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """Element types by safetensors' names."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _HARMLESS: list[Any] = [
     argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, np.dtype, np.ndarray,
@@ -116,17 +117,93 @@ class StoredTensor:
         return flat.as_strided(self.shape, self.stride).contiguous()
 
 
-AnyTensor: TypeAlias = Tensor | StoredTensor
+@dataclass(frozen=True, kw_only=True)
+class SpreadRows:
+    """Some rows of a tensor that processes hold in parts.
+
+    Attributes:
+        tensor: all of it.
+        first: of the rows.
+        shape: of the rows.
+    """
+
+    tensor: Tensor
+    first: int
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self.tensor.dtype
+
+    def read(self) -> Tensor:
+        """The rows; every process asks at the same point."""
+        return processes.whole(self.tensor.detach()).narrow(0, self.first, self.shape[0]).contiguous()
+
+
+AnyTensor: TypeAlias = Tensor | StoredTensor | SpreadRows
 
 
 def read_tensor(tensor: AnyTensor) -> Tensor:
     """A tensor in memory, contiguous."""
-    return tensor.read() if isinstance(tensor, StoredTensor) else tensor.detach().contiguous()
+    if isinstance(tensor, (StoredTensor, SpreadRows)):
+        return tensor.read()
+    return processes.whole(tensor.detach()).contiguous()
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write tensors and their configuration to `path`, which is either the old file or the whole new one, always."""
-    write_atomically(Path(path), save(storable(tensors), _header(config)))
+def save_tensors(path: Path, tensors: Mapping[str, AnyTensor], config: dict[str, Any]) -> None:
+    """Write tensors and their configuration to `path`, which is either the old file or the whole new one, always.
+
+    One tensor after the other passes through the memory. Where some are spread over processes, all processes call this,
+    and the first writes.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that each lies aligned
+    entries: dict[str, Any] = {"__metadata__": _header(config)}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name].dtype, list(tensors[name].shape)
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            tensor = read_tensor(tensors[name]).cpu().reshape(-1)
+            file.write(memoryview(tensor.view(torch.uint8).numpy().data))
+
+    if processes.rank() and any(_is_spread(tensor) for tensor in tensors.values()):
+        for name in order:
+            read_tensor(tensors[name])
+        return
+    write_atomically(Path(path), write)
+
+
+def _is_spread(tensor: AnyTensor) -> bool:
+    return isinstance(tensor, SpreadRows) or processes.is_spread(tensor)
+
+
+def state_of(network: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> dict[str, AnyTensor]:
+    """`state_dict` of a network that may be spread over processes, whose tensors are gathered when they are read.
+
+    Args:
+        network: the network.
+        parameters: others by the names of its own, in their place.
+    """
+    own = {name: value.detach() for name, value in network.named_parameters(remove_duplicate=False)}
+    state: dict[str, AnyTensor] = dict(parameters or own)
+    for whole, parts in stacked_rows(network):
+        tensor = state.pop(whole)
+        assert isinstance(tensor, Tensor)
+        shape = torch.Size((tensor.shape[0] // len(parts), *tensor.shape[1:]))
+        for number, part in enumerate(parts):
+            state[part] = SpreadRows(tensor=tensor, first=number * shape[0], shape=shape)
+    for place, module in network.named_modules():
+        for name, value in module.named_buffers(recurse=False):
+            if private_api.is_persistent(module, name):
+                state[f"{place}.{name}" if place else name] = value
+    return state
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -306,7 +383,7 @@ def _what_it_is(head: bytes) -> str:
 
 def tensors_of(content: Mapping[Any, Any]) -> dict[str, AnyTensor]:
     """The tensors among a dict's values."""
-    return {str(name): value for name, value in content.items() if isinstance(value, (Tensor, StoredTensor))}
+    return {str(name): value for name, value in content.items() if isinstance(value, AnyTensor)}
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

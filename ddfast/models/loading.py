@@ -20,7 +20,16 @@ from ddfast.errors import DDFastError
 from ddfast.messages import say
 from ddfast.models import families
 from ddfast.models.autoregressive import SamplingDefaults
-from ddfast.models.checkpoint import build_around, cast_float, one_dtype, read_checkpoint, save_tensors, tensors_of
+from ddfast.models.checkpoint import (
+    AnyTensor,
+    build_around,
+    cast_float,
+    one_dtype,
+    read_checkpoint,
+    save_tensors,
+    state_of,
+    tensors_of,
+)
 from ddfast.models.family import Family, Parts, network_parameters
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.official import (
@@ -267,8 +276,10 @@ def save_student(
         student: carries the averaged weights.
         config: stored in the header: how the student was made.
         live: tensors of the weights without averaging, by the same names.
+
+    Of a student that is spread over processes, all processes call this and the first writes.
     """
-    tensors = {AVERAGE + name: value for name, value in student.state_dict().items()}
+    tensors: dict[str, AnyTensor] = {AVERAGE + name: value for name, value in state_of(student).items()}
     tensors |= live or {}
     family = families.of_teacher(student.teacher).name
     header = {"method": student.method, "family": family, "student": student.config, **student.header()}

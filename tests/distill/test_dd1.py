@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from checkpointed import last_step
 from small import LABELS, build
 
 from ddfast.config import DD1Config, TrainConfig
@@ -16,9 +17,8 @@ from ddfast.distill.dd1 import DD1
 from ddfast.distill.losses import embedding_distance, token_cross_entropy
 from ddfast.distill.method import ExponentialMovingAverage, Roles
 from ddfast.distill.stages import distill
-from ddfast.distill.trainer import CHECKPOINT, METRICS
+from ddfast.distill.trainer import METRICS
 from ddfast.errors import DDFastError
-from ddfast.models.checkpoint import load_tensors
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.schedule import warmup_cosine
@@ -110,11 +110,11 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path):
 
     def stop(done, total, text):
         if done == 17:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         distill(TOY, ToyTeacher(), trajectories, tmp_path / "parts", student=toy_student(), progress=stop)
-    assert load_tensors(tmp_path / "parts" / CHECKPOINT)[1]["step"] == 17
+    assert last_step(tmp_path / "parts") == 17
     resumed, resumed_live = distill(TOY, ToyTeacher(), trajectories, tmp_path / "parts", student=toy_student())
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
@@ -171,7 +171,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path):
         process = subprocess.Popen([*call, str(target)])
         while process.poll() is None:
             time.sleep(0.001)
-            if (target / CHECKPOINT).exists() and load_tensors(target / CHECKPOINT)[1]["step"] >= step:
+            if last_step(target) >= step:
                 break
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,8 +1,10 @@
 import copy
 import json
+import signal
 
 import pytest
 import torch
+from checkpointed import last_step, states
 
 from ddfast.config import AdaptConfig, DD2Config, MatchConfig, TrainConfig, TuneConfig, update
 from ddfast.distill import losses
@@ -11,9 +13,8 @@ from ddfast.distill.dd2 import Adaptation, Matching, Tuning
 from ddfast.distill.method import ExponentialMovingAverage, Roles
 from ddfast.distill.monitor import Watcher
 from ddfast.distill.stages import adapt, match, new_network, tune
-from ddfast.distill.trainer import ALARM_CHECKPOINT, CHECKPOINT, METRICS, from_noise, optimise
+from ddfast.distill.trainer import ALARM_CHECKPOINT, METRICS, from_noise, optimise
 from ddfast.errors import DDFastError
-from ddfast.models.checkpoint import load_tensors
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.loading import untrained_teacher
 from ddfast.models.toy import ToyTeacher
@@ -287,11 +288,11 @@ def test_interrupted_and_resumed_is_the_same_run(form, optimizer, tmp_path):
 
         def stop(done, total, text, at=stop_at):
             if done == at:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts", stop)
-        assert load_tensors(tmp_path / "parts" / CHECKPOINT)[1]["step"] == stop_at
+        assert last_step(tmp_path / "parts") == stop_at
     resumed = run(tmp_path / "parts")
     for ours, theirs in zip(whole, resumed, strict=True):
         for name, value in ours.items():
@@ -320,10 +321,10 @@ def test_a_checkpoint_of_another_stage_is_left_alone(tmp_path):
     update(config.dd2.tune, {**SMALL, "iterations": 3})
     network = toy_network(0, 0.2)
     tune(config, network.teacher, network, None, tmp_path)
-    assert load_tensors(tmp_path / CHECKPOINT)[1]["stage"] == "tuning"
+    assert {state["stage"] for state in states(tmp_path)} == {"tuning"}
     student = toy_network(0, 0.2)
     match(config, network.teacher, student, network, tmp_path)
-    assert load_tensors(tmp_path / CHECKPOINT)[1]["stage"] == "matching"
+    assert {state["stage"] for state in states(tmp_path)} == {"matching"}
 
 
 def test_collapse_raises_an_alarm_and_keeps_the_checkpoint(tmp_path, capsys):
@@ -336,7 +337,7 @@ def test_collapse_raises_an_alarm_and_keeps_the_checkpoint(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "warning: matching, step 5: the samples' diversity collapsed to" in said
     assert said.count("warning") == 1
-    assert load_tensors(tmp_path / ALARM_CHECKPOINT)[1]["step"] == 3
+    assert json.loads((tmp_path / ALARM_CHECKPOINT / "state.json").read_text())["step"] == 3
 
 
 def test_divergence_raises_an_alarm():

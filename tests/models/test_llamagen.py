@@ -8,11 +8,6 @@ import torch.nn.functional as F
 from golden import Case, as_latents
 from official import llamagen_teacher_like, randomised
 
-from ddfast.config import DD1Config
-from ddfast.distill.dd1 import DD1
-from ddfast.distill.method import Roles
-from ddfast.distill.trainer import _Run
-from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.converting import export_teacher
 from ddfast.models.llamagen.network import (
     LLAMAGEN_SIZES,
@@ -370,31 +365,3 @@ def test_w1_and_w3_are_one_matrix_and_two_in_every_state():
     del state[names[1]]
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"layers.1.feed_forward.w13.weight\""):
         other.load_state_dict(state)
-
-
-def test_a_checkpoint_of_two_matrices_resumes(tmp_path):
-    """As training wrote it when w1 and w3 were parameters of their own."""
-    teacher = llamagen_teacher_like()
-
-    def run() -> _Run:
-        student = LlamaGenStudent.from_teacher(teacher).train().requires_grad_(True)
-        return _Run(DD1(Roles(student=student, teacher=teacher), DD1Config()), DD1Config(), "distillation", "", 0.9)
-
-    whole = run()
-    for _ in range(2):
-        whole.update("student", sum(p.square().sum() for p in whole.networks["student"].parameters()))
-    whole.save(tmp_path / "new")
-    tensors, header = load_tensors(tmp_path / "new")
-    for name in [name for name in tensors if ".w13." in name]:
-        value = tensors.pop(name)
-        for part, rows in zip(("w1", "w3"), value.chunk(2) if value.dim() else (value, value), strict=True):
-            tensors[name.replace("w13", part)] = rows
-    save_tensors(tmp_path / "old", tensors, header)
-    again = run()
-    again.restore(tmp_path / "old")
-    for kept in (whole, again):
-        kept.update("student", sum(p.square().sum() for p in kept.networks["student"].parameters()))
-    for name, value in whole.networks["student"].state_dict().items():
-        assert torch.equal(value, again.networks["student"].state_dict()[name]), name
-    for name, value in whole.average.average.items():
-        assert torch.equal(value, again.average.average[name]), name

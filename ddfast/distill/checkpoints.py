@@ -1,0 +1,204 @@
+"""A stage's checkpoints: a folder per step, written beside and renamed, by all processes together (PyTorch's DCP).
+
+    checkpoints/tuning-00000500/
+        *.distcp, .metadata   tensors: a run with another number of processes, or another strategy, reads them as well
+        state.json            stage, settings' identity, step, and a digest of every file
+
+The last two are kept: where a file of the newer one is damaged, the run goes on from the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddfast import processes
+from ddfast.errors import DDFastError
+from ddfast.files import sync, write_atomically
+from ddfast.messages import warn
+
+FOLDER = "checkpoints"
+STATE = "state.json"
+KEPT = 2
+
+_CHUNK = 2**24
+
+
+class Checkpoints:
+    """Those of one stage of a run.
+
+    Args:
+        out: folder of the run.
+        stage: its name.
+        identity: of the settings; a checkpoint of others is refused.
+    """
+
+    def __init__(self, out: Path, stage: str, identity: str) -> None:
+        self.folder, self.stage, self.identity = out / FOLDER, stage, identity
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, to: Path | None = None) -> Path:
+        """Write a checkpoint of step `state["step"]`; those before the last two go. All processes call this.
+
+        Args:
+            tensors: by name; those that are spread over the processes are written by all of them.
+            state: what else is to be found again, as JSON holds it.
+            to: the folder, if it shall not be one of the stage's.
+
+        Raises:
+            DDFastError: it cannot be written; those that are there stay.
+        """
+        place = to or self.folder / f"{self.stage}-{state['step']:08d}"
+        temporary = place.with_name(f".{place.name}.tmp")
+        processes.first_does(lambda: _prepare(temporary))
+        try:
+            _dcp("save", tensors, temporary)
+        except Exception as error:
+            raise DDFastError(f"cannot write {place}: {_first_line(error)}; the last checkpoint is kept") from error
+        mine = {name: _digest(temporary / name) for name in _written_here(temporary)}
+        digests = {name: digest for part in processes.gather(mine) for name, digest in part.items()}
+
+        def finish() -> None:
+            header = {"stage": self.stage, "identity": self.identity, **state, "files": digests}
+            write_atomically(temporary / STATE, json.dumps(header, indent=2) + "\n")
+            if place.exists():  # of the same step: a run that went on from it, and was stopped at once
+                shutil.rmtree(place)
+            temporary.replace(place)
+            sync(place.parent)
+            for old in [] if to else self._others(place):
+                shutil.rmtree(old, ignore_errors=True)
+
+        processes.first_does(_writing(place, finish))
+        return place
+
+    def _others(self, newest: Path) -> list[Path]:
+        """Folders that the newest makes needless: of earlier stages, and of steps before the one before."""
+        found = sorted(path for path in self.folder.iterdir() if path.is_dir() and path != newest)
+        kept = [path for path in found if path.name.startswith(f"{self.stage}-")][1 - KEPT :]
+        return [path for path in found if path not in kept]
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The last checkpoint of the stage that is whole, and its state; None: there is none. All processes call this.
+
+        Raises:
+            DDFastError: it is of other settings, or those that are there are all damaged.
+        """
+        found = processes.first_does(self._all)
+        for place in found:
+            state, damage = processes.first_does(partial(_read_state, place))
+            if not damage:
+                names = sorted(state["files"])[processes.rank() :: processes.count()]
+                damaged = [name for name in names if _digest(place / name) != state["files"][name]]
+                damage = ", ".join(name for part in processes.gather(damaged) for name in part)
+            if damage:
+                warn(f"{place} is damaged ({damage}): the checkpoint before it is used")
+                continue
+            if state.get("identity") != self.identity:
+                raise DDFastError(
+                    f"{place} belongs to a run with other settings; choose another --out or delete the folder"
+                )
+            return place, state
+        if found:
+            raise DDFastError(f"no checkpoint in {self.folder} is whole; delete the folder to begin the stage again")
+        return None
+
+    def _all(self) -> list[Path]:
+        """Folders of the stage, the last step first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if path.name.startswith(f"{self.stage}-")), reverse=True)
+
+
+def load(place: Path, into: Mapping[str, Tensor]) -> None:
+    """Fill tensors, spread as they are, from a checkpoint. All processes call this."""
+    _dcp("load", into, place)
+
+
+def names_in(place: Path) -> set[str]:
+    """Names of the tensors that a checkpoint holds."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return set(FileSystemReader(place).read_metadata().state_dict_metadata)
+
+
+def remove(out: Path) -> None:
+    """Remove a run's checkpoints: what they led to is there. The first process does."""
+    processes.first_does(lambda: shutil.rmtree(out / FOLDER, ignore_errors=True))
+
+
+def keep(out: Path, copy: Path) -> bool:
+    """Keep the last checkpoint under another name; returns whether there was one. All processes call this."""
+
+    def copied() -> bool:
+        found = sorted((out / FOLDER).glob("[!.]*"), key=lambda path: path.stat().st_mtime)
+        if found:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(found[-1], copy)
+        return bool(found)
+
+    return processes.first_does(copied)
+
+
+def _prepare(temporary: Path) -> None:
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise DDFastError(f"cannot write {temporary}: {error.strerror}") from error
+
+
+def _written_here(folder: Path) -> list[str]:
+    """Files of a new checkpoint that this process wrote: `__RANK_*`, and what is no process's own the first."""
+    names = sorted(file.name for file in folder.iterdir())
+    rank = processes.rank()
+    return [name for name in names if name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))]
+
+
+def _writing(place: Path, what: Callable[[], None]) -> Callable[[], None]:
+    """A function whose failure to write is said in one line."""
+
+    def said() -> None:
+        try:
+            what()
+        except OSError as error:
+            raise DDFastError(f"cannot write {place}: {error.strerror or error}") from error
+
+    return said
+
+
+def _read_state(place: Path) -> tuple[dict[str, Any], str]:
+    """A checkpoint's state, and what is wrong with it."""
+    try:
+        state = json.loads((place / STATE).read_text())
+        missing = [name for name in state["files"] if not (place / name).exists()]
+        int(state["step"])
+        return state, f"{', '.join(missing)} missing" if missing else ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, f"{STATE}: {_first_line(error)}"
+
+
+def _dcp(action: str, tensors: Mapping[str, Tensor], place: Path) -> None:
+    from torch.distributed import checkpoint  # its import takes a second
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        getattr(checkpoint, action)(dict(tensors), checkpoint_id=str(place), no_dist=processes.count() == 1)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
