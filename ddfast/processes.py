@@ -167,6 +167,15 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor spread as another one is: of what every process has, each keeps its part."""
+    if not is_spread(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
 def first_said(value: T) -> T:
     """What the first process gives."""
     return first_does(lambda: value)

@@ -7,6 +7,7 @@ and summed across the replicas once per step.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,6 +46,8 @@ class Spread(nn.Module):
             return
         from torch.distributed.fsdp import FSDPModule, fully_shard  # its import takes a second
 
+        # Nothing here writes into a block's output.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         mesh = _mesh(next(self.parameters()).device.type, strategy)
         for network in self.trained:
             for block in blocks_of(network):

@@ -18,6 +18,7 @@ from ddfast.distill import checkpoints
 from ddfast.distill.batch import Batch, Draw, Part
 from ddfast.distill.checkpoints import Checkpoints
 from ddfast.distill.method import ExponentialMovingAverage, Method
+from ddfast.distill.muon import Muon
 from ddfast.distill.sharding import Spread
 from ddfast.errors import DDFastError
 from ddfast.files import write_atomically
@@ -322,7 +323,7 @@ def _sums(contributed: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _optimizers(network: nn.Module, config: OptimisationConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and where it is asked for Muon (Jordan et al. 2024), scaled so that one learning rate suits both."""
+    """AdamW, and where it is asked for Muon for the linear layers' weights."""
     matrices: list[Tensor] = []
     if config.optimizer == "muon":
         linear = (module for module in network.modules() if isinstance(module, nn.Linear))
@@ -331,7 +332,8 @@ def _optimizers(network: nn.Module, config: OptimisationConfig) -> list[torch.op
     rest = [parameter for parameter in network.parameters() if parameter not in taken]
     made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=config.weight_decay, betas=(0.9, 0.95))]
     if matrices:
-        made.append(torch.optim.Muon(matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        dtype = getattr(torch, config.precision)
+        made.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype))
     return made
 
 
