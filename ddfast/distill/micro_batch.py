@@ -66,7 +66,8 @@ def choose(
     """What the memory free now holds; trials are made only as far as the settings leave something open.
 
     All processes have to call it together, and get the same: they make the same trials, and the one with the least
-    memory decides. A trial for which memory does not suffice is taken back where there is one process alone.
+    memory decides. Several make only trials that are sure to fit by those before, because one that fails would leave
+    the others waiting; one process alone takes back what does not fit.
 
     Args:
         attempt: as `Attempt`.
@@ -127,6 +128,11 @@ def missing_bytes(networks: Iterable[nn.Module], optimizers: Iterable[torch.opti
     return unborn + sum(_own_bytes(p) for p in parameters if p.requires_grad and p.grad is None)
 
 
+def _own_bytes(parameter: Tensor) -> int:
+    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a sharded one, this process's part
+    return own.numel() * own.element_size()
+
+
 def predicted(trials: Sequence[tuple[int, int]], size: int) -> float:
     """Bytes of so many samples, by trials (samples, bytes) of rising size.
 
@@ -172,6 +178,8 @@ def _largest(run: Callable[[int], None], most: int, device: torch.device, reserv
         if all(most / size * use.peak <= use.limit for use in uses):  # what samples share makes it less
             return most
         size = next_trial(trials, [use.limit for use in uses], most)
+        if size == fits == 1 and processes.count() == 1:  # one trial says nothing of what samples share: try, and see
+            size = min(2, most)
     return fits
 
 

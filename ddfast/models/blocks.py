@@ -54,7 +54,7 @@ def recomputing(network: nn.Module, on: bool = True) -> Iterator[None]:
     blocks = blocks_of(network) if on else []
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:  # of the instance: inside of hooks, and no part of any state
-        block.forward = functools.partial(_recomputed, block, block.forward)  # type: ignore[method-assign]
+        block.forward = functools.partial(_recomputed, block, block.forward)
     try:
         yield
     finally:

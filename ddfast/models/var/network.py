@@ -96,7 +96,7 @@ class BlockConstants:
 
 
 Source: TypeAlias = tuple[Tensor, Tensor | None]
-"""What constants follow from: class embeddings [R, W], and where all blocks share one layer its modulation [R, 1, 6, W]."""
+"""What constants follow from: class embeddings [R, W], and the modulation [R, 1, 6, W] where all blocks share one."""
 
 Gated: TypeAlias = tuple[Tensor, Tensor] | tuple[None, None]
 """What is to be added to the residual stream: a branch [R, L, W] and its gate [R, 1, W], or nothing."""
@@ -265,7 +265,7 @@ class _VARNetwork(nn.Module):
         attend: Attend,
         extra: Callable[[int], Tensor | None] | None = None,
     ) -> tuple[Tensor, Gated]:
-        """All blocks, each with its constants; the last one's branch unadded. `extra(layer)` is what a student adds inside each."""
+        """All blocks, the last one's branch unadded; `extra(layer)` is what a student adds inside each."""
         gated: Gated = (None, None)
         for layer, (block, own) in enumerate(zip(self.blocks, constants, strict=True)):
             x, gated = block(x, gated, own, attend, layer, extra(layer) if extra else None)
