@@ -60,7 +60,7 @@ class ProfileWindow:
     """Records some of the steps that are made in its body, and writes their Chrome trace when they are done.
 
     The step before them warms the profiler up. A body that ends within the window has its steps so far written, one
-    that fails has none. What is recorded: operators with the shapes of their inputs, memory, spans, a GPU's kernels.
+    that fails has none. What is recorded: operators with the shapes of their inputs, spans, and a GPU's kernels.
 
     Args:
         steps: to record, counted from 0; empty: none.
@@ -73,9 +73,7 @@ class ProfileWindow:
         self.profiler: torch.profiler.profile | None = None
         if steps:
             plan = torch.profiler.schedule(wait=steps.start - 1, warmup=1, active=len(steps), repeat=1)
-            self.profiler = torch.profiler.profile(
-                activities=activities(device), schedule=plan, record_shapes=True, profile_memory=True
-            )
+            self.profiler = torch.profiler.profile(activities=activities(device), schedule=plan, record_shapes=True)
 
     def __enter__(self) -> ProfileWindow:
         if self.profiler:
