@@ -171,7 +171,7 @@ def do_work(revision: str, folder: Path, logs: Path) -> dict[str, str]:
 
 # The comparison ----------------------------------------------------------------------------------------------------
 
-TIME = re.compile(r"seconds|speedup|per_second|pairs_per_s")
+TIME = re.compile(r"seconds|speedup|per_second|pairs_per_s|gpu_utilisation|peak_memory")
 NOT_COMPARED = {"trace.json"}
 
 

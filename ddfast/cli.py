@@ -152,6 +152,8 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
         arguments: the command line without the command.
         examples: shown by `--help`.
     """
+    if command != "train":
+        check_effect(arguments, dict.fromkeys(("track", "profile-steps"), "only `ddfast train` trains"))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", default=None)
     early.add_argument("--config", default=None)

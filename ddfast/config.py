@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,26 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         _require(getattr(config, name) > 0, name, getattr(config, name), "a positive number")
+
+
+TRACKERS = ("tensorboard", "wandb")
+"""What may get a training's figures beside metrics.jsonl."""
+
+
+def trackers(text: str) -> tuple[str, ...]:
+    """The names in "tensorboard,wandb", each once; empty: none."""
+    names = tuple(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
+    _require(set(names) <= set(TRACKERS), "track", text, f"{' or '.join(TRACKERS)}, or both with a comma between")
+    return names
+
+
+def profiled_steps(text: str) -> range:
+    """The steps of "FIRST:END", END not among them; empty: none."""
+    numbers = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = range(int(numbers[1]), int(numbers[2])) if numbers else range(0)
+    expected = "FIRST:END with 1 <= FIRST < END: 10:13 is steps 10, 11 and 12 (step 0 is the first)"
+    _require(not text or (len(steps) > 0 and steps.start >= 1), "profile_steps", text, expected)
+    return steps
 
 
 @dataclass(kw_only=True)
@@ -598,6 +619,10 @@ class TrainConfig:
         dd2: distillation by DD2.
         evaluation: figures.
         parallel: how the processes share the work.
+        track: where the figures of metrics.jsonl go too: tensorboard (OUT/tensorboard), wandb, or both with a comma
+            between.
+        profile_steps: FIRST:END, steps of every training stage that PyTorch's profiler records, END not among them; 0
+            is the first that this call makes. Chrome traces go to OUT/profile.
     """
 
     recipe: str = "digits"
@@ -614,9 +639,13 @@ class TrainConfig:
     dd2: DD2Config = field(default_factory=DD2Config)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    track: str = ""
+    profile_steps: str = ""
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
+        trackers(self.track)
+        profiled_steps(self.profile_steps)
 
 
 def require_seed(seed: int) -> None:

@@ -35,6 +35,11 @@ def is_watched() -> bool:
     return bool(_MODES()) or _TRANSFORM() is not None or _PROFILED()
 
 
+def is_profiled() -> bool:
+    """Whether PyTorch's profiler records; where nothing tells, it is assumed."""
+    return _PROFILED is None or _PROFILED()
+
+
 def is_hooked(module: torch.nn.Module) -> bool:
     """Whether a call of a module is more than its `forward`, or another `forward` than its class has."""
     if _GLOBAL_HOOKS is None or "forward" in vars(module):

@@ -35,8 +35,8 @@ LOCK = ".lock"
 ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
 ADAPTATION_JSON = "adaptation.json"
 
-LOCATION = ("out", "device", "resume", "trajectories.batch_size", "parallel")
-"""Fields, and tables of fields, that decide where and how a run goes on, not what it makes."""
+LOCATION = ("out", "device", "resume", "trajectories.batch_size", "parallel", "track", "profile_steps")
+"""Fields, and tables of fields, that decide where and how a run goes on and what it tells, not what it makes."""
 
 
 def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher, Student]:

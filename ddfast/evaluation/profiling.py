@@ -7,20 +7,17 @@ import shlex
 import sys
 from pathlib import Path
 
-import nvtx
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity
 
 from ddfast.config import TrainConfig
-from ddfast.errors import DDFastError
 from ddfast.evaluation.sources import SOURCES
 from ddfast.evaluation.speed import IMAGE_DECODER, measure_speed
-from ddfast.files import whole_file
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.progress import Progress
 from ddfast.sampling import first_request
+from ddfast.tracing import activities, span, write_trace
 
 
 def profile(
@@ -86,23 +83,16 @@ def _trace(teacher: Teacher, student: Student, batch: int, out: Path) -> Path:
         "student 1 step": lambda: student.sample(condition, eps),
         "student 2 steps": lambda: student.sample(condition, eps, **student.settings(2)),
     }
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     made: Tensor | None = None
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities(device)) as profiler:
         for name, stage in stages.items():
-            with nvtx.annotate(name), torch.profiler.record_function(name):
+            with span(name):
                 made = stage()
         if teacher.has_decoder:
-            with nvtx.annotate("image decoding"), torch.profiler.record_function("image decoding"):
+            with span("image decoding"):
                 assert made is not None
                 teacher.decode(made)
-    path = out / "trace.json"
-    try:
-        with whole_file(path) as temporary:
-            profiler.export_chrome_trace(str(temporary))
-    except RuntimeError as error:
-        raise DDFastError(f"cannot write {path}: {error}") from error
-    return path
+    return write_trace(profiler, out / "trace.json")
 
 
 def _peak_memory(device: torch.device) -> str:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "ddfast"
 # A module may import from its own and lower layers, and no modules import each other in a circle.
 LAYERS = [
     {"errors", "env", "files", "config", "interruption", "messages", "private_api", "processes"}
-    | {"progress", "schedule", "seeds", "frechet"},
+    | {"progress", "schedule", "seeds", "tracing", "frechet"},
     {"ops"},
     {"models"},
     {"trajectories"},
