@@ -14,7 +14,7 @@ from ddfast.config import DD1_PREFIX, TrainConfig, plain
 from ddfast.distill import checkpoints
 from ddfast.distill.dd1 import check_point
 from ddfast.distill.stages import Live, adapt, distill, match, new_network, tune
-from ddfast.distill.trainer import METRICS
+from ddfast.distill.tracking import METRICS, check_trackers
 from ddfast.errors import DDFastError
 from ddfast.evaluation.protocol import evaluate
 from ddfast.files import write_atomically
@@ -65,6 +65,7 @@ def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
         raise DDFastError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
     check_init(config)
     check_device(config.device)
+    check_trackers(config.track)
     with processes.together(config.device, config.parallel.timeout), occupied(config.out):
         return _train(config, progress_bar)
 

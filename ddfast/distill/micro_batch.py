@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast import private_api, processes
+from ddfast.distill.muon import Muon
 from ddfast.errors import DDFastError
 from ddfast.trajectories.memory import free_bytes, is_out_of_memory
 
@@ -121,7 +122,7 @@ def missing_bytes(networks: Iterable[nn.Module], optimizers: Iterable[torch.opti
     """
     unborn = 0
     for optimizer in optimizers:
-        moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
+        moments = 1 if isinstance(optimizer, Muon) else 2
         for group in optimizer.param_groups:
             unborn += sum(moments * _own_bytes(p) for p in group["params"] if p not in optimizer.state)
     parameters = {parameter for network in networks for parameter in network.parameters()}
@@ -129,8 +130,7 @@ def missing_bytes(networks: Iterable[nn.Module], optimizers: Iterable[torch.opti
 
 
 def _own_bytes(parameter: Tensor) -> int:
-    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a sharded one, this process's part
-    return own.numel() * own.element_size()
+    return processes.own(parameter).nbytes
 
 
 def predicted(trials: Sequence[tuple[int, int]], size: int) -> float:

@@ -44,7 +44,11 @@ class Spread(nn.Module):
         self.whole_blocks: list[tuple[nn.Module, str, nn.Module]] = []
         if processes.count() == 1:
             return
-        from torch.distributed.fsdp import FSDPModule, fully_shard  # its import takes a second
+        from torch.distributed.fsdp import (  # its import takes a second
+            FSDPModule,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         # Nothing here writes into a block's output.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
@@ -57,6 +61,8 @@ class Spread(nn.Module):
             self.teacher = teacher
             for block in self._copied_blocks(teacher):
                 fully_shard(block, mesh=mesh)
+                if hasattr(block, "constants"):  # of VAR, which decoding asks for beside the pass
+                    register_fsdp_forward_method(block, "constants")
             ignored = {parameter for parameter in teacher.parameters() if not processes.is_spread(parameter)}
         # Resharded after a call too: what is outside of calls is sharded, always.
         fully_shard(self, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddfast import processes, seeds
-from ddfast.config import OptimisationConfig, ParallelConfig
+from ddfast import env, processes, seeds
+from ddfast.config import OptimisationConfig, ParallelConfig, TrainConfig
 from ddfast.distill import checkpoints
 from ddfast.distill.batch import Batch, Draw, Part
 from ddfast.distill.checkpoints import Checkpoints
+from ddfast.distill.memory_model import USABLE, Size, choose_strategy, part_of, shards_teacher, state_of
 from ddfast.distill.method import ExponentialMovingAverage, Method
+from ddfast.distill.micro_batch import MicroBatch, choose, missing_bytes
 from ddfast.distill.muon import Muon
 from ddfast.distill.sharding import Spread
+from ddfast.distill.tracking import stage_log
 from ddfast.errors import DDFastError
-from ddfast.files import write_atomically
 from ddfast.interruption import Wishes, deferred
 from ddfast.messages import warn
 from ddfast.models.autoregressive import SamplingDefaults
+from ddfast.models.blocks import recomputing
 from ddfast.models.protocol import Teacher
 from ddfast.progress import Progress
+from ddfast.tracing import span
+from ddfast.trajectories.memory import fitting, free_bytes
 from ddfast.trajectories.store import Trajectories
 
 ALARM_CHECKPOINT = "checkpoint-before-alarm"
-METRICS = "metrics.jsonl"
 
 
 def optimise(
@@ -42,7 +46,7 @@ def optimise(
     stage: str,
     seed: int,
     identity: str,
-    parallel: ParallelConfig | None = None,
+    run: TrainConfig | None = None,
     ema_decay: float = 0.0,
     watch_every: int = 0,
     progress: Progress | None = None,
@@ -65,7 +69,7 @@ def optimise(
         stage: its name, in the log and in the checkpoint.
         seed: of every step's randomness.
         identity: of the settings; a checkpoint of others is refused.
-        parallel: how the work is shared; None: as its defaults say.
+        run: settings of the run that the stage is of: how the work is shared, and where figures go; None: the defaults.
         ema_decay: of the student's moving average.
         watch_every: steps between the method's looks at its samples; 0: none. What it finds alarming is printed, and
             the last checkpoint before it is kept as `checkpoint-before-alarm`.
@@ -80,59 +84,52 @@ def optimise(
         raise DDFastError(
             f"{stage}: batch_size {config.batch_size} is less than a sample for each of {processes.count()} processes"
         )
-    run = _Run(method, config, Checkpoints(out, stage, identity), parallel or ParallelConfig(), ema_decay)
-    run.restore()
-    if processes.rank() == 0:
-        _truncate_metrics(out / METRICS, stage, run.step)
-    started, first_step, alarmed = time.perf_counter(), run.step, False
+    loop = _Loop(
+        method, config, Checkpoints(out, stage, identity), run.parallel if run else ParallelConfig(), ema_decay
+    )
     latest: dict[str, Tensor | float] = {}
     contributed: dict[str, Tensor] = {}
-    try:
-        with deferred() as wishes:
-            while run.step < method.total:
-                phase = method.phase(run.step)
-                try:
-                    done = run.take_step(draw, seed, wishes)
-                except ValueError as error:  # ops look at what they are given: here, what diverged weights made
-                    raise DDFastError(
-                        f"{stage}: step {run.step} stopped: {error}; the last checkpoint is kept: "
-                        "if the training diverged, try a lower learning rate"
-                    ) from error
-                if isinstance(done, KeyboardInterrupt):
-                    run.save()
-                    raise done
-                loss, norm, logged = done
-                figures: dict[str, Tensor | float] = {
-                    "loss": loss,
-                    "gradient_norm": norm,
-                    "learning_rate": run.learning_rate,
-                }
-                latest |= {_named(what, phase, method): value for what, value in figures.items()}
-                contributed |= logged
-                if watch_every and (run.step % watch_every == 0 or run.step == method.total):
-                    seen, alarm = processes.first_said(method.watch(run.step, run.average))
-                    latest |= seen
-                    if alarm and not alarmed:
-                        alarmed = True
-                        if not checkpoints.keep(out, out / ALARM_CHECKPOINT):
-                            run.save(to=out / ALARM_CHECKPOINT)
-                        warn(f"{stage}, step {run.step}: {alarm}; {out / ALARM_CHECKPOINT} is kept")
-                if run.step % config.log_every == 0 or run.step == method.total:
-                    rate = (run.step - first_step) / (time.perf_counter() - started)
-                    numbers = {name: _number(value) for name, value in latest.items()} | _sums(contributed)
-                    if processes.rank() == 0:
-                        line = {"stage": stage, "step": run.step, **numbers, "steps_per_second": round(rate, 2)}
-                        with (out / METRICS).open("a") as file:
-                            file.write(json.dumps(line) + "\n")
-                    latest, contributed = {}, {}
-                processes.sign()
-                if progress:
-                    progress(run.step, method.total, f"loss {loss:.3f}")
-                if run.step % config.checkpoint_every == 0 or run.step == method.total:
-                    run.save()
-    finally:
-        run.spread.restore()
-    return run.average
+    alarmed = False
+    with loop, stage_log(out, stage, loop.step, loop.device, run) as log, deferred() as wishes:
+        while loop.step < method.total:
+            phase = method.phase(loop.step)
+            try:
+                with span(phase):
+                    done = loop.take_step(draw, seed, wishes)
+            except ValueError as error:  # ops look at what they are given: here, what diverged weights made
+                raise DDFastError(
+                    f"{stage}: step {loop.step} stopped: {error}; the last checkpoint is kept: "
+                    "if the training diverged, try a lower learning rate"
+                ) from error
+            if isinstance(done, KeyboardInterrupt):
+                loop.save()
+                raise done
+            loss, norm, logged = done
+            figures: dict[str, Tensor | float] = {
+                "loss": loss,
+                "gradient_norm": norm,
+                "learning_rate": loop.learning_rate,
+            }
+            latest |= {_named(what, phase, method): value for what, value in figures.items()}
+            contributed |= logged
+            if watch_every and (loop.step % watch_every == 0 or loop.step == method.total):
+                seen, alarm = processes.first_said(method.watch(loop.step, loop.average))
+                latest |= seen
+                if alarm and not alarmed:
+                    alarmed = True
+                    if not checkpoints.keep(out, out / ALARM_CHECKPOINT):
+                        loop.save(to=out / ALARM_CHECKPOINT)
+                    warn(f"{stage}, step {loop.step}: {alarm}; {out / ALARM_CHECKPOINT} is kept")
+            log.step(config.batch_size)
+            if loop.step % config.log_every == 0 or loop.step == method.total:
+                log.figures(loop.step, {name: _number(value) for name, value in latest.items()} | _sums(contributed))
+                latest, contributed = {}, {}
+            processes.sign()
+            if progress:
+                progress(loop.step, method.total, log.text(f"loss {loss:.3f}"))
+            if loop.step % config.checkpoint_every == 0 or loop.step == method.total:
+                loop.save()
+    return loop.average
 
 
 def from_store(trajectories: Trajectories, teacher: Teacher) -> Draw:
@@ -170,17 +167,30 @@ def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) ->
     return draw
 
 
-class _Run:
-    """Everything a resumed run must find again, and one step of it."""
+class _Loop:
+    """Everything a resumed run must find again, and one step of it; on leaving, the teacher is whole again."""
 
     def __init__(
         self, method: Method, config: OptimisationConfig, kept: Checkpoints, parallel: ParallelConfig, ema_decay: float
     ) -> None:
         self.method, self.config, self.checkpoints, self.parallel = method, config, kept, parallel
+        self.device = method.roles.teacher.codebook.device
         # A network has its own optimizers, whichever phases update it.
         self.roles = {id(network): name for name, network in method.networks.items()}
         self.networks = {name: method.networks[name] for name in self.roles.values()}
-        self.spread = Spread(self.networks.values(), method.roles.teacher, strategy=parallel.strategy)
+        self.averaged = method.roles.student
+        self.step = 0
+        self.updates = dict.fromkeys(self.networks, 0)
+        self.learning_rate = 0.0
+        self.micro_batches: dict[str, MicroBatch] = {}
+        found = kept.newest()
+        self.layout = self._layout(found[1].get("layout") if found else None)
+        self.spread = Spread(
+            self.networks.values(),
+            method.roles.teacher,
+            strategy=self.layout["strategy"],
+            teacher_too=self.layout["teacher_too"],
+        )
         method.call = self.spread
         self.optimizers = {name: _optimizers(network, config) for name, network in self.networks.items()}
         self.owners = {
@@ -190,11 +200,36 @@ class _Run:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-        self.averaged = method.roles.student
         self.average = ExponentialMovingAverage(self.averaged, ema_decay)
-        self.step = 0
-        self.updates = dict.fromkeys(self.networks, 0)
-        self.learning_rate = 0.0
+        if found:
+            self._restore(*found)
+
+    def __enter__(self) -> _Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.spread.restore()
+
+    def _layout(self, before: Mapping[str, Any] | None) -> dict[str, Any]:
+        """How the networks lie on the processes, and by which wish: as before, where that is the same."""
+        asked = {"processes": processes.count(), **dataclasses.asdict(self.parallel)}
+        del asked["timeout"]
+        if before is not None and before.get("asked") == asked:
+            self.micro_batches = {phase: MicroBatch(**kept) for phase, kept in before["micro_batches"].items()}
+            return {**before}
+        sizes = {name: Size.of(network) for name, network in self.networks.items()}
+        state = sum(
+            state_of(size, self.config.optimizer, averaged=self.networks[name] is self.averaged).total
+            for name, size in sizes.items()
+        )
+        teacher = sum(parameter.nbytes for parameter in self.method.roles.teacher.parameters())
+        memory = int(USABLE * min(processes.gather(free_bytes(self.device))))
+        _, node = env.local_rank_and_world_size()
+        strategy = self.parallel.strategy
+        if strategy == "auto":
+            strategy = choose_strategy(state + teacher, memory, node)
+        shares = strategy == "shard" and shards_teacher(part_of(state, node), teacher, memory)
+        return {"asked": asked, "strategy": strategy, "teacher_too": shares}
 
     def take_step(
         self, draw: Draw, seed: int, wishes: Wishes
@@ -210,8 +245,9 @@ class _Run:
         method, phase = self.method, self.method.phase(self.step)
         network = method.networks[phase]
         logged: dict[str, Tensor] = {}
-        own = torch.zeros((), dtype=torch.float64, device=method.roles.teacher.codebook.device)
-        parts = list(self._parts(_step_seed(seed, self.step)))
+        own = torch.zeros((), dtype=torch.float64, device=self.device)
+        micro_batch = self.micro_batches.get(phase) or self._micro_batch(phase, draw)
+        parts = list(self._parts(_step_seed(seed, self.step), micro_batch.size))
         for number, part in enumerate(parts):
             answer = _agreed(wishes)
             if answer:
@@ -221,8 +257,10 @@ class _Run:
                 if method.starts_from_average(self.step):
                     self.average.copy_to(self.averaged)
             self.spread.accumulate(last=number == len(parts) - 1)
-            contribution, figures = self._contribution(phase, draw, part)
-            contribution.backward()
+            with fitting(len(part), self.device, "--parallel.micro-batch"):
+                contribution, figures = self._contribution(phase, draw, part, micro_batch.recompute)
+                with span("backward"):
+                    contribution.backward()
             own += contribution.detach()
             logged = {name: logged[name] + value if logged else value for name, value in figures.items()}
         loss = float(processes.total(own.cpu()))
@@ -231,25 +269,52 @@ class _Run:
                 f"{self.checkpoints.stage}: the loss became {loss} at step {self.step}; the last checkpoint is kept: "
                 "try a lower learning rate"
             )
-        return loss, self._update(phase), logged
+        with span("optimizer"):
+            return loss, self._update(phase), logged
 
-    def _parts(self, seed: int) -> Iterator[Part]:
+    def _micro_batch(self, phase: str, draw: Draw) -> MicroBatch:
+        """What a phase's micro-batch is from its first step on: as asked for, or as memory holds."""
+        size = self.config.batch_size
+
+        def attempt(samples: int, recompute: bool) -> None:
+            part = Part(size=size, first=0, last=samples, generator=seeds.generator(0))
+            try:
+                self._contribution(phase, draw, part, recompute)[0].backward()
+            finally:
+                self.method.networks[phase].zero_grad(set_to_none=True)
+
+        optimizers = [optimizer for optimizers in self.optimizers.values() for optimizer in optimizers]
+        self.micro_batches[phase] = choose(
+            attempt,
+            -(-size // processes.count()),
+            self.device,
+            size=self.parallel.micro_batch,
+            recompute=self.parallel.recompute,
+            reserved=missing_bytes(self.networks.values(), optimizers),
+        )
+        return self.micro_batches[phase]
+
+    def _parts(self, seed: int, micro_batch: int) -> Iterator[Part]:
         """This process's part of the batch, in as many micro-batches as every process has."""
         size, count, rank = self.config.batch_size, processes.count(), processes.rank()
         first, last = size * rank // count, size * (rank + 1) // count
         largest, smallest = -(-size // count), size // count
-        number = min(-(-largest // (self.parallel.micro_batch or largest)), smallest)
+        number = min(-(-largest // micro_batch), smallest)
         for part in range(number):
             begin, end = (first + (last - first) * border // number for border in (part, part + 1))
             yield Part(size=size, first=begin, last=end, generator=seeds.generator(seed))
 
-    def _contribution(self, phase: str, draw: Draw, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
-        method, device = self.method, self.method.roles.teacher.codebook.device
-        reads = method.reads_codes(phase)
-        batch = self.spread(draw, part, reads) if self.spread.spreads_teacher else draw(part, reads)
+    def _contribution(self, phase: str, draw: Draw, part: Part, recompute: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        method, reads = self.method, self.method.reads_codes(phase)
+        with span("draw"):
+            batch = self.spread(draw, part, reads) if self.spread.spreads_teacher else draw(part, reads)
         # A cast that is kept would keep a block's weights, which are gathered for a moment.
         reduced, kept = self.config.precision == "bfloat16", processes.count() == 1
-        with torch.autocast(device.type, torch.bfloat16, enabled=reduced, cache_enabled=kept):
+        with contextlib.ExitStack() as around:
+            around.enter_context(span("forward"))
+            around.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=reduced, cache_enabled=kept))
+            for network in self.networks.values() if recompute else ():
+                around.enter_context(recomputing(network))
             return self.spread(method.step, phase, batch, part)
 
     def _update(self, phase: str) -> Tensor:
@@ -270,15 +335,13 @@ class _Run:
 
     def save(self, *, to: Path | None = None) -> None:
         """Write a checkpoint; all processes do, at the same step."""
-        self.checkpoints.save(self._tensors(), {"step": self.step, "updates": self.updates}, to=to)
+        micro_batches = {phase: dataclasses.asdict(found) for phase, found in self.micro_batches.items()}
+        layout = {**self.layout, "micro_batches": micro_batches}
+        self.checkpoints.save(self._tensors(), {"step": self.step, "updates": self.updates, "layout": layout}, to=to)
 
-    def restore(self) -> None:
-        """Continue from the stage's last checkpoint, if there is one."""
-        found = self.checkpoints.newest()
-        if found is None:
-            return
-        place, state = found
-        self.step, self.updates = state["step"], state["updates"]
+    def _restore(self, place: Path, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.step, self.updates = state["step"], dict(state["updates"])
         self._make_states(checkpoints.names_in(place))
         checkpoints.load(place, self._tensors())
 
@@ -348,12 +411,3 @@ def _number(value: Tensor | float) -> float:
 
 def _step_seed(seed: int, step: int) -> int:
     return (seeds.folded(seed) * 1_000_003 + step) % 2**32
-
-
-def _truncate_metrics(path: Path, stage: str, step: int) -> None:
-    """Drop log lines of steps that will be run again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line.get("stage") != stage or line["step"] <= step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -17,7 +17,7 @@ from ddfast.distill.dd1 import DD1
 from ddfast.distill.losses import embedding_distance, token_cross_entropy
 from ddfast.distill.method import ExponentialMovingAverage, Roles
 from ddfast.distill.stages import distill
-from ddfast.distill.trainer import METRICS
+from ddfast.distill.tracking import METRICS
 from ddfast.errors import DDFastError
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher

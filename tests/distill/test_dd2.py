@@ -13,7 +13,8 @@ from ddfast.distill.dd2 import Adaptation, Matching, Tuning
 from ddfast.distill.method import ExponentialMovingAverage, Roles
 from ddfast.distill.monitor import Watcher
 from ddfast.distill.stages import adapt, match, new_network, tune
-from ddfast.distill.trainer import ALARM_CHECKPOINT, METRICS, from_noise, optimise
+from ddfast.distill.tracking import METRICS
+from ddfast.distill.trainer import ALARM_CHECKPOINT, from_noise, optimise
 from ddfast.errors import DDFastError
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.loading import untrained_teacher
@@ -298,7 +299,9 @@ def test_interrupted_and_resumed_is_the_same_run(form, optimizer, tmp_path):
         for name, value in ours.items():
             assert torch.equal(value, theirs[name]), name
     logs = [(tmp_path / name / METRICS).read_text().splitlines() for name in ("whole", "parts")]
-    plain = [[{k: v for k, v in json.loads(line).items() if k != "steps_per_second"} for line in log] for log in logs]
+    plain = [
+        [{k: v for k, v in json.loads(line).items() if not k.endswith("per_second")} for line in log] for log in logs
+    ]
     assert [line["step"] for line in plain[0]] == [line["step"] for line in plain[1]]
     # a line holds the latest of every figure since the last line; those of the step itself must agree
     for one, other in zip(*plain, strict=True):

@@ -17,6 +17,7 @@ from ddfast.distill.micro_batch import (
     peak_bytes,
     predicted,
 )
+from ddfast.distill.muon import Muon
 from ddfast.errors import DDFastError
 
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ def test_what_will_be_taken_is_left_free():
     device = Device(1e9, 0.0, 1e7)
     assert device.choose(1000, recompute="none", reserved=int(5e8)).size in range(43, 51)
     network = torch.nn.Linear(3, 5)
-    optimizers = [torch.optim.AdamW([network.bias]), torch.optim.Muon([network.weight])]
+    optimizers = [torch.optim.AdamW([network.bias]), Muon([network.weight], weight_decay=0.0)]
     assert missing_bytes([network], optimizers) == 4 * (5 + 15) + 4 * (2 * 5 + 15)
     network(torch.ones(2, 3)).sum().backward()
     for optimizer in optimizers:
