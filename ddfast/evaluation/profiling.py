@@ -19,7 +19,7 @@ from ddfast.evaluation.speed import IMAGE_DECODER, measure_speed
 from ddfast.files import whole_file
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
-from ddfast.progress import Progress
+from ddfast.progress import Progress, silent
 from ddfast.sampling import first_request
 
 
@@ -31,7 +31,7 @@ def profile(
     *,
     command: str,
     rounds: int = 7,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[str]:
     """Time AR decoding against the student and write a Chrome trace to `out/trace.json`.
 
