@@ -201,8 +201,8 @@ def collected(parts: list[T], *, everywhere: bool = False) -> list[T]:
     return [share[turn] for turn in range(len(shares[0]) if shares else 0) for share in shares if turn < len(share)]
 
 
-_PATIENCE = datetime.timedelta(seconds=5)
-"""How long a process that ends waits for the first one to say why."""
+_PATIENCE = 5.0
+"""Seconds that a process that ends waits for the first one to say why."""
 
 
 def last_words(text: str, say: Callable[[str], object]) -> None:
@@ -216,23 +216,21 @@ def last_words(text: str, say: Callable[[str], object]) -> None:
         say: prints it.
     """
     rank, size = env.rank_and_world_size()
-    if size == 1:
-        say(text)
-        return
-    own = f"process {rank} of {size}: {text}"
     if rank == 0:
         say(text)
-    try:
-        store = _store(_PATIENCE)
+    if size == 1:
+        return
+    heard = b""
+    with contextlib.suppress(RuntimeError, ValueError):  # nobody can be reached
+        store, place = _store(datetime.timedelta(seconds=_PATIENCE)), "last words"
         if rank == 0:
-            store.set("last words", text)
-            return
-        store.wait(["last words"], _PATIENCE)
-        heard = store.get("last words").decode()
-    except (RuntimeError, ValueError):  # the first goes on, or nobody can be reached: then this one's are news
-        heard = ""
-    if rank and heard != text:
-        say(own)
+            store.set(place, text)
+        until = time.monotonic() + _PATIENCE
+        while not (there := store.check([place])) and time.monotonic() < until:
+            time.sleep(1 / _LOOKS_PER_SECOND)
+        heard = store.get(place) if there else b""
+    if rank and heard != text.encode():
+        say(f"process {rank} of {size}: {text}")
 
 
 _messages: Any = None
