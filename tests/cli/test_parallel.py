@@ -102,7 +102,7 @@ def test_what_ends_all_is_said_once_and_what_ends_one_by_that_one(cache, generat
         launched(2, full_disk, cache, *sample, generators / "var") as one,
     ):
         alike, one = (running.ended(together=True) for running in (alike, one))
-    assert alike[1].code == 1
+    assert {end.code for end in alike} <= {1, -signal.SIGTERM}  # whichever ended first ended the other
     assert alike[0].errors.startswith("ddfast sample: error: --student")
     assert alike[1].errors == ""
     assert one[1].code == 1
