@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ddfast import env
+from ddfast import env, processes
 from ddfast.config import DD1_PREFIX, MethodConfig, SettingError, TrainConfig, read_toml, update
 from ddfast.errors import DDFastError
 from ddfast.interruption import EXIT_CODE, Terminated, answer_termination
@@ -37,7 +37,7 @@ COMMANDS = {
 }
 
 RESUMABLE = ("train", "trajectories")
-IN_MANY_PROCESSES = ("train", "trajectories", "doctor")
+IN_MANY_PROCESSES = ("train", "trajectories", "sample", "evaluate", "doctor")
 
 Options = TypeVar("Options", bound=TrainConfig)
 Plain = TypeVar("Plain")
@@ -118,8 +118,14 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
     """Run one command's body and turn what went wrong into one line and an exit code.
 
     0: success; 1: a failure that says what to do; 130: interrupted, to be resumed; 75: ended by SIGTERM, to be resumed.
-    `--debug` shows tracebacks.
+    `--debug` shows tracebacks. What ends several processes alike, the first one says; what ends another one, that one,
+    with its number.
     """
+
+    def say(words: str) -> None:
+        print(f"{newline}ddfast {command}: {words}", file=sys.stderr, flush=True)
+
+    newline = ""
     rest = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in rest
     if debug:
@@ -132,13 +138,14 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
         body(rest)
     except KeyboardInterrupt as interrupt:
         resumed = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"
-        print(f"\nddfast {command}: interrupted; {str(interrupt) or resumed}", file=sys.stderr)
+        newline = "\n"  # after the ^C of a terminal
+        processes.last_words(f"interrupted; {str(interrupt) or resumed}", say)
         return EXIT_CODE if isinstance(interrupt, Terminated) else 130
     except (DDFastError, ValueError, TypeError, OSError) as error:
         if debug:
             traceback.print_exc()
         line = " ".join(str(error).split())
-        print(f"ddfast {command}: error: {line}", file=sys.stderr)
+        processes.last_words(f"error: {line}", say)
         return 1
     return 0
 
@@ -198,7 +205,7 @@ def _parsed(command: str, kind: type[Plain], arguments: list[str], description: 
         while error is not None and not isinstance(error, SettingError):
             error = error.__cause__ or error.__context__
         if error is None:
-            sys.stderr.write(shown.getvalue())
+            processes.last_words(shown.getvalue(), sys.stderr.write)
             raise
         raise error from None
 

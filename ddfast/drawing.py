@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from ddfast import processes
 from ddfast.config import require_seed
 from ddfast.errors import DDFastError
 from ddfast.models.llamagen.captions import give_captions
@@ -36,7 +37,8 @@ class SampleOptions:
         text_encoder: name or folder of the T5 that encodes captions given as text; default: google/flan-t5-xl.
         count: how many samples.
         seed: of all chance, 0 to 2^64 - 1; sample i of a seed is the same whatever the count and the batch size.
-        batch_size: samples made and written at a time; 0: as many as free memory holds.
+        batch_size: samples made and written at a time, by each of torchrun's processes; 0: as many as free memory
+            holds.
         format: one grid, one png per image, or the codes as safetensors.
         to: where the result goes; default: samples-STEPS in the student's folder. What is there is not overwritten.
         device: where to run.
@@ -65,7 +67,8 @@ class SampleOptions:
 def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
     """Sample and write; returns what was written, in lines.
 
-    What can be refused is refused before anything is made: a batch is made, decoded, written and forgotten.
+    What can be refused is refused before anything is made: a batch is made, decoded, written and forgotten. Processes
+    that are `together` share the batches.
 
     Raises:
         DDFastError: a folder or a file cannot be used, or what ended the writing early.
@@ -73,7 +76,7 @@ def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
     """
     _check(options)
     steps, teacher_steps, form = options.steps, options.teacher_steps, options.format
-    target = new_target(form, options.to or options.student / f"samples-{steps}")
+    target = processes.first_does(lambda: new_target(form, options.to or options.student / f"samples-{steps}"))
     network: Student | None = None
     if steps:
         _, teacher, network = open_student(options.student, options.device, progress_bar("teacher"))
@@ -101,7 +104,7 @@ def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
     made = batches(batch_size=options.batch_size or 1)  # refuses what it must before memory is measured
     if not options.batch_size and options.count > 1:
         size = largest_sampling_batch(teacher, network, decodes=decodes, images=form != "codes")
-        made = batches(batch_size=size)
+        made = batches(batch_size=min(processes.gather(size)))  # one for all
     return save_samples(made, teacher, form, target, count=options.count, progress=progress_bar("samples"))
 
 

@@ -125,7 +125,7 @@ def check_one_process(what: str) -> None:
     if world_size > 1:
         raise DDFastError(
             f"{what} runs in one process, and torchrun started {world_size} (WORLD_SIZE): start it without torchrun; "
-            "only `trajectories` runs in several"
+            "only `train`, `trajectories`, `sample` and `evaluate` run in several"
         )
 
 

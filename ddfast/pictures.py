@@ -9,7 +9,7 @@ Dimensions: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ddfast import processes
 from ddfast.errors import DDFastError
 from ddfast.files import check_new, check_writable, write_atomically
 from ddfast.models.checkpoint import save_tensors
@@ -96,10 +97,11 @@ def save_samples(
 ) -> list[str]:
     """Write samples as one picture ("grid"), a picture each ("files") or "codes"; returns what was written, in lines.
 
-    Of batches, each is written (or what the one file takes of it kept) and forgotten before the next one is made.
+    Of batches, each is written (or what the one file takes of it kept) and forgotten before the next one is made. Of
+    several processes each writes the images that it makes; the one file is written by the first, of what all have made.
 
     Args:
-        samples: all, or batches of them.
+        samples: all, or batches of them: this process's share, as streams make it.
         teacher: decodes them.
         form: of the three.
         target: where to; see `new_target`.
@@ -109,40 +111,49 @@ def save_samples(
     Raises:
         DDFastError: as `new_target`; or what ended the writing early, with what is there by then.
     """
-    path = new_target(form, target)
-    parts = samples.split(_AT_A_TIME) if isinstance(samples, Samples) else samples
-    kept: list[Tensor] = []
-    conditions: list[Tensor] = []
-    done, name = 0, "class" if teacher.num_classes else "caption"
+    path = processes.first_does(lambda: new_target(form, target))  # before anybody writes there
+    parts = processes.share(samples.split(_AT_A_TIME)) if isinstance(samples, Samples) else samples
+    kept: list[tuple[Tensor, ...]] = []
+    made, name = 0, "class" if teacher.num_classes else "caption"
 
     def there() -> str:
-        if form == "files" and done:
-            return f"{done} images are in {path}, each of them whole"
-        return f"{path} was not written"
+        images = sum(1 for _ in path.glob("*.png")) if form == "files" else 0
+        return f"{images} images are in {path}, each of them whole" if images else f"{path} was not written"
 
     with _ended(there):
         for batch in parts:
             if form == "codes":
-                kept.append(batch.codes.cpu())
-                conditions.append(batch.condition.cpu())
-                done += len(batch.codes)
+                kept.append((batch.codes.cpu(), batch.condition.cpu()))
             elif form == "grid":
-                kept.append(decoded(batch, teacher))
-                done += len(batch.codes)
+                kept.append((decoded(batch, teacher),))
             else:
-                for image, label in zip(decoded(batch, teacher), batch.condition.tolist(), strict=True):
-                    file = path / f"{done:05d}-{name}{label}.png"
+                labels = zip(batch.number.tolist(), batch.condition.tolist(), strict=True)
+                for image, (number, label) in zip(decoded(batch, teacher), labels, strict=True):
+                    file = path / f"{number:05d}-{name}{label}.png"
                     write_png(file, rearrange(image, "c h w -> h w c"), durable=False)
-                    done += 1
-            if progress is not None:
+            made += len(batch.codes)
+            if progress is not None:  # the others are about as far
+                done = int(batch.number[-1]) + 1
                 progress(done, done if count is None else count, "")
+        whole = processes.collected(kept)
+        made = sum(processes.gather(made))
         if form == "codes":
-            save_tensors(path, {"codes": torch.cat(kept), "condition": torch.cat(conditions)}, {})
-            return [f"{done} code sequences: {path}"]
+            processes.first_does(lambda: _write_codes(path, whole))
+            return [f"{made} code sequences: {path}"]
         if form == "grid":
-            write_png(path, grid(torch.cat(kept), max(1, round(done**0.5))))
-            return [f"{done} images: {path}"]
-        return [f"{done} images in {path}"]
+            processes.first_does(lambda: _write_grid(path, whole))
+            return [f"{made} images: {path}"]
+        return [f"{made} images in {path}"]
+
+
+def _write_codes(path: Path, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    codes, condition = map(torch.cat, zip(*batches, strict=True))
+    save_tensors(path, {"codes": codes, "condition": condition}, {})
+
+
+def _write_grid(path: Path, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    images = torch.cat([images for (images,) in batches])
+    write_png(path, grid(images, max(1, round(len(images) ** 0.5))))
 
 
 @contextlib.contextmanager

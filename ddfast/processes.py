@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import faulthandler
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -60,6 +60,11 @@ class _Group:
 
 
 _group: _Group | None = None
+_alone: _Group | None = None
+"""The group of a process that works alone for a while, the others waiting for it."""
+
+_meetings = 0
+"""How often the processes have come together: each time is one of its own in the store that they share."""
 
 
 @contextlib.contextmanager
@@ -73,7 +78,7 @@ def together(device: str, timeout: float) -> Iterator[None]:
         device: cpu or cuda.
         timeout: seconds.
     """
-    global _group
+    global _group, _meetings
     rank, size = env.rank_and_world_size()
     if size == 1 or _group is not None:
         yield
@@ -83,7 +88,8 @@ def together(device: str, timeout: float) -> Iterator[None]:
         torch.cuda.set_device(env.local_rank_and_world_size()[0] % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     limit = datetime.timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    _meetings += 1
+    store = dist.PrefixStore(f"meeting/{_meetings}", _store(limit))
     group_store = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
     _group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout)
@@ -108,8 +114,8 @@ def count() -> int:
 
 def sign() -> None:
     """Say that this process goes on: called wherever a stage makes progress."""
-    if _group:
-        _group.sign()
+    if group := _group or _alone:
+        group.sign()
 
 
 def wait() -> None:
@@ -119,16 +125,24 @@ def wait() -> None:
 
 
 def first_does(what: Callable[[], T]) -> T:
-    """The result of a function that the first process alone calls, which all get; what it raises, all raise."""
+    """The result of a function that the first process alone calls, which all get; what it raises, all raise.
+
+    Meanwhile the first process is as one alone: what it calls may itself be written for processes that share a work.
+    """
+    global _group, _alone
     if not _group:
         return what()
+    group = _group
     said: list[Any] = [None, None]
-    if _group.rank == 0:
+    if group.rank == 0:
+        _group, _alone = None, group
         try:
             said[0] = what()
         except Exception as error:  # every process shall end by it
             said[1] = error
-    _group.wait()
+        finally:
+            _group, _alone = group, None
+    group.wait()
     dist.broadcast_object_list(said, device=torch.device("cpu"))
     if said[1] is not None:
         raise said[1]
@@ -191,3 +205,73 @@ def first_then_all(what: Callable[[], T]) -> T:
     if not made:
         made.append(what())
     return made[0]
+
+
+def share(whole: Sequence[T]) -> Sequence[T]:
+    """What this process does of a work that all share: every `count()`th part, from the one of its rank on."""
+    return whole[rank() :: count()]
+
+
+def collected(parts: list[T], *, everywhere: bool = False) -> list[T]:
+    """What the processes made of their `share`s, in the order of the whole: at the first one, elsewhere nothing.
+
+    Args:
+        parts: this process's, without tensors on a GPU.
+        everywhere: at all processes.
+    """
+    if not _group:
+        return parts
+    if everywhere:
+        shares: list[Any] = gather(parts)
+    else:
+        shares = [None] * _group.size if _group.rank == 0 else []
+        _group.wait()
+        dist.gather_object(parts, shares or None)
+    return [share[turn] for turn in range(len(shares[0]) if shares else 0) for share in shares if turn < len(share)]
+
+
+_PATIENCE = 5.0
+"""Seconds that a process that ends waits for the first one to say why."""
+
+
+def last_words(text: str, say: Callable[[str], object]) -> None:
+    """Say what ends this process, once where it ends all of them alike.
+
+    The first process speaks. Another one waits for it (if that one ended first, torchrun would end the first before it
+    has spoken), and then says only what the first has not said, with its number.
+
+    Args:
+        text: the reason.
+        say: prints it.
+    """
+    rank, size = env.rank_and_world_size()
+    if rank == 0:
+        say(text)
+    if size == 1:
+        return
+    heard = b""
+    with contextlib.suppress(RuntimeError, ValueError):  # nobody can be reached
+        store, place = _store(datetime.timedelta(seconds=_PATIENCE)), "last words"
+        if rank == 0:
+            store.set(place, text)
+        until = time.monotonic() + _PATIENCE
+        while not (there := store.check([place])) and time.monotonic() < until:
+            time.sleep(1 / _LOOKS_PER_SECOND)
+        heard = store.get(place) if there else b""
+    if rank and heard != text.encode():
+        say(f"process {rank} of {size}: {text}")
+
+
+_messages: Any = None
+
+
+def _store(limit: datetime.timedelta) -> Any:
+    """Where torchrun's processes leave each other messages; kept, for the first one's may be its only place.
+
+    Raises:
+        RuntimeError, ValueError: it is not reached within the limit, or the environment does not say where it is.
+    """
+    global _messages
+    if _messages is None:
+        _messages, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    return _messages

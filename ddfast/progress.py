@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from tqdm import tqdm
 
+from ddfast import processes
 from ddfast.messages import first_process, say
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -21,7 +22,8 @@ _PLAIN_SECONDS = 5.0
 
 
 def silent(done: int, total: int, text: str) -> None:
-    """A progress that nobody sees."""
+    """A progress that nobody sees; the other processes are told that this one goes on."""
+    processes.sign()
 
 
 def progress_bar(title: str) -> Progress:
@@ -31,6 +33,7 @@ def progress_bar(title: str) -> Progress:
 
     def on_terminal(done: int, total: int, text: str) -> None:
         nonlocal bar
+        processes.sign()
         if bar is None or bar.total != total:
             bar = tqdm(total=total, desc=title, dynamic_ncols=True)
         bar.set_postfix_str(text, refresh=False)
@@ -40,6 +43,7 @@ def progress_bar(title: str) -> Progress:
 
     def plain(done: int, total: int, text: str) -> None:
         nonlocal last
+        processes.sign()
         now = time.monotonic()
         if done < total and now - last < _PLAIN_SECONDS:
             return

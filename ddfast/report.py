@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ddfast
-from ddfast import seeds
+from ddfast import env, processes, seeds
 from ddfast.config import TrainConfig
 from ddfast.evaluation.sources import SOURCES, sources_for, stream
 from ddfast.files import write_atomically
@@ -38,10 +39,16 @@ def machine() -> dict[str, str]:
 
 
 def command_line(command: str) -> str:
-    """What was typed to start this process, in the form `python -m ddfast.COMMAND ...`, whichever way it was typed."""
+    """What was typed to start this process, in the form `python -m ddfast.COMMAND ...`, whichever way it was typed.
+
+    Of several processes: what starts as many by torchrun, but for where their machines are.
+    """
     # `ddfast COMMAND ...` and `python -m ddfast COMMAND ...` have the command among their arguments.
     arguments = sys.argv[2:] if sys.argv[1:2] == [command] else sys.argv[1:]
-    return shlex.join(["python", "-m", f"ddfast.{command}", *arguments])
+    start, (_, size), (_, local) = ["python"], env.rank_and_world_size(), env.local_rank_and_world_size()
+    if size > 1:
+        start = ["torchrun", f"--nproc-per-node={local}", *([f"--nnodes={size // local}"] if size > local else [])]
+    return shlex.join([*start, "-m", f"ddfast.{command}", *arguments])
 
 
 def commit() -> str:
@@ -109,7 +116,7 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any], student: Student
 def write_report(
     config: TrainConfig, metrics: dict[str, Any], student: Student, seconds: dict[str, float], path: Path
 ) -> None:
-    """The table, the pictures and what produced them.
+    """The table, the pictures and what produced them; of several processes, the first one writes it.
 
     Args:
         config: the run's settings.
@@ -118,22 +125,26 @@ def write_report(
         seconds: duration of every stage.
         path: the Markdown file.
     """
-    text = [
-        f"# {student.method.upper()} on the recipe `{config.recipe}`",
-        "",
-        *([f"![samples]({PICTURES})", ""] if student.teacher.has_decoder else []),
-        *quality_table(config, metrics, student),
-        "",
-        "## What produced it",
-        "",
-        f"    {command_line('train')}",
-        "",
-        *[f"- {name}: {value}" for name, value in machine().items()],
-        f"- seed {config.seed}; all settings: config.toml",
-        "- seconds per stage: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
-        "",
-    ]
-    write_atomically(path, "\n".join(text))
+
+    def write() -> None:
+        text = [
+            f"# {student.method.upper()} on the recipe `{config.recipe}`",
+            "",
+            *([f"![samples]({PICTURES})", ""] if student.teacher.has_decoder else []),
+            *quality_table(config, metrics, student),
+            "",
+            "## What produced it",
+            "",
+            f"    {command_line('train')}",
+            "",
+            *[f"- {name}: {value}" for name, value in machine().items()],
+            f"- seed {config.seed}; all settings: config.toml",
+            "- seconds per stage: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+            "",
+        ]
+        write_atomically(path, "\n".join(text))
+
+    processes.first_does(write)
 
 
 def _steps(groups: int) -> dict[str, int]:
@@ -141,20 +152,17 @@ def _steps(groups: int) -> dict[str, int]:
 
 
 def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path: Path, *, columns: int = 6) -> None:
-    """A grid per source, a row per class: teacher, one step, two steps and independent marginals side by side."""
-    import matplotlib
+    """A grid per source, a row per class: teacher, one step, two steps and independent marginals side by side.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    Several processes share what is to be sampled, and the first one writes it.
+    """
     classes = min(teacher.num_conditions, 10)
-    method = student.method.upper()
-    sources = sources_for(teacher, student)
-    pictures = {source.name: source.picture.format(method=method) for source in sources if source.picture}
-    figure, axes = pyplot.subplots(1, len(pictures), figsize=(4.2 * len(pictures), 0.68 * classes + 0.5))
-    for axis, (source, title) in zip(axes, pictures.items(), strict=True):
+    pictures: dict[str, list[Tensor]] = {}
+    for source in sources_for(teacher, student):
+        if not source.picture:
+            continue
         batches = stream(
-            source,
+            source.name,
             teacher,
             student,
             count=classes * columns,
@@ -162,12 +170,26 @@ def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path
             classes=range(classes),
             batch_size=min(config.evaluation.batch_size, 64),
         )
-        image = grid(torch.cat([decoded(batch, teacher) for batch in batches]), classes)
-        height = (len(image) + 1) // classes
+        title = source.picture.format(method=student.method.upper())
+        pictures[title] = processes.collected([decoded(batch, teacher) for batch in batches])
+    processes.first_does(lambda: _write_figure(pictures, classes, path))
+
+
+def _write_figure(pictures: dict[str, list[Tensor]], rows: int, path: Path) -> None:
+    """A grid of pixels, in batches [B, 3, H, W], for every title."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(pictures), figsize=(4.2 * len(pictures), 0.68 * rows + 0.5))
+    for axis, (title, batches) in zip(axes, pictures.items(), strict=True):
+        image = grid(torch.cat(batches), rows)
+        height = (len(image) + 1) // rows
         axis.imshow(image.numpy(), interpolation="nearest")
         axis.set_title(title)
         axis.set_xticks([])
-        axis.set_yticks([label * height + height / 2 for label in range(classes)], range(classes))
+        axis.set_yticks([label * height + height / 2 for label in range(rows)], range(rows))
         axis.tick_params(length=0)
         for side in axis.spines.values():
             side.set_visible(False)

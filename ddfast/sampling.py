@@ -1,7 +1,8 @@
 """Samples of a student, or of its teacher.
 
 Sample i of a seed has the chance (seed, i), whatever batch it is made in. Samples come in batches, one after the other,
-so that whoever writes them or measures them need not hold them all.
+so that whoever writes them or measures them need not hold them all. Several processes share the batches, which are the
+same however many they are: batch b is made by process b modulo their number.
 
 Dimensions: B batch, N tokens, V codes, D code dimension.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast import seeds
+from ddfast import processes, seeds
 from ddfast.config import SamplingSettings
 from ddfast.models.autoregressive import Condition
 from ddfast.models.decoding import release_graphs
@@ -31,19 +32,25 @@ from ddfast.trajectories.memory import fitting
 
 @dataclass(kw_only=True)
 class Samples:
-    """Generated images as codes int64 [B, N] and embeddings [B, N, D], with their condition's index int64 [B]."""
+    """Generated images as codes int64 [B, N] and embeddings [B, N, D].
+
+    With them their condition's index int64 [B], and their `number` int64 [B] in the seed's sequence, on the CPU.
+    """
 
     codes: Tensor
     embeddings: Tensor
     condition: Tensor
+    number: Tensor
+
+    def to(self, device: torch.device) -> Samples:
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("codes", "embeddings", "condition")}
+        return dataclasses.replace(self, **moved)
 
     def split(self, size: int) -> list[Samples]:
         """The same in parts of up to `size` samples."""
-        parts = [getattr(self, field.name).split(size) for field in dataclasses.fields(self)]
-        return [
-            Samples(codes=codes, embeddings=embeddings, condition=condition)
-            for codes, embeddings, condition in zip(*parts, strict=True)
-        ]
+        parts = zip(*(tensor.split(size) for tensor in vars(self).values()), strict=True)
+        return [Samples(**dict(zip(vars(self), part, strict=True))) for part in parts]
 
     @classmethod
     def joined(cls, parts: Iterable[Samples]) -> Samples:
@@ -51,6 +58,14 @@ class Samples:
         whole = list(parts)
         fields = (field.name for field in dataclasses.fields(cls))
         return cls(**{name: torch.cat([getattr(part, name) for part in whole]) for name in fields})
+
+
+def whole(batches: Iterable[Samples], device: torch.device) -> Samples:
+    """All samples of a stream in one, on the device that makes them; where processes share it, at each of them."""
+    if processes.count() == 1:
+        return Samples.joined(batches)
+    parts = processes.collected([batch.to(torch.device("cpu")) for batch in batches], everywhere=True)
+    return Samples.joined(parts).to(device)
 
 
 @dataclass(kw_only=True)
@@ -108,7 +123,7 @@ _BELOW_ONE = 1 - 2**-24
 
 def sample_student(teacher: Teacher, student: Student | None, **settings: Any) -> Samples:
     """All samples of a student, or of its teacher, as `stream_student` makes them."""
-    return Samples.joined(stream_student(teacher, student, **settings))
+    return whole(stream_student(teacher, student, **settings), teacher.codebook.device)
 
 
 def stream_student(
@@ -123,7 +138,7 @@ def stream_student(
     classes: Sequence[int] | None = None,
     batch_size: int = 1000,
 ) -> Iterator[Samples]:
-    """`count` samples, in batches, of a student in a number of steps, or of its teacher.
+    """`count` samples, in batches, of a student in a number of steps, or of its teacher; this process's share of them.
 
     Args:
         steps: of the student (`Student.settings`); 0: the teacher alone.
@@ -248,6 +263,8 @@ def batches(
 ) -> Iterator[Samples]:
     """What a maker makes of requests, batch by batch; what can be refused is refused at once, before it is prepared.
 
+    Of several processes each makes its share of the batches; the maker is prepared by all of them.
+
     Args:
         prepare: gives the maker, before the first batch.
         teacher, student, count, seed, classes, batch_size: as in `stream_student`; errors too.
@@ -274,14 +291,16 @@ def _batches(
     size = math.ceil(count / math.ceil(count / batch_size))  # of all but the last
     try:
         make = prepare()
-        for start in range(0, count, size):
+        for start in processes.share(range(0, count, size)):
             number = torch.arange(start, min(start + size, count), dtype=torch.int64)
             index = labels[number % len(labels)].to(device)
             request = Request(teacher=teacher, student=student, seed=seed, number=number, index=index)
             with torch.no_grad(), fitting(len(number), device, "the batch size"):
                 made = make(request)
-                samples = Samples(codes=nearest_code(made, teacher.codebook), embeddings=made, condition=index)
+                codes = nearest_code(made, teacher.codebook)
+                samples = Samples(codes=codes, embeddings=made, condition=index, number=number)
+            processes.sign()
             yield samples
-            del made, samples, request
+            del made, codes, samples, request
     finally:
         release_graphs(teacher)  # of a batch as large as the memory: what comes next needs it

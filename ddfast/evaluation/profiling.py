@@ -15,7 +15,7 @@ from ddfast.evaluation.sources import SOURCES
 from ddfast.evaluation.speed import IMAGE_DECODER, measure_speed
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
-from ddfast.progress import Progress
+from ddfast.progress import Progress, silent
 from ddfast.sampling import first_request
 from ddfast.tracing import activities, span, write_trace
 
@@ -28,7 +28,7 @@ def profile(
     *,
     command: str,
     rounds: int = 7,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[str]:
     """Time AR decoding against the student and write a Chrome trace to `out/trace.json`.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import nvtx
 
-from ddfast import seeds
+from ddfast import processes, seeds
 from ddfast.config import TrainConfig
 from ddfast.distill.stages import new_network
 from ddfast.evaluation.quality import Evaluator
@@ -15,13 +15,16 @@ from ddfast.evaluation.speed import IMAGE_DECODER, measure_speed
 from ddfast.models.checkpoint import load_state, load_tensors
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
-from ddfast.progress import Progress
+from ddfast.progress import Progress, silent
 from ddfast.runs import TUNED_FILE
 
 
 def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: Progress) -> dict[str, Any]:
-    """Quality of every source and the speeds, as metrics.json holds them."""
-    evaluator = Evaluator(config, teacher)
+    """Quality of every source and the speeds, as metrics.json holds them.
+
+    Processes share the work, and all of them get the figures.
+    """
+    evaluator = Evaluator(config, teacher, silent)
     rows: dict[str, dict[str, Any]] = {}
     sources = [source.name for source in sources_for(teacher, student) if source.name in MEASURED]
     settings: dict[str, Any] = {"count": config.evaluation.samples, "batch_size": config.evaluation.batch_size}
@@ -30,7 +33,7 @@ def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: 
         progress(done, len(sources) + 1, source)
         with nvtx.annotate(f"evaluate {source}"):
             rows[source] = dict(evaluator.measure(stream(source, teacher, student, **settings)))
-    if (config.out / TUNED_FILE).exists():
+    if processes.first_does((config.out / TUNED_FILE).exists):
         tuned = new_network(config, teacher)
         load_state(tuned, load_tensors(config.out / TUNED_FILE)[0], config.out / TUNED_FILE)
         rows["ar_diffusion"] = dict(evaluator.measure(stream("ar_diffusion", teacher, tuned, **settings)))

@@ -11,11 +11,12 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ddfast import seeds
+from ddfast import processes, seeds
 from ddfast.config import TrainConfig
 from ddfast.evaluation.sources import stream
 from ddfast.frechet import frechet_distance
 from ddfast.models import families
+from ddfast.models.family import FeatureNetwork
 from ddfast.models.protocol import Teacher
 from ddfast.progress import Progress
 from ddfast.sampling import Samples
@@ -55,6 +56,9 @@ class Evaluator:
         config: evaluation settings; the classifier is trained on first use and cached.
         teacher: of the samples.
         progress: called as progress(done, total, text) while the classifier trains.
+
+    Several processes measure their shares of the batches; the first one has all that is compared, and computes the
+    figures.
     """
 
     def __init__(self, config: TrainConfig, teacher: Teacher, progress: Progress | None = None) -> None:
@@ -62,38 +66,56 @@ class Evaluator:
         self.batch_size = config.evaluation.batch_size
         count = config.evaluation.samples
         family = families.of_teacher(teacher)
-        self.classifier = family.feature_network(progress) if teacher.has_decoder else None
-        if self.classifier is not None:
-            self.reference_features = self.classifier.features(family.real_images(max(count, 5000), config.seed))
+        self.classifier: FeatureNetwork | None = None
+        if teacher.has_decoder:
+            self.classifier = processes.first_then_all(lambda: family.feature_network(progress))
+        self.paired = teacher.num_codes <= _LARGEST_PAIRED
+        self.reference_features: Tensor | None = None
         self.reference_codes: Tensor | None = None
-        if teacher.num_codes <= _LARGEST_PAIRED:
+        if self.classifier is not None and processes.rank() == 0:
+            self.reference_features = self.classifier.features(family.real_images(max(count, 5000), config.seed))
+        if self.paired:
             # A seed of its own: the reference's draws are never those of the samples measured.
             seed = seeds.derived(config.seed, 1_000_003)
             fresh = stream("teacher", teacher, count=count, seed=seed, batch_size=self.batch_size)
-            self.reference_codes = torch.cat([batch.codes.cpu() for batch in fresh])
+            codes = processes.collected([batch.codes.cpu() for batch in fresh])
+            self.reference_codes = torch.cat(codes) if codes else None
 
     @torch.no_grad()
     def measure(self, samples: Samples | Iterable[Samples]) -> dict[str, float]:
-        """The figures of one set of samples; of batches, each is measured and forgotten before the next one is made."""
+        """The figures of one set of samples; of batches, each is measured and forgotten before the next one is made.
+
+        Args:
+            samples: all, or batches of them: this process's share, as streams make it.
+
+        Returns:
+            The same figures at every process.
+        """
+        parts = processes.share(samples.split(self.batch_size)) if isinstance(samples, Samples) else samples
+        measured = processes.collected([self._measured(batch) for batch in parts])
+        return processes.first_does(lambda: self._figures(measured))
+
+    def _measured(self, batch: Samples) -> dict[str, Tensor]:
+        """What the figures need of a batch, on the CPU."""
         teacher = self.teacher
-        log_probs: list[Tensor] = []
-        features: list[Tensor] = []
-        recognised: list[Tensor] = []
-        codes: list[Tensor] = []
-        for batch in samples.split(self.batch_size) if isinstance(samples, Samples) else samples:
-            with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
-                likelihoods = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
-                log_probs.append(likelihoods.gather(-1, batch.codes[..., None]).cpu())
-            if self.classifier is not None:
-                features.append(self.classifier.features(teacher.decode(batch.embeddings).cpu()))
-                recognised.append(self.classifier.logits(features[-1]).argmax(-1) == batch.condition.cpu())
-            if self.reference_codes is not None:
-                codes.append(batch.codes.cpu())
-        result = {}
+        with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
+            likelihoods = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
+            kept = {"log_probs": likelihoods.gather(-1, batch.codes[..., None]).cpu()}
         if self.classifier is not None:
-            result["frechet"] = frechet_distance(torch.cat(features), self.reference_features)
-            result["class_accuracy"] = float(torch.cat(recognised).double().mean())
-        result["teacher_nll"] = -float(torch.cat(log_probs).double().mean())
+            kept["features"] = self.classifier.features(teacher.decode(batch.embeddings).cpu())
+            kept["recognised"] = self.classifier.logits(kept["features"]).argmax(-1) == batch.condition.cpu()
+        if self.paired:
+            kept["codes"] = batch.codes.cpu()
+        return kept
+
+    def _figures(self, measured: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Of all batches, in their order."""
+        kept = {name: torch.cat([batch[name] for batch in measured]) for name in measured[0]}
+        result = {}
+        if self.reference_features is not None:
+            result["frechet"] = frechet_distance(kept["features"], self.reference_features)
+            result["class_accuracy"] = float(kept["recognised"].double().mean())
+        result["teacher_nll"] = -float(kept["log_probs"].double().mean())
         if self.reference_codes is not None:
-            result["pair_tv"] = pair_table_distance(torch.cat(codes), self.reference_codes, teacher.num_codes)
+            result["pair_tv"] = pair_table_distance(kept["codes"], self.reference_codes, self.teacher.num_codes)
         return result

@@ -15,13 +15,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ddfast import seeds
+from ddfast import processes, seeds
 from ddfast.evaluation.plain_decoding import plain_decoder
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import draw_codes, nearest_code
-from ddfast.sampling import Request, Samples, batches
+from ddfast.sampling import Request, Samples, batches, whole
 
 Make: TypeAlias = Callable[[Request], Tensor]
 """Embeddings [B, N, D] of a batch."""
@@ -113,6 +113,7 @@ def marginal_tables(teacher: Teacher, generator: torch.Generator, *, samples_per
         condition = torch.full((samples_per_class,), label, dtype=torch.int64, device=tables.device)
         codes = teacher.generate(teacher.condition_of(condition), generator=generator)
         table.scatter_add_(1, codes.T, table.new_full(codes.T.shape, 1 / samples_per_class))
+        processes.sign()
     return tables
 
 
@@ -136,8 +137,12 @@ def _plain(teacher: Teacher, seed: int, samples_per_class: int) -> Make:
 
 def _independent_marginals(teacher: Teacher, seed: int, samples_per_class: int) -> Make:
     """onestep*: the best that a sampler of all tokens at once can do without looking at what the others became."""
-    generator = seeds.generator(seed, teacher.codebook.device)
-    tables = marginal_tables(teacher, generator, samples_per_class=samples_per_class)
+    device = teacher.codebook.device
+
+    def estimated() -> Tensor:
+        return marginal_tables(teacher, seeds.generator(seed, device), samples_per_class=samples_per_class).cpu()
+
+    tables = processes.first_does(estimated).to(device)  # one sequence of draws: there is nothing to share
     return lambda request: teacher.embed(draw_marginals(tables, request.index, uniform=request.uniform))
 
 
@@ -198,7 +203,7 @@ def sources_for(teacher: Teacher, student: Student | None = None) -> list[Source
 
 def sample(source: str, teacher: Teacher, student: Student | None = None, **settings: Any) -> Samples:
     """All samples of one source, as `stream` makes them (of `count`, `seed`, ...)."""
-    return Samples.joined(stream(source, teacher, student, **settings))
+    return whole(stream(source, teacher, student, **settings), teacher.codebook.device)
 
 
 def stream(
@@ -212,6 +217,8 @@ def stream(
     batch_size: int = 1000,
 ) -> Iterator[Samples]:
     """`count` samples of one source in batches; sample i has the class i modulo their number and the chance (seed, i).
+
+    Of several processes each gets its share of the batches.
 
     Args:
         source: one of `MEASURED`.

@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ddfast.evaluation.sources import sources_for
+from ddfast import processes
+from ddfast.evaluation.sources import Make, sources_for
 from ddfast.models.decoding import release_graphs
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
-from ddfast.progress import Progress
+from ddfast.progress import Progress, silent
 from ddfast.sampling import first_request
 
 IMAGE_DECODER = "image_decoder"
@@ -31,9 +32,11 @@ def measure_speed(
     *,
     batch_sizes: tuple[int, ...],
     rounds: int = 7,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, dict[int, float]]:
     """Median seconds per image of AR decoding, the student and the image decoder, every source timed once a round.
+
+    Of several processes the first one alone is timed, while the others wait.
 
     Args:
         teacher, student: what is timed; guidance and filters are the teacher's defaults.
@@ -47,12 +50,24 @@ def measure_speed(
         before; and where the teacher has a decoder, for `IMAGE_DECODER`: codes to pixels, which every other source
         leaves out.
     """
-    device = teacher.codebook.device
     makers = {
         source.name: source.maker(teacher, 0, samples_per_class=500)
         for source in sources_for(teacher, student)
         if source.timed
     }
+    return processes.first_does(lambda: _timed(makers, teacher, student, batch_sizes, rounds, progress))
+
+
+def _timed(
+    makers: dict[str, Make],
+    teacher: Teacher,
+    student: Student,
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    progress: Progress,
+) -> dict[str, dict[int, float]]:
+    """What `measure_speed` returns."""
+    device = teacher.codebook.device
     result: dict[str, dict[int, float]] = {}
     turns = _WARM_UP_ROUNDS + rounds
     for number, batch in enumerate(batch_sizes):
@@ -64,16 +79,14 @@ def measure_speed(
         seconds: dict[str, list[float]] = {name: [] for name in sources}
         for turn in range(turns):
             for name, make in sources.items():
-                if progress is not None:
-                    progress(number * turns + turn, len(batch_sizes) * turns, f"{name}, batch {batch}")
+                progress(number * turns + turn, len(batch_sizes) * turns, f"{name}, batch {batch}")
                 if sum(seconds[name]) < _ENOUGH_SECONDS:
                     seconds[name].append(_seconds(make, device))
         for name, values in seconds.items():
             counted = values[_WARM_UP_ROUNDS:] or values[-1:]
             result.setdefault(name, {})[batch] = statistics.median(counted) / batch
     release_graphs(teacher)
-    if progress is not None:
-        progress(len(batch_sizes) * turns, len(batch_sizes) * turns, "done")
+    progress(len(batch_sizes) * turns, len(batch_sizes) * turns, "done")
     return result
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ddfast import seeds
+from ddfast import processes, seeds
 from ddfast.config import PretrainedTeacherConfig, TrainConfig
 from ddfast.errors import DDFastError
 from ddfast.messages import say
@@ -190,12 +190,14 @@ def save_teacher(path: str | Path, teacher: Teacher) -> None:
 def build_teacher(config: TrainConfig, progress: Progress | None = None) -> Teacher:
     """The configuration's teacher, on its device: trained on first use (digits), read from files, or random.
 
+    Of several processes the first one trains it, and the others find it.
+
     Raises:
         DDFastError: a file is missing, unsafe or of other sizes than the configuration's.
     """
     family, teacher = families.of_config(config.teacher), config.teacher
     if not isinstance(teacher, PretrainedTeacherConfig):
-        made = family.build(config, progress)
+        made = processes.first_then_all(lambda: family.build(config, progress))
     elif teacher.random_weights:
         made = untrained_teacher(config)
     elif not teacher.weights:

@@ -113,12 +113,11 @@ def test_evaluate_takes_captions(here, generators, tmp_path, monkeypatch):
 # Several processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "profile", "convert"])
+@pytest.mark.parametrize("command", ["profile", "convert"])
 def test_torchrun_is_refused_before_anything_is_written(here, generators, tmp_path, monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    target = {"sample": "--to", "convert": "--to", "evaluate": "--json"}.get(command, "--out")
-    source = {"train": (), "convert": ("--teacher", generators / "var")}.get(command, ("--student", generators / "var"))
+    target = {"convert": "--to"}.get(command, "--out")
+    source = {"convert": ("--teacher", generators / "var")}.get(command, ("--student", generators / "var"))
     words = f"`{command}` runs in one process, and torchrun started 2 (WORLD_SIZE): start it without torchrun"
     refused_here(here, words, command, *source, target, tmp_path / "x")
     assert not list(tmp_path.iterdir())
