@@ -76,7 +76,7 @@ def _train(config: TrainConfig, progress_bar: ProgressBar) -> dict[str, Any]:
     processes.first_does(lambda: claim_folder(config))
     stages = Stages(out / STAGES)
     with stages.timed("teacher"):
-        teacher = processes.first_then_all(lambda: build_teacher(config, progress_bar("teacher")))
+        teacher = build_teacher(config, progress_bar("teacher"))
     check_student(teacher, config.method)
     student = METHODS[config.method](config, teacher, stages, progress_bar)
     if exists(out / METRICS_JSON):

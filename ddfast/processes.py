@@ -38,17 +38,22 @@ class _Group:
         if now - self.last_sign >= 1 / _SIGNS_PER_SECOND:
             self.last_sign = now
             self.store.add(f"signs/{self.rank}", 1)
-            faulthandler.dump_traceback_later(self.timeout, exit=True)
+            self.guard()
+
+    def guard(self) -> None:
+        """Let this process show where it stands, and end, when it has not come here again within the limit."""
+        faulthandler.dump_traceback_later(self.timeout, exit=True)
 
     def wait(self) -> None:
-        """Until all have come here, as long as those who have not show signs of life."""
+        """Until all have come as far, as long as those who have not show signs of life: waiting is none."""
         self.waits += 1
-        place, seen = f"wait/{self.waits}", {other: (-1, time.monotonic()) for other in range(self.size)}
-        self.store.add(place, 1)
-        while self.store.add(place, 0) < self.size:
+        self.store.add(f"waits/{self.rank}", 1)
+        seen = {other: (-1, time.monotonic()) for other in range(self.size) if other != self.rank}
+        while behind := [other for other in seen if self.store.add(f"waits/{other}", 0) < self.waits]:
             time.sleep(1 / _LOOKS_PER_SECOND)
-            self.sign()
-            for other, (signs, since) in seen.items():
+            self.guard()
+            for other in behind:
+                signs, since = seen[other]
                 now = self.store.add(f"signs/{other}", 0)
                 if now != signs:
                     seen[other] = now, time.monotonic()
@@ -57,6 +62,7 @@ class _Group:
                         f"process {other} of {self.size} has shown no sign of life for {self.timeout:g} s "
                         "(--parallel.timeout): see its own messages above; the last checkpoint is kept"
                     )
+        self.sign()
 
 
 _group: _Group | None = None
