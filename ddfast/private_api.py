@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,10 +79,16 @@ def _late(module: str, name: str) -> Any:
         return None
 
 
-def fake_tensors() -> contextlib.AbstractContextManager[object] | None:
+def fake_tensors(**settings: Any) -> contextlib.AbstractContextManager[object] | None:
     """A mode in which tensors have no memory; None where there is none."""
     mode = _late("torch._subclasses.fake_tensor", "FakeTensorMode")
-    return None if mode is None else mode()
+    return None if mode is None else mode(**settings)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory and so no values."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")  # not imported: there are none yet
+    return module is not None and isinstance(tensor, getattr(module, "FakeTensor", ()))
 
 
 def recompilations(limit: int) -> contextlib.AbstractContextManager[object]:
