@@ -52,7 +52,8 @@ def writes(tensor: Tensor) -> int:
 def storage_key(tensor: Tensor) -> int:
     """What identifies a tensor's memory as long as that lives."""
     storage = tensor.untyped_storage()
-    return getattr(storage, "_cdata", storage.data_ptr())
+    key = getattr(storage, "_cdata", None)
+    return storage.data_ptr() if key is None else key
 
 
 def clear_cublas_workspaces() -> None:

@@ -11,9 +11,9 @@ import contextlib
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +31,46 @@ from ddfast.models.blocks import blocks_of, recomputing
 from ddfast.models.loading import untrained_teacher
 from ddfast.models.protocol import Teacher
 
+
+class Line(NamedTuple):
+    """What grows with the samples of a micro-batch: so much, and so much more for each."""
+
+    fixed: float
+    each: float
+
+    def __call__(self, samples: int) -> int:
+        return round(self.fixed + self.each * samples)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
     """Of forward and backward of one micro-batch.
 
     Attributes:
-        samples: in it.
         activations: bytes that the forward pass leaves for the backward pass.
-        peak: bytes that live at a time, at most, beside parameters, buffers and gradients that were there before.
+        peaks: bytes that live at a time, at most, beside parameters, buffers and gradients that were there before: in
+            passes without gradient, in the forward pass, and in the backward pass.
         flops: of products: matrices, attention, convolutions, and the flow over the codebook.
     """
 
-    samples: int
-    activations: int
-    peak: int
-    flops: int
+    activations: Line
+    peaks: tuple[Line, ...]
+    flops: Line
+
+    def peak(self, samples: int) -> int:
+        """The highest of the peaks, of so many samples."""
+        return max(peak(samples) for peak in self.peaks)
+
+    def fitting(self, limit: int) -> int:
+        """How many samples at a time stay within so many bytes; 0: not even one."""
+        return max(min(math.floor((limit - peak.fixed) / max(peak.each, 1)) for peak in self.peaks), 0)
+
+
+_SAMPLES = (2, 3)
+"""Of the two micro-batches that are rehearsed: one sample alone spares copies that more need."""
+
+_DEPTHS = (2, 3)
+"""Blocks of the networks that are rehearsed in the place of deeper ones: each after the first takes the same."""
 
 
 class Rehearsal:
@@ -86,34 +111,52 @@ class Rehearsal:
         with self.fake, private_api.every_call(_answered):
             yield
 
-    def step(
+    def cost(
         self,
         method: Method,
         phase: str,
-        samples: int,
         *,
         precision: str = "float32",
         recompute: bool = False,
         accumulates: bool = False,
     ) -> StepCost:
-        """What forward and backward of one micro-batch take.
+        """What forward and backward of a micro-batch take, as it grows with the samples.
+
+        Networks of one depth are rehearsed with few of their blocks, and what one block more takes is added for the
+        others: a whole network has thousands of ops, of 0.2 ms each.
 
         Args:
             method: made of this rehearsal's networks, within `pretending`.
             phase: of the method.
-            samples: in the micro-batch.
             precision: as in `OptimisationConfig`.
             recompute: as `--parallel.recompute blocks`.
             accumulates: gradients of a micro-batch before are there.
         """
+        networks = list({id(network): network for network in (self.teacher, *method.networks.values())}.values())
+        depths = {len(blocks_of(network)) for network in networks}
+        depth = depths.pop()
+        alike = not depths and depth > max(_DEPTHS) and all(_list_of_blocks(network) for network in networks)
+        rehearsed = _DEPTHS if alike else (depth,)
+        found = []
+        for blocks in rehearsed:
+            with _shortened(networks, blocks) if alike else contextlib.nullcontext():
+                pair = [self._step(method, phase, n, precision, recompute, accumulates) for n in _SAMPLES]
+            found.append([_line(*values) for values in zip(*pair, strict=True)])
+        lines = [_at_depth(at, rehearsed, depth) for at in zip(*found, strict=True)]
+        return StepCost(activations=lines[0], flops=lines[1], peaks=tuple(lines[2:]))
+
+    def _step(
+        self, method: Method, phase: str, samples: int, precision: str, recompute: bool, accumulates: bool
+    ) -> list[int]:
+        """Activations, FLOPs and peaks of one micro-batch."""
         networks = {id(network): network for network in method.networks.values()}.values()
         updated = method.networks[phase]
-        held = [self.teacher, *networks]
         with self.fake:
-            for network in networks:
-                for parameter in network.parameters():
-                    parameter.grad = torch.empty_like(parameter) if accumulates or network is not updated else None
-        known = [tensor for network in held for tensor in (*network.parameters(), *network.buffers())]
+            for parameter in updated.parameters():
+                parameter.grad = torch.empty_like(parameter) if accumulates else None
+        known = [
+            tensor for network in (self.teacher, *networks) for tensor in (*network.parameters(), *network.buffers())
+        ]
         known += [parameter.grad for parameter in updated.parameters() if parameter.grad is not None]
         live = _Live(known)
         flops = FlopCounterMode(display=False, custom_mapping=_FLOPS)
@@ -124,12 +167,11 @@ class Rehearsal:
             batch.codes = torch.zeros(samples, self.teacher.num_tokens, dtype=torch.int64)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
                 loss, logged = method.step(phase, batch, part)
-            activations = live.now
+            activations, live.backward = live.now, True
             loss.backward()
             del loss, logged, batch
-        for network in networks:
-            network.zero_grad(set_to_none=True)
-        return StepCost(samples=samples, activations=activations, peak=live.peak, flops=flops.get_total_flops())
+        updated.zero_grad(set_to_none=True)
+        return [activations, flops.get_total_flops(), *live.peaks]
 
     def sequence_flops(self) -> int:
         """Of one sequence that the teacher decodes, guidance included: those of a pass that is given all of its tokens.
@@ -141,6 +183,42 @@ class Rehearsal:
             codes = torch.zeros(1, self.teacher.num_tokens, dtype=torch.int64)
             self.teacher.log_probs(self.teacher.condition_of(torch.zeros(1, dtype=torch.int64)), codes)
         return flops.get_total_flops()
+
+
+def _line(first: int, second: int) -> Line:
+    """Through what the two micro-batches took."""
+    few, more = _SAMPLES
+    each = (second - first) / (more - few)
+    return Line(first - few * each, each)
+
+
+def _at_depth(lines: Sequence[Line], depths: Sequence[int], depth: int) -> Line:
+    """What networks of a depth take, by what those of one or two depths take."""
+    if len(lines) == 1:
+        return lines[0]
+    blocks = (depth - depths[0]) / (depths[1] - depths[0])
+    return Line(*(low + blocks * (high - low) for low, high in zip(*lines, strict=True)))
+
+
+def _list_of_blocks(network: nn.Module) -> nn.ModuleList | None:
+    """The list that holds a network's blocks, and nothing else."""
+    blocks = blocks_of(network)
+    lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
+    return next((found for found in lists if len(found) == len(blocks) and found[0] is blocks[0]), None)
+
+
+@contextlib.contextmanager
+def _shortened(networks: Iterable[nn.Module], depth: int) -> Iterator[None]:
+    """Within, networks have their first blocks alone."""
+    lists = [blocks for blocks in map(_list_of_blocks, networks) if blocks is not None]
+    rest = [list(blocks[depth:]) for blocks in lists]
+    for blocks in lists:
+        del blocks[depth:]
+    try:
+        yield
+    finally:
+        for blocks, others in zip(lists, rest, strict=True):
+            blocks.extend(others)
 
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -169,7 +247,8 @@ class _Live:
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        self.now = self.peak = 0
+        self.now, self.backward = 0, False
+        self.peaks = [0, 0, 0]
         self.seen: dict[int, Any] = {private_api.storage_key(tensor): None for tensor in known}
 
     def call(self, op: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
@@ -188,7 +267,8 @@ class _Live:
         size = storage.nbytes()
         self.seen[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
         self.now += size
-        self.peak = max(self.peak, self.now)
+        part = 2 if self.backward else int(torch.is_grad_enabled())
+        self.peaks[part] = max(self.peaks[part], self.now)
 
     def _gone(self, key: int, size: int, _: object) -> None:
         del self.seen[key]
@@ -240,7 +320,9 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, o
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _attention_backward(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+def _attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
     """Five products, of which one repeats a forward one."""
     return _attention(query, key, value) * 5 // 2
 
@@ -249,7 +331,10 @@ def _flow(products: int) -> Callable[..., int]:
     """Products of points [..., D] with a codebook [V, D], the last argument of two dimensions."""
 
     def count(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-        x, codebook = shapes[0], next(shape for shape in reversed(shapes) if isinstance(shape, torch.Size) and len(shape) == 2)
+        x, codebook = (
+            shapes[0],
+            next(shape for shape in reversed(shapes) if isinstance(shape, torch.Size) and len(shape) == 2),
+        )
         return 2 * products * math.prod(x[:-1]) * math.prod(codebook)
 
     return count
