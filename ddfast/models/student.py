@@ -355,6 +355,11 @@ class TransformerStudent(DD1Student):
     def config(self) -> dict[str, Any]:
         return {"width": self.body.width, "depth": self.body.depth, "heads": self.body.heads}
 
+    @property
+    def transformer_blocks(self) -> nn.ModuleList:
+        """See `ddfast.models.blocks`."""
+        return self.body.blocks
+
     def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(condition, Tensor):
             raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")

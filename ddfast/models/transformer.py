@@ -108,6 +108,11 @@ class TransformerNetwork(nn.Module):
         nn.init.normal_(self.class_embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
 
+    @property
+    def transformer_blocks(self) -> nn.ModuleList:
+        """See `ddfast.models.blocks`."""
+        return self.body.blocks
+
     def labels(self, condition: Condition, *, unconditional: bool = False) -> Tensor:
         """Labels as the class embedding wants them: `num_classes` where there is no condition."""
         if not isinstance(condition, Tensor):

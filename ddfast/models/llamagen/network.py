@@ -237,6 +237,11 @@ class _LlamaGenNetwork(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
+    @property
+    def transformer_blocks(self) -> nn.ModuleList:
+        """See `ddfast.models.blocks`."""
+        return self.layers
+
     def _derive_rope(self, device: torch.device | str) -> None:
         self.register_buffer("rope", rope_table(self.sizes, device), persistent=False)
 

@@ -9,7 +9,7 @@ Dimensions: B batch, R rows (B, or 2B with guidance), L sequence, N tokens, V co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -95,6 +95,9 @@ class BlockConstants:
     head_scale: Tensor | None
 
 
+Source: TypeAlias = tuple[Tensor, Tensor | None]
+"""What constants follow from: class embeddings [R, W], and the modulation [R, 1, 6, W] where all blocks share one."""
+
 Gated: TypeAlias = tuple[Tensor, Tensor] | tuple[None, None]
 """What is to be added to the residual stream: a branch [R, L, W] and its gate [R, 1, W], or nothing."""
 
@@ -132,12 +135,22 @@ class VARBlock(nn.Module):
         return BlockConstants(modulation, *self.attn.constants())
 
     def forward(
-        self, x: Tensor, gated: Gated, own: BlockConstants, attend: Attend, layer: int, extra: Tensor | None = None
+        self,
+        x: Tensor,
+        gated: Gated,
+        own: BlockConstants | Source,
+        attend: Attend,
+        layer: int,
+        extra: Tensor | None = None,
     ) -> tuple[Tensor, Gated]:
         """x [R, L, W] and what the block before adds to it; this block's last branch comes back unadded, like that.
 
-        `extra` [R, L, W] joins between attention and feed-forward (DD1's students).
+        `own` is what `constants` made; or what it makes them from, so that in training all that reads the block's
+        weights is this call, which may be sharded or repeated. `extra` [R, L, W] joins between attention and
+        feed-forward (DD1's students).
         """
+        if not isinstance(own, BlockConstants):
+            own = self.constants(*own)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = own.modulation.unbind(2)
         branch, gate = gated
         front: dict[str, Any] = {"gate": gate, "weight": scale1, "bias": shift1, "eps": self.eps}
@@ -228,17 +241,27 @@ class _VARNetwork(nn.Module):
         self.head = Linear(width, num_codes)
         _initialise(self)
 
-    def _constants(self, label: Tensor) -> list[BlockConstants]:
-        """Every block's, for class embeddings [R, W]."""
+    @property
+    def transformer_blocks(self) -> nn.ModuleList:
+        """See `ddfast.models.blocks`."""
+        return self.blocks
+
+    def _sources(self, label: Tensor) -> list[Source]:
+        """What every block makes its constants from, for class embeddings [R, W]."""
         shared = None
         if self.sizes.shared_aln:
             shared = self.shared_ada_lin(label).unflatten(-1, (1, 6, -1))
-        return [cast(VARBlock, block).constants(label, shared) for block in self.blocks]
+        return [(label, shared)] * len(self.blocks)
+
+    def _constants(self, label: Tensor) -> list[BlockConstants]:
+        """Every block's, for class embeddings [R, W]."""
+        pairs = zip(self.blocks, self._sources(label), strict=True)
+        return [cast(VARBlock, block).constants(*source) for block, source in pairs]
 
     def _run(
         self,
         x: Tensor,
-        constants: list[BlockConstants],
+        constants: Sequence[BlockConstants | Source],
         attend: Attend,
         extra: Callable[[int], Tensor | None] | None = None,
     ) -> tuple[Tensor, Gated]:
@@ -272,7 +295,7 @@ class _VARNetwork(nn.Module):
     def hidden(self, label: Tensor, inputs: Tensor) -> Tensor:
         """What the head over codes reads, [B, N, W]; label [B, W], inputs [B, N', D] are those after scale 0."""
         x = self._tokens(label, inputs, 0, len(self.groups) - 1, self._places())
-        x, gated = self._run(x, self._constants(label), BlockCausalAttention(self.groups))
+        x, gated = self._run(x, self._sources(label), BlockCausalAttention(self.groups))
         return self.head_nm.add(x, gated, *self.head_nm.constants(label))
 
     @property
@@ -470,7 +493,7 @@ class VARStudent(_VARNetwork, DD1Student):
         is_data = self.data_levels(t, len(x), 1)
         hidden = tokens + self.lvl_embed(levels) + self.pos_1LC + self.n_d_embed(is_data)
         attend, extra = MaskedAttention(self.mask), partial(self._layerwise, is_data=is_data)
-        hidden, (branch, gate) = self._run(hidden, self._constants(label), attend, extra)
+        hidden, (branch, gate) = self._run(hidden, self._sources(label), attend, extra)
         if branch is not None and gate is not None:
             hidden = torch.addcmul(hidden, branch, gate)
         return (hidden + self._layerwise(-1, is_data))[:, 1:], label
