@@ -1,7 +1,7 @@
 """Training steps rehearsed: the method's own code on tensors that have shapes and no memory, so on any machine.
 
-What the steps would hold and compute is counted op by op: PyTorch's FakeTensorMode gives every op's results their sizes,
-its FlopCounterMode counts the products, and a storage counts from the op that makes it until nothing refers to it.
+What the steps would hold and compute is counted op by op: PyTorch's FakeTensorMode gives every op's results their
+sizes, its flop_counter the work of products, and a storage counts from the op that makes it until nothing refers to it.
 Kernels of ddfast are ops too: of them counts what they return and keep for their backward pass, as on a GPU.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from ddfast import private_api, seeds
 from ddfast.config import TrainConfig
@@ -159,9 +159,8 @@ class Rehearsal:
         ]
         known += [parameter.grad for parameter in updated.parameters() if parameter.grad is not None]
         live = _Live(known)
-        flops = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         as_there = _cuda_autocast(updated) if self.device_type == "cuda" else contextlib.nullcontext()
-        with self.fake, private_api.every_call(live.call), flops, as_there, recomputing(updated, recompute):
+        with self.fake, private_api.every_call(live.call), as_there, recomputing(updated, recompute):
             part = Part.whole(samples, seeds.generator(0))
             batch = from_noise(self.teacher)(part, False)
             batch.codes = torch.zeros(samples, self.teacher.num_tokens, dtype=torch.int64)
@@ -171,18 +170,18 @@ class Rehearsal:
             loss.backward()
             del loss, logged, batch
         updated.zero_grad(set_to_none=True)
-        return [activations, flops.get_total_flops(), *live.peaks]
+        return [activations, live.flops, *live.peaks]
 
     def sequence_flops(self) -> int:
         """Of one sequence that the teacher decodes, guidance included: those of a pass that is given all of its tokens.
 
         A cache computes every token once, as such a pass does; the flow's own work is small beside it.
         """
-        flops = FlopCounterMode(display=False, custom_mapping=_FLOPS)
-        with self.pretending(), flops, torch.no_grad():
+        live = _Live(())
+        with self.fake, private_api.every_call(live.call), torch.no_grad():
             codes = torch.zeros(1, self.teacher.num_tokens, dtype=torch.int64)
             self.teacher.log_probs(self.teacher.condition_of(torch.zeros(1, dtype=torch.int64)), codes)
-        return flops.get_total_flops()
+        return live.flops
 
 
 def _line(first: int, second: int) -> Line:
@@ -247,13 +246,19 @@ class _Live:
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        self.now, self.backward = 0, False
+        self.now, self.flops, self.backward = 0, 0, False
         self.peaks = [0, 0, 0]
         self.seen: dict[int, Any] = {private_api.storage_key(tensor): None for tensor in known}
 
     def call(self, op: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        """The op's results, counted."""
+        """The op's results, counted, and its work.
+
+        (FlopCounterMode itself holds on to tensors of modules.)
+        """
         made = _answered(op, arguments, settings)
+        count = _FLOPS.get(op.overloadpacket) or flop_registry.get(op.overloadpacket)
+        if count is not None:
+            self.flops += count(*arguments, **settings, out_val=made)
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
@@ -315,37 +320,38 @@ def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     """Two products of [B, H, S, K]."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _attention_backward(
-    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
-) -> int:
-    """Five products, of which one repeats a forward one."""
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Five products, one of which is the forward pass's again."""
     return _attention(query, key, value) * 5 // 2
 
 
-def _flow(products: int) -> Callable[..., int]:
-    """Products of points [..., D] with a codebook [V, D], the last argument of two dimensions."""
+def _posterior(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, *_: Any, **__: Any) -> int:
+    """Scores of points [..., D] by a codebook [V, D], and the mean of its codes."""
+    return 4 * x.shape[:-1].numel() * codebook.numel()
 
-    def count(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-        x, codebook = (
-            shapes[0],
-            next(shape for shape in reversed(shapes) if isinstance(shape, torch.Size) and len(shape) == 2),
-        )
-        return 2 * products * math.prod(x[:-1]) * math.prod(codebook)
 
-    return count
+def _posterior_backward(
+    grad: Tensor, x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor, *_: Any, **__: Any
+) -> int:
+    """The scores again, the codes along the gradient, and their mean."""
+    return 6 * x.shape[:-1].numel() * codebook.numel()
+
+
+def _nearest(x: Tensor, codebook: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.shape[:-1].numel() * codebook.numel()
 
 
 _ATEN, _OWN = torch.ops.aten, torch.ops.ddfast
 _FLOPS: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    _OWN.codebook_posterior: _flow(2),
-    _OWN.codebook_posterior_backward: _flow(3),
-    _OWN.nearest_code: _flow(1),
+    _OWN.codebook_posterior: _posterior,
+    _OWN.codebook_posterior_backward: _posterior_backward,
+    _OWN.nearest_code: _nearest,
 }
-"""Of what FlopCounterMode does not know."""
+"""Of what PyTorch's table does not have."""
