@@ -290,7 +290,7 @@ def _cuda_autocast(network: nn.Module) -> Iterator[None]:
             return own(*inputs, **options)
 
     for block in blocks:
-        block.forward = functools.partial(forward, block.forward)  # type: ignore[method-assign]
+        block.forward = functools.partial(forward, block.forward)
     try:
         with _CudaAutocast():
             yield
