@@ -515,6 +515,7 @@ def lines(found: Plan) -> list[str]:
     """A table, and what it comes to."""
     machine = found.machine
     many = " + ".join(f"{name} {number / 1e6:.0f} M" for name, number in found.parameters.items())
+    teacher = _gib(found.stages[-1].teacher)
     head = (
         f"{found.recipe}, {found.method}: {machine.devices} device{_s(machine.devices)} in {machine.nodes} "
         f"node{_s(machine.nodes)}, {machine.memory / 2**30:g} GiB each; parameters: {many}"
@@ -554,8 +555,8 @@ def lines(found: Plan) -> list[str]:
         "",
         *table,
         "",
-        f"GiB on one device (peak: also the teacher's {_gib(found.stages[-1].teacher)}, and what is gathered or lies there "
-        "for a moment); micro-batches are one device's, FLOPs and hours those of all",
+        f"GiB on one device (peak: with the teacher's {teacher}, and what lies there for a while);",
+        "micro-batches are one device's, FLOPs and hours those of all",
         f"{found.hours:.0f} hours at {machine.mfu:.0%} of the devices' FLOPs per second, evaluation not included",
         f"disk: {disk} (the last {KEPT} checkpoints)",
         *found.notes,
