@@ -147,11 +147,9 @@ def measure(recipe: str, phase: str, precision: str) -> None:
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*teacher.parameters(), *teacher.buffers()))
     for name, network in made.networks.items():
         held += state_of(Size.of(network), "adamw", averaged=name == "student").total
-    gradients = state_of(Size.of(method.networks[own]), "adamw", averaged=False).gradients
     for (micro, recompute), measured in taken.items():
-        more = micro < batch_size
-        cost = made.cost(method, own, precision=precision, recompute=recompute, accumulates=more)
-        said = held + cost.peak(micro) - (0 if more else gradients)  # those of one micro-batch are in its peak
+        cost = made.cost(method, own, precision=precision, recompute=recompute)
+        said = held + cost.peak(micro)
         name = f"{recipe}, {PHASES[phase]}, {phase}, {precision}"
         way = "blocks" if recompute else "none"
         cells = (name, str(micro), way, f"{measured / 2**20:.0f}", f"{said / 2**20:.0f}", f"{said / measured - 1:+.1%}")

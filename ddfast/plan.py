@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body(rest: list[str]) -> None:
         options = cli.parse("plan", PlanOptions, rest, EXAMPLES)
-        cli.check_effect(rest, cli.of_other_methods(options) | dict.fromkeys(("out", "resume"), "nothing is written"))
+        cli.check_effect(
+            rest,
+            cli.of_other_methods(options) | dict.fromkeys(("out", "resume", "device"), "nothing is run or written"),
+        )
         to_file = options.json not in ("", "-")
         if to_file:
             check_new(Path(options.json), "--json")

@@ -351,7 +351,7 @@ class _Planner:
 
         @functools.cache
         def cost(phase: str, recompute: bool) -> StepCost:
-            return self.rehearsal.cost(method, phase, precision=config.precision, recompute=recompute, accumulates=True)
+            return self.rehearsal.cost(method, phase, precision=config.precision, recompute=recompute)
 
         asked, node = self.config.parallel.strategy, self.machine.devices // self.machine.nodes
         states = {

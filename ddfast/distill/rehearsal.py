@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from ddfast import private_api, seeds
 from ddfast.config import TrainConfig
 from ddfast.distill.batch import Part
 from ddfast.distill.method import Method
+from ddfast.distill.micro_batch import Live
 from ddfast.distill.trainer import from_noise
 from ddfast.errors import DDFastError
 from ddfast.models import families
@@ -118,9 +118,8 @@ class Rehearsal:
         *,
         precision: str = "float32",
         recompute: bool = False,
-        accumulates: bool = False,
     ) -> StepCost:
-        """What forward and backward of a micro-batch take, as it grows with the samples.
+        """What forward and backward of a micro-batch take, as it grows with the samples, once gradients are there.
 
         Networks of one depth are rehearsed with few of their blocks, and what one block more takes is added for the
         others: a whole network has thousands of ops, of 0.2 ms each.
@@ -130,7 +129,6 @@ class Rehearsal:
             phase: of the method.
             precision: as in `OptimisationConfig`.
             recompute: as `--parallel.recompute blocks`.
-            accumulates: gradients of a micro-batch before are there.
         """
         networks = list({id(network): network for network in (self.teacher, *method.networks.values())}.values())
         depths = {len(blocks_of(network)) for network in networks}
@@ -140,25 +138,18 @@ class Rehearsal:
         found = []
         for blocks in rehearsed:
             with _shortened(networks, blocks) if alike else contextlib.nullcontext():
-                pair = [self._step(method, phase, n, precision, recompute, accumulates) for n in _SAMPLES]
+                pair = [self._step(method, phase, n, precision, recompute) for n in _SAMPLES]
             found.append([_line(*values) for values in zip(*pair, strict=True)])
         lines = [_at_depth(at, rehearsed, depth) for at in zip(*found, strict=True)]
         return StepCost(activations=lines[0], flops=lines[1], peaks=tuple(lines[2:]))
 
-    def _step(
-        self, method: Method, phase: str, samples: int, precision: str, recompute: bool, accumulates: bool
-    ) -> list[int]:
+    def _step(self, method: Method, phase: str, samples: int, precision: str, recompute: bool) -> list[int]:
         """Activations, FLOPs and peaks of one micro-batch."""
-        networks = {id(network): network for network in method.networks.values()}.values()
         updated = method.networks[phase]
         with self.fake:
             for parameter in updated.parameters():
-                parameter.grad = torch.empty_like(parameter) if accumulates else None
-        known = [
-            tensor for network in (self.teacher, *networks) for tensor in (*network.parameters(), *network.buffers())
-        ]
-        known += [parameter.grad for parameter in updated.parameters() if parameter.grad is not None]
-        live = _Live(known)
+                parameter.grad = torch.empty_like(parameter)
+        live = _Counted()
         as_there = _cuda_autocast(updated) if self.device_type == "cuda" else contextlib.nullcontext()
         with self.fake, private_api.every_call(live.call), as_there, recomputing(updated, recompute):
             part = Part.whole(samples, seeds.generator(0))
@@ -177,7 +168,7 @@ class Rehearsal:
 
         A cache computes every token once, as such a pass does; the flow's own work is small beside it.
         """
-        live = _Live(())
+        live = _Counted()
         with self.fake, private_api.every_call(live.call), torch.no_grad():
             codes = torch.zeros(1, self.teacher.num_tokens, dtype=torch.int64)
             self.teacher.log_probs(self.teacher.condition_of(torch.zeros(1, dtype=torch.int64)), codes)
@@ -238,46 +229,28 @@ def _answered(op: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> 
     return op(*arguments, **settings)
 
 
-class _Live:
-    """Bytes of the storages that ops make, as long as they live.
+class _Counted(Live):
+    """Memory by the part of a step in which it peaks, and work.
 
-    Args:
-        known: tensors that are there before and do not count.
+    (FlopCounterMode itself holds on to the tensors of modules, so that memory would not be what it is.)
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        self.now, self.flops, self.backward = 0, 0, False
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.backward = 0, False
         self.peaks = [0, 0, 0]
-        self.seen: dict[int, Any] = {private_api.storage_key(tensor): None for tensor in known}
 
-    def call(self, op: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        """The op's results, counted, and its work.
-
-        (FlopCounterMode itself holds on to tensors of modules.)
-        """
+    def do(self, op: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
         made = _answered(op, arguments, settings)
         count = _FLOPS.get(op.overloadpacket) or flop_registry.get(op.overloadpacket)
         if count is not None:
             self.flops += count(*arguments, **settings, out_val=made)
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
         return made
 
-    def _see(self, tensor: Tensor) -> None:
-        key = private_api.storage_key(tensor)
-        if key in self.seen:
-            return
-        storage = tensor.untyped_storage()
-        size = storage.nbytes()
-        self.seen[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
-        self.now += size
+    def see(self, tensor: Tensor, *, new: bool) -> None:
+        super().see(tensor, new=new)
         part = 2 if self.backward else int(torch.is_grad_enabled())
         self.peaks[part] = max(self.peaks[part], self.now)
-
-    def _gone(self, key: int, size: int, _: object) -> None:
-        del self.seen[key]
-        self.now -= size
 
 
 @contextlib.contextmanager

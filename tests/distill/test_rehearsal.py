@@ -83,7 +83,7 @@ def test_a_rehearsed_step_takes_what_a_real_one_takes(recipe, phase, samples, pr
     made = Rehearsal(config, lambda teacher: networks(config, teacher), "cpu")
     with made.pretending():
         method = method_of(config, made.teacher, made.networks, phase)
-    cost = made.cost(method, phase, precision=precision, recompute=recompute, accumulates=True)
+    cost = made.cost(method, phase, precision=precision, recompute=recompute)
     assert cost.peak(samples) == pytest.approx(real, rel=0.03)
     assert 0 < cost.activations(samples) <= cost.peak(samples)
 
