@@ -421,6 +421,7 @@ class _Planner:
                 )
             )
         highest = max(phase.peak for phase in phases)
+        whole = sum(state.total for state in states.values())
         return StagePlan(
             stage=name,
             strategy=strategy,
@@ -429,7 +430,7 @@ class _Planner:
             phases=phases,
             checkpoint=sum(state.saved for state in states.values()),
             decoding_hours=self._decoding_hours(sequences, min(phase.micro_batch for phase in phases)),
-            advice="" if highest <= self.limit else self._advice(strategy, phases, highest),
+            advice="" if highest <= self.limit else self._advice(strategy, phases, whole, held, teacher),
         )
 
     def _micro_batch(self, cost: Callable[[bool], StepCost], part: int, room: int, drawn: int) -> tuple[int, bool]:
@@ -448,8 +449,16 @@ class _Planner:
             return min(asked.micro_batch, part), recompute
         return max(fitting(recompute), 0), recompute
 
-    def _advice(self, strategy: str, phases: list[PhasePlan], peak: int) -> str:
-        """What must change for a stage to fit."""
+    def _advice(self, strategy: str, phases: list[PhasePlan], whole: int, held: int, teacher: int) -> str:
+        """What must change for a stage to fit.
+
+        Args:
+            strategy, phases: as they are planned.
+            whole: bytes of the trained networks, unsharded.
+            held: bytes of networks that a device holds.
+            teacher: those of them that are the teacher's.
+        """
+        peak = max(phase.peak for phase in phases)
         asked = self.config.parallel
         ways = []
         if asked.micro_batch > 1:
@@ -458,8 +467,9 @@ class _Planner:
             ways.append("--parallel.recompute blocks")
         if strategy == "replicate" and self.machine.devices > self.machine.nodes:
             ways.append("--parallel.strategy shard")
-        elif strategy == "shard" or self.machine.devices == self.machine.nodes:
-            ways.append("more devices in a node, which hold a part of the networks each")
+        room = self.limit - teacher - (peak - held)
+        if room > 0 and (strategy == "shard" or self.machine.devices == self.machine.nodes):
+            ways.append(f"{math.ceil(whole / room)} devices in a node, which hold a part of the networks each")
         ways.append(_needs(self.machine, peak))
         return ", or ".join(ways)
 

@@ -27,6 +27,11 @@ _PROFILED = _find("autograd._profiler_enabled")
 _CLEAR_WORKSPACES = _find("_C._cuda_clearCublasWorkspaces")
 _GLOBAL_HOOKS = _find("nn.modules.module._has_any_global_hook")
 _LERP = _find("_foreach_lerp_")
+ITEM = _find("ops.aten._local_scalar_dense.default")
+"""The op by which a tensor's value is asked for."""
+ATTENTION = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
+ATTENTION_BACKWARD = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
+"""What `scaled_dot_product_attention` becomes on a CPU; None where this PyTorch has other names."""
 
 
 def is_watched() -> bool:

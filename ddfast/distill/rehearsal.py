@@ -211,14 +211,13 @@ def _shortened(networks: Iterable[nn.Module], depth: int) -> Iterator[None]:
             blocks.extend(others)
 
 
-_ITEM = torch.ops.aten._local_scalar_dense.default
 _INDEX = torch.ops.aten.index.Tensor
 _BINCOUNT = torch.ops.aten.bincount.default
 
 
 def _answered(op: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
     """An op on tensors without values: a value is 0, a mask chooses everything, no bin has more."""
-    if op is _ITEM:
+    if op is private_api.ITEM:
         return 0.0 if arguments[0].dtype.is_floating_point else 0
     if op is _INDEX and any(index is not None and index.dtype == torch.bool for index in arguments[1]):
         given, (mask,) = arguments
@@ -319,10 +318,10 @@ def _nearest(x: Tensor, codebook: Tensor, *_: Any, **__: Any) -> int:
     return 2 * x.shape[:-1].numel() * codebook.numel()
 
 
-_ATEN, _OWN = torch.ops.aten, torch.ops.ddfast
+_OWN = torch.ops.ddfast
 _FLOPS: dict[Any, Callable[..., int]] = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    private_api.ATTENTION: _attention,
+    private_api.ATTENTION_BACKWARD: _attention_backward,
     _OWN.codebook_posterior: _posterior,
     _OWN.codebook_posterior_backward: _posterior_backward,
     _OWN.nearest_code: _nearest,
