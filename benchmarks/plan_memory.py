@@ -44,7 +44,7 @@ SETTINGS = {
     },
 }  # fmt: skip
 SMALL = {"digits": {"width": 48}, "var-d16": {"depth": 1}, "llamagen-b": {"dim": 96}}
-SAMPLES = {"digits": 64, "var-d16": 2, "llamagen-b": 4}
+SAMPLES = {"digits": 64, "var-d16": 1, "llamagen-b": 2}
 """Samples in the place of one, so that activations are a good part of the memory."""
 PHASES = {"student": "dd1", "full": "dd2", "guidance": "dd2", "matching": "dd2"}
 PUBLISHED_HOURS = {
