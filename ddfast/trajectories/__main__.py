@@ -10,6 +10,7 @@ import torch
 
 from ddfast import cli, env
 from ddfast.config import TrainConfig
+from ddfast.messages import say
 from ddfast.models.loading import build_teacher
 from ddfast.pipeline import make_trajectories
 from ddfast.progress import progress_bar
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.cuda.set_device(env.local_rank_and_world_size()[0] % torch.cuda.device_count())
         teacher = build_teacher(options, progress_bar("teacher"))
         store = make_trajectories(options, teacher, progress_bar("trajectories"))
-        print(f"{store.num_shards() * store.settings.shard_size} pairs in {store.path}")
+        say(f"{store.num_shards() * store.settings.shard_size} pairs in {store.path}")
 
     return cli.run("trajectories", body, arguments)
 

@@ -225,7 +225,7 @@ def test_config_file(run, finished, tmp_path):
         ("unknown recipe 'cats'; known: digits", ["train", "--recipe", "cats"]),
         ("unknown method 'dd9'", ["train", "--method", "dd9"]),
         ("--resume: no run in", ["train", "--resume", "--out", "{tmp}/new"]),
-        ("cannot write {tmp}/file/run/config.toml: Not a directory", ["train", "--out", "{tmp}/file/run"]),
+        ("cannot write {tmp}/file/run/.lock: Not a directory", ["train", "--out", "{tmp}/file/run"]),
         ("count: got 0", ["trajectories", "--count", "0", "--out", "{tmp}/a"]),
         ("no student.safetensors there", ["sample", "--student", "{tmp}"]),
         ("no student.safetensors there", ["evaluate", "--student", "{tmp}"]),
