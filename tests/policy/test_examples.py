@@ -110,6 +110,7 @@ SMALL = {
             "iterations": 1, "guidance_updates": 1, "align_iterations": 1, "later_iterations": 1, "batch_size": 4,
         },
     },
+    "trajectories": {"shard_size": 4},
     "evaluation": {"samples": 100, "batch_size": 50, "batch_sizes": [1]},
 }  # fmt: skip
 SMALL_TOKENIZER = {"num_codes": 16, "code_dim": 4, "channels": 32, "multipliers": [1, 1], "blocks": 1}
@@ -144,6 +145,8 @@ class Scaled:
             if (processes, nodes) not in self.seen and not options.resume:
                 shutil.rmtree(options.out, ignore_errors=True)
             self.seen.add((processes, nodes))
+        if name == "trajectories":
+            arguments += ["--config=small.toml", "--count=8"]
         arguments = [argument.replace("cuda", "cpu") for argument in arguments]
         if processes == 1:
             assert in_this_process(self.cache, name, *arguments) == 0, command
@@ -163,6 +166,7 @@ def test_commands_for_many_gpus(tmp_path, monkeypatch):
     assert {command.split()[0] for command in ran} == {"ddfast", "torchrun"}
     assert len(list((tmp_path / "images").iterdir())) == 16
     assert (tmp_path / "figures.json").exists()
+    assert len(list((tmp_path / "runs" / "pairs" / "trajectories").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("module", ["ddfast.ops.nearest_code", "ddfast.ops.noise"])
