@@ -31,6 +31,7 @@ COMMANDS = {
     "trajectories": "DD1's training pairs, resumable and extendable",
     "sample": "images or codes from a student",
     "evaluate": "quality and speed of a student",
+    "plan": "memory, micro-batches, hours and disk of a training, before it starts",
     "profile": "AR decoding against one and two steps, with traces",
     "convert": "official VAR, LlamaGen and DD1 checkpoints to safetensors and back",
     "tune": "the fastest kernels on this GPU, at the shapes of a recipe",

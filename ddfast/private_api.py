@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ _PROFILED = _find("autograd._profiler_enabled")
 _CLEAR_WORKSPACES = _find("_C._cuda_clearCublasWorkspaces")
 _GLOBAL_HOOKS = _find("nn.modules.module._has_any_global_hook")
 _LERP = _find("_foreach_lerp_")
+ITEM = _find("ops.aten._local_scalar_dense.default")
+"""The op by which a tensor's value is asked for."""
+ATTENTION = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
+ATTENTION_BACKWARD = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
+"""What `scaled_dot_product_attention` becomes on a CPU; None where this PyTorch has other names."""
 
 
 def is_watched() -> bool:
@@ -61,7 +67,8 @@ def writes(tensor: Tensor) -> int:
 def storage_key(tensor: Tensor) -> int:
     """What identifies a tensor's memory as long as that lives."""
     storage = tensor.untyped_storage()
-    return getattr(storage, "_cdata", storage.data_ptr())
+    key = getattr(storage, "_cdata", None)
+    return storage.data_ptr() if key is None else key
 
 
 def clear_cublas_workspaces() -> None:
@@ -88,10 +95,16 @@ def _late(module: str, name: str) -> Any:
         return None
 
 
-def fake_tensors() -> contextlib.AbstractContextManager[object] | None:
+def fake_tensors(**settings: Any) -> contextlib.AbstractContextManager[object] | None:
     """A mode in which tensors have no memory; None where there is none."""
     mode = _late("torch._subclasses.fake_tensor", "FakeTensorMode")
-    return None if mode is None else mode()
+    return None if mode is None else mode(**settings)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory and so no values."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")  # not imported: there are none yet
+    return module is not None and isinstance(tensor, getattr(module, "FakeTensor", ()))
 
 
 def recompilations(limit: int) -> contextlib.AbstractContextManager[object]:

@@ -127,12 +127,6 @@ def gathered_bytes(trained: Size, *read: Size) -> int:
     return FLOAT32 * (rest + _BLOCKS_IN_FLIGHT * largest + _GRADIENTS_IN_FLIGHT * trained.block)
 
 
-def optimizer_bytes(size: Size, device_type: str, largest: int) -> int:
-    """What an optimizer's step holds for a moment: on a GPU all parameters are updated at once, else one by one.
-
-    Args:
-        size: of the network, or of a process's part of it.
-        device_type: cuda or cpu.
-        largest: parameters of the largest tensor.
-    """
-    return FLOAT32 * (size.parameters if device_type == "cuda" else 2 * largest)
+def optimizer_bytes(parameters: int) -> int:
+    """What an optimizer's step on a GPU holds for a moment: it updates all parameters of a process at once."""
+    return FLOAT32 * parameters

@@ -219,13 +219,13 @@ def peak_bytes(run: Callable[[], None]) -> int:
 
     Counted op by op, forward and backward, on any device; what an op holds inside is not.
     """
-    live = _Live()
+    live = Live()
     with private_api.every_call(live.call):
         run()
     return live.peak
 
 
-class _Live:
+class Live:
     """Memory of the tensors that ops return, as long as it lives."""
 
     def __init__(self) -> None:
@@ -236,10 +236,14 @@ class _Live:
         """Do an op, and count what it returns and was not there before."""
         for tensor in _tensors((*arguments, *settings.values())):
             self.see(tensor, new=False)
-        made = op(*arguments, **settings)
+        made = self.do(op, arguments, settings)
         for tensor in _tensors(made):
             self.see(tensor, new=True)
         return made
+
+    def do(self, op: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        """What the op returns."""
+        return op(*arguments, **settings)
 
     def see(self, tensor: Tensor, *, new: bool) -> None:
         """Count a tensor's memory once, if it is new."""

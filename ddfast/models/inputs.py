@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddfast import private_api
 from ddfast.ops.common import check_finite
 from ddfast.ops.draw_codes import check_uniform
 
@@ -53,7 +54,7 @@ _NOT_HERE = {"more_smooth": "draws by Gumbel softmax for pictures only"}
 
 def known(tensor: Tensor, *, waits: bool = True) -> bool:
     """Whether the values of a tensor can be looked at; `waits`: also where that waits for a GPU."""
-    if torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel():
+    if torch.compiler.is_compiling() or tensor.is_meta or private_api.is_fake(tensor) or not tensor.numel():
         return False
     if tensor.is_cuda:
         return waits and not torch.cuda.is_current_stream_capturing()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddfast.ops.add_norm import add_norm_unchecked
 from ddfast.ops.norm_linear import activated, norm_linear, worth_a_kernel
-from ddfast.private_api import is_hooked
+from ddfast.private_api import is_fake, is_hooked
 
 Linear = functools.partial(nn.Linear, dtype=torch.float32)
 Embedding = functools.partial(nn.Embedding, dtype=torch.float32)
@@ -76,7 +76,9 @@ def plain_layer(x: Tensor, layer: nn.Linear) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether its weight says all that a layer does: no hook, adapter or offloading, and no weight in another form."""
-    return type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter) and not is_hooked(layer)
+    if type(layer) is not nn.Linear or is_hooked(layer):
+        return False
+    return type(layer.weight) in (Tensor, nn.Parameter) or is_fake(layer.weight)
 
 
 def contiguous(x: Tensor) -> Tensor:

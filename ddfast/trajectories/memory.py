@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddfast import env
+from ddfast import env, private_api
 from ddfast.errors import DDFastError
 from ddfast.models.autoregressive import Condition
 from ddfast.models.protocol import Teacher
@@ -109,9 +109,9 @@ def sample_bytes(teacher: Teacher, condition: Condition | None = None) -> int:
         state = teacher.begin(condition, guided=any(scale != 1.0 for scale in scales))
         known = teacher.num_tokens - teacher.groups[-1]
         teacher.advance(state, torch.zeros(1, known, dtype=torch.int64, device=device))
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*teacher.parameters(), *teacher.buffers())}
-    storages = [tensor.untyped_storage() for tensor in _tensors((condition, state), set())]
-    lasting = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
+    weights = {private_api.storage_key(tensor) for tensor in (*teacher.parameters(), *teacher.buffers())}
+    storages = {private_api.storage_key(tensor): tensor for tensor in _tensors((condition, state), set())}
+    lasting = {key: tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in weights}
     passing = 4 * _ROWS * max(teacher.groups) * max(teacher.num_codes, _widest(teacher))
     noise = 4 * teacher.num_tokens * teacher.code_dim
     return sum(lasting.values()) + passing + noise

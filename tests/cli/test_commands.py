@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpointed import last_step
 from commands import TINY, command, in_this_process, refused
 from safetensors.torch import load_file
 
@@ -86,7 +87,7 @@ def test_killed_twice_and_run_again_is_the_same_run(environment, finished, tmp_p
     out = tmp_path / "killed"
     arguments = command("train", "--out", out, *SIZES)
     kill(arguments, environment, (out / "trajectories" / "shard-000002.safetensors").exists)
-    kill(arguments, environment, (out / "checkpoint.safetensors").exists)
+    kill(arguments, environment, lambda: last_step(out) >= 0)
     assert not (out / "student.safetensors").exists()
     # As `ddfast train` is: everywhere else the tests use `python -m ddfast.train`.
     resumed = [sys.executable, "-m", "ddfast", "train", "--out", str(out), *SIZES, "--resume"]
@@ -112,7 +113,7 @@ def test_interrupted_it_says_how_to_go_on(environment, tmp_path):
         # A test run in the background of a shell has SIGINT ignored, and its children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while process.poll() is None and not (out / "checkpoint.safetensors").exists():
+    while process.poll() is None and last_step(out) < 0:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     try:
@@ -140,7 +141,7 @@ def test_trajectories_extend(run, process, tmp_path):
 def test_a_damaged_shard_is_named(environment, run, finished, tmp_path):
     out = tmp_path / "run"
     arguments = command("train", "--out", out, *SIZES)
-    kill(arguments, environment, (out / "checkpoint.safetensors").exists)
+    kill(arguments, environment, lambda: last_step(out) >= 0)
     path = out / "trajectories" / "shard-000003.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 255

@@ -1,5 +1,6 @@
 """What the tests look at of a run's checkpoints."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,11 @@ from ddfast.distill.checkpoints import FOLDER, STATE
 
 def states(out: Path) -> list[dict]:
     """States of the checkpoints in a run's folder, the last step last."""
-    return [json.loads(path.read_text()) for path in sorted((out / FOLDER).glob(f"[!.]*/{STATE}"))]
+    found = []
+    for path in sorted((out / FOLDER).glob(f"[!.]*/{STATE}")):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on has removed it
+            found.append(json.loads(path.read_text()))
+    return found
 
 
 def last_step(out: Path) -> int:
