@@ -53,7 +53,13 @@ def slurm(environment, tmp_path) -> dict[str, str]:
 
 
 def test_a_job_whose_time_is_over_saves_and_queues_itself_again(slurm, tmp_path):
-    flags = [*TINY, "--dd1.iterations=100000", "--dd1.batch-size=8", "--dd1.log-every=1", "--dd1.checkpoint-every=100000"]
+    flags = [
+        *TINY,
+        "--dd1.iterations=100000",
+        "--dd1.batch-size=8",
+        "--dd1.log-every=1",
+        "--dd1.checkpoint-every=100000",
+    ]
     errors = tmp_path / "errors"
     with errors.open("w") as written:
         script = subprocess.Popen(["bash", str(SCRIPT), *flags], cwd=tmp_path, env=slurm, stderr=written)

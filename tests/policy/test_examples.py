@@ -141,7 +141,7 @@ class Scaled:
         name, *arguments = rest
         if name == "train":
             options = cli.parse(name, TrainConfig, arguments, "")
-            arguments += TINY + ["--dd1.iterations=3"] if options.recipe == "digits" else ["--config=small.toml"]
+            arguments += [*TINY, "--dd1.iterations=3"] if options.recipe == "digits" else ["--config=small.toml"]
             if (processes, nodes) not in self.seen and not options.resume:
                 shutil.rmtree(options.out, ignore_errors=True)
             self.seen.add((processes, nodes))
