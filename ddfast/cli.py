@@ -22,6 +22,7 @@ from ddfast import env, processes
 from ddfast.config import DD1_PREFIX, MethodConfig, SettingError, TrainConfig, read_toml, update
 from ddfast.errors import DDFastError
 from ddfast.interruption import EXIT_CODE, Terminated, answer_termination
+from ddfast.messages import first_process
 from ddfast.models import families
 from ddfast.recipes import get_recipe, import_users
 
@@ -175,7 +176,8 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
     update(default, file)
     description = _description(command, examples, "--config FILE reads TOML; ")
     options = _parsed(command, kind, rest, description, default=default)
-    if options.method != recipe.method and options.out == recipe.out:  # both methods have their default folder
+    default_folder = options.out == recipe.out and "out" not in set(typed(rest))
+    if options.method != recipe.method and default_folder:  # both methods have one
         options.out = options.out.with_name(f"{options.out.name}-{options.method}")
     return options
 
@@ -197,9 +199,9 @@ def _parsed(command: str, kind: type[Plain], arguments: list[str], description: 
     for flag in typed(arguments):
         if flag in _OFFICIAL.get(command, {}) and flag not in own:
             raise DDFastError(f"--{flag}: {_OFFICIAL[command][flag].replace('--', 'here it is called --', 1)}")
-    shown = io.StringIO()
+    shown, help_text = io.StringIO(), sys.stdout if first_process() else io.StringIO()
     try:
-        with contextlib.redirect_stderr(shown):
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(help_text):
             return tyro.cli(kind, args=arguments, prog=f"ddfast {command}", description=description, **settings)
     except SystemExit as end:
         error: BaseException | None = end

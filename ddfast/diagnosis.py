@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 
 import torch
+import torch.distributed as dist
 
 import ddfast
 from ddfast import env
@@ -36,6 +37,7 @@ def diagnosis() -> list[str]:
         lines += [f"  {name}: {state(index)[1]}" for name, state in _STATES.items()]
     if not gpus:
         lines += ["GPU: PyTorch sees none", *(f"  {name}: {state()[1]}" for name, state in _STATES.items())]
+    lines.append(f"several processes: {_transports()}")
     lines += ["", "environment:"]
     values = env.settings()
     lines += [f"  {name}={values[name] or ''}  ({meaning})" for name, meaning in env.VARIABLES.items()]
@@ -48,6 +50,14 @@ def diagnosis() -> list[str]:
     if not gpus:
         lines += ["", "float32 tensors on cuda:", *_choices(torch.device("cuda"), torch.float32)]
     return lines
+
+
+def _transports() -> str:
+    """What processes of torchrun would talk by, of what this PyTorch has."""
+    if not dist.is_available():
+        return "this PyTorch is built without torch.distributed"
+    there = {"gloo": dist.is_gloo_available(), "nccl (between GPUs)": dist.is_nccl_available()}
+    return ", ".join(name if found else f"no {name}" for name, found in there.items())
 
 
 def _choices(device: torch.device, dtype: torch.dtype) -> list[str]:

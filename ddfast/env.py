@@ -21,10 +21,10 @@ VARIABLES = {
     "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one here)",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors too (for tests; never by itself)",
     "CC": "C compiler with which Triton builds the launches of its kernels (default: gcc, else clang)",
-    "RANK": "rank of this process, set by torchrun (default: 0)",
-    "WORLD_SIZE": "number of processes, set by torchrun (default: 1)",
-    "LOCAL_RANK": "rank among the processes on this machine, set by torchrun: which GPU --device cuda is (default: 0)",
-    "LOCAL_WORLD_SIZE": "how many of them share this machine's memory, set by torchrun (default: 1)",
+    "RANK": "number of this process, set by torchrun; 0 prints and writes (default: 0)",
+    "WORLD_SIZE": "how many processes share the work, set by torchrun (default: 1)",
+    "LOCAL_RANK": "number among those on this machine, set by torchrun: which GPU --device cuda is (default: 0)",
+    "LOCAL_WORLD_SIZE": "how many share this machine's memory, and a network's shards, set by torchrun (default: 1)",
 }
 
 

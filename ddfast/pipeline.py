@@ -246,11 +246,14 @@ def make_trajectories(config: TrainConfig, teacher: Teacher, progress: Progress)
     folder, wanted = config.out / "trajectories", store_settings(teacher, settings, config.seed)
     store = processes.first_then_all(lambda: TrajectoryStore.open_or_create(folder, wanted))
     made = generate_trajectories(teacher, store, settings.count, batch_size=settings.batch_size, progress=progress)
-    processes.wait()
-    if not made.pairs:
+    all_made = [share for share in processes.gather(made) if share.pairs]
+    if not all_made:
         say("trajectories: all there, skipped")
+    else:
+        pairs, rate = sum(share.pairs for share in all_made), sum(share.pairs_per_s for share in all_made)
+        say(f"trajectories: {pairs} pairs, {rate:.1f} pairs/s in batches of {all_made[0].batch_size}")
+    if not made.pairs:
         return store
-    say(f"trajectories: {made.pairs} pairs, {made.pairs_per_s:.1f} pairs/s in batches of {made.batch_size}")
     rank, world_size = env.rank_and_world_size()
     line = {**dataclasses.asdict(made), "pairs_per_s": made.pairs_per_s, "device": config.device}
     line |= {"process": rank, "processes": world_size, **machine()}

@@ -30,6 +30,7 @@ LONGEST = (
     "tests/test_toy_quality_dd2.py",
     "tests/kernels/test_compile.py",
     "tests/kernels/test_launches.py",
+    "tests/policy/test_examples.py",
     "tests/cli/test_commands.py",
     "tests/ops/test_flow_sample.py",
     "tests/distill/test_dd2.py",

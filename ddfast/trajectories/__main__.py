@@ -6,9 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-import torch
-
-from ddfast import cli, env
+from ddfast import cli, processes
 from ddfast.config import TrainConfig
 from ddfast.messages import say
 from ddfast.models.loading import build_teacher
@@ -41,11 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.trajectories.count = options.count
             options.trajectories.__post_init__()
         check_device(options.device)
-        if options.device == "cuda":  # under torchrun, each process takes a GPU of its own
-            torch.cuda.set_device(env.local_rank_and_world_size()[0] % torch.cuda.device_count())
-        teacher = build_teacher(options, progress_bar("teacher"))
-        store = make_trajectories(options, teacher, progress_bar("trajectories"))
-        say(f"{store.num_shards() * store.settings.shard_size} pairs in {store.path}")
+        with processes.together(options.device, options.parallel.timeout):
+            teacher = build_teacher(options, progress_bar("teacher"))
+            store = make_trajectories(options, teacher, progress_bar("trajectories"))
+            say(f"{store.num_shards() * store.settings.shard_size} pairs in {store.path}")
 
     return cli.run("trajectories", body, arguments)
 

@@ -196,6 +196,7 @@ def test_profile(process, tmp_path):
 
 def test_doctor(process):
     text = process("doctor").stdout
+    assert "several processes: gloo" in text
     for word in ("torch", "CPU kernels", "DDFAST_BACKEND", "flow_sample", "float32 tensors on cuda"):
         assert word in text
 

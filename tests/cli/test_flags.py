@@ -3,15 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import refused_here
 
 from ddfast import env
-from ddfast.cli import typed
-from ddfast.config import read_toml
+from ddfast.cli import parse, typed
+from ddfast.config import TrainConfig, read_toml
 from ddfast.errors import DDFastError
-from ddfast.pipeline import train
 from ddfast.recipes import get_recipe
 
 OUT = ("--out", "{tmp}/run")
@@ -126,23 +126,27 @@ def test_torchrun_is_refused_before_anything_is_written(here, generators, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_torchrun_is_refused_in_code(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    config = get_recipe("digits")
-    config.out = tmp_path / "run"
-    with pytest.raises(DDFastError, match=r"train runs in one process, and torchrun started 8"):
-        train(config, progress_bar=lambda title: lambda *_: None)
-    assert not list(tmp_path.iterdir())
-
-
-def test_torchrun_of_one_process_and_of_trajectories_is_none(here, tmp_path, monkeypatch):
+def test_torchrun_of_one_process_is_none(here, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     refused_here(here, "no student.safetensors there", "sample", "--student", tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused_here(
-        here, "recipe var-d16 needs its teacher's files", "trajectories", "--recipe=var-d16", "--out", tmp_path
-    )
     assert here("doctor")[0] == 0
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_shows_help(rank, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        parse("train", TrainConfig, ["--help"], "")
+    assert not end.value.code
+    assert ("--parallel.strategy" in capsys.readouterr().out) == (rank == "0")
+
+
+def test_a_typed_folder_is_taken_as_it_is():
+    flags = ["--method=dd2", "--out=runs/digits"]
+    assert parse("train", TrainConfig, flags, "").out == Path("runs/digits")
+    assert parse("train", TrainConfig, flags[:1], "").out == Path("runs/digits-dd2")
 
 
 @pytest.mark.parametrize("value", ["two", "-1", "1.5"])

@@ -5,17 +5,28 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tomli_w
+from commands import TINY, in_this_process, prepare
+from processes import launch
+from torch.distributed.run import parse_args
 
 import ddfast
+from ddfast import cli
 from ddfast.cli import main
+from ddfast.config import TrainConfig, update
 from ddfast.models import families
+from ddfast.models.converting import export_teacher
+from ddfast.models.loading import untrained_teacher
 from ddfast.ops import dispatch
+from ddfast.recipes import get_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +36,13 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"```(python|sh)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def execute(page: str, folder: Path) -> list[str]:
+def here(command: str) -> None:
+    name, *arguments = shlex.split(command)
+    assert name == "ddfast"
+    assert main(arguments) == 0, command
+
+
+def execute(page: str, folder: Path, run: Callable[[str], None] = here) -> list[str]:
     """All Python of a page, one block after the other, and its commands; returns these.
 
     Blocks that begin with the name of a file are in that file, all of them, before anything runs.
@@ -42,9 +59,7 @@ def execute(page: str, folder: Path) -> list[str]:
         elif language == "sh":
             commands += code.strip().splitlines()
             for command in code.strip().splitlines():
-                name, *arguments = shlex.split(command)
-                assert name == "ddfast"
-                assert main(arguments) == 0, command
+                run(command)
     return commands
 
 
@@ -84,6 +99,74 @@ def restored_families():
     families._FAMILIES.clear()
     families._FAMILIES.update(before)
     sys.modules.pop("my_teacher", None)
+
+
+SMALL = {
+    "teacher": {"depth": 2, "num_classes": 2, "patch_nums": [1, 2, 3]},
+    "dd2": {
+        "head_width": 16, "head_depth": 1,
+        "tune": {"iterations": 2, "head_iterations": 1, "batch_size": 4},
+        "match": {
+            "iterations": 1, "guidance_updates": 1, "align_iterations": 1, "later_iterations": 1, "batch_size": 4,
+        },
+    },
+    "trajectories": {"shard_size": 4},
+    "evaluation": {"samples": 100, "batch_size": 50, "batch_sizes": [1]},
+}  # fmt: skip
+SMALL_TOKENIZER = {"num_codes": 16, "code_dim": 4, "channels": 32, "multipliers": [1, 1], "blocks": 1}
+
+
+class Scaled:
+    """The commands of a page about many GPUs, as they are but for sizes, and with two processes for any number.
+
+    A training that a command before has finished is begun anew with one process, two, and two nodes, once each; else it
+    is found finished: settings of where and how do not make another run of it.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.cache, self.seen = cache, set()
+        config = get_recipe("var-d16")
+        update(config, {**SMALL, "tokenizer": SMALL_TOKENIZER})
+        export_teacher(untrained_teacher(config), Path("var_d16.pth"), Path("vae_ch160v4096z32.pth"))
+        Path("small.toml").write_text(tomli_w.dumps(SMALL))
+
+    def __call__(self, command: str) -> None:
+        program, *rest = shlex.split(command)
+        processes = nodes = 1
+        if program == "torchrun":
+            told = parse_args(rest)
+            nodes, processes = int(told.nnodes.split(":")[-1]), 2
+            assert told.module and int(told.nproc_per_node) > 1
+            rest = [told.training_script.removeprefix("ddfast."), *told.training_script_args]
+        name, *arguments = rest
+        if name == "train":
+            options = cli.parse(name, TrainConfig, arguments, "")
+            arguments += [*TINY, "--dd1.iterations=3"] if options.recipe == "digits" else ["--config=small.toml"]
+            if (processes, nodes) not in self.seen and not options.resume:
+                shutil.rmtree(options.out, ignore_errors=True)
+            self.seen.add((processes, nodes))
+        if name == "trajectories":
+            arguments += ["--config=small.toml", "--count=8"]
+        arguments = [argument.replace("cuda", "cpu") for argument in arguments]
+        if processes == 1:
+            assert in_this_process(self.cache, name, *arguments) == 0, command
+        else:
+            alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if nodes > 1 else {}
+            launch(processes, succeed, self.cache, name, *arguments, **alone)
+
+
+def succeed(cache: Path, *arguments: str) -> None:
+    assert in_this_process(cache, *arguments) == 0, arguments
+
+
+def test_commands_for_many_gpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path / "cache")
+    ran = execute("docs/scale.md", tmp_path, Scaled(tmp_path / "cache"))
+    assert {command.split()[0] for command in ran} == {"ddfast", "torchrun"}
+    assert len(list((tmp_path / "images").iterdir())) == 16
+    assert (tmp_path / "figures.json").exists()
+    assert len(list((tmp_path / "runs" / "pairs" / "trajectories").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("module", ["ddfast.ops.nearest_code", "ddfast.ops.noise"])
