@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ from ddfast import env, processes
 from ddfast.config import DD1Config, TrainConfig, TrajectoryConfig, update
 from ddfast.distill import trainer
 from ddfast.distill.checkpoints import FOLDER
-from ddfast.distill.micro_batch import MicroBatch, peak_bytes
+from ddfast.distill.micro_batch import MicroBatch
 from ddfast.distill.stages import adapt, distill, match, new_network, tune
 from ddfast.distill.tracking import METRICS
 from ddfast.errors import DDFastError
-from ddfast.models.checkpoint import state_of
+from ddfast.models import checkpoint
+from ddfast.models.checkpoint import AnyTensor, read_tensor, save_tensors
 from ddfast.models.loading import save_student, start_student
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -279,12 +281,23 @@ def resumptions(folder: Path) -> dict[str, Any]:
     return said
 
 
-def writing(folder: Path) -> dict[str, Any]:
-    """Of several processes: bytes of a spread network's tensors, and most that live while its file is written."""
+def writing(folder: Path) -> dict[str, int]:
+    """Of several processes that write a spread network: how many tensors they gather, and have at a time at most."""
     case, way = Case("llamagen", "tune", {"iterations": 1, "source": "store"}), Way("shard")
     teacher, config = TEACHERS[case.family](), config_of(case, way)
     network = new_network(config, teacher)
     tune(config, teacher, network, random_pairs(teacher), folder / "written")
-    peak = peak_bytes(lambda: save_network(folder / "written" / STUDENT, network))
-    sizes = [tensor.dtype.itemsize * tensor.shape.numel() for tensor in state_of(network).values()]
-    return {"peak": peak, "largest": max(p.nbytes for p in network.parameters()), "all": sum(sizes)}
+    gathered: list[weakref.ref] = []
+    most = 0
+
+    def read(tensor: AnyTensor) -> torch.Tensor:
+        nonlocal most
+        found = read_tensor(tensor)
+        gathered.append(weakref.ref(found.untyped_storage()))
+        most = max(most, sum(storage() is not None for storage in gathered))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "read_tensor", read)
+        save_tensors(folder / "written" / STUDENT, dict(network.named_parameters()), {})
+    return {"gathered": len(gathered), "most": most}
