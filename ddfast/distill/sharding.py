@@ -60,9 +60,12 @@ class Spread(nn.Module):
         if self.spreads_teacher:
             self.teacher = teacher
             for block in self._copied_blocks(teacher):
-                fully_shard(block, mesh=mesh)
+                sharded = fully_shard(block, mesh=mesh)
                 if hasattr(block, "constants"):  # of VAR, which decoding asks for beside the pass
                     register_fsdp_forward_method(block, "constants")
+                # What is gathered first in inference mode, as decoding does, no pass outside of it could gather again.
+                sharded.unshard()
+                sharded.reshard()
             ignored = {parameter for parameter in teacher.parameters() if not processes.is_spread(parameter)}
         # Resharded after a call too: what is outside of calls is sharded, always.
         fully_shard(self, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)

@@ -170,14 +170,18 @@ def save_tensors(path: Path, tensors: Mapping[str, AnyTensor], config: dict[str,
     def write(file: BinaryIO) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            tensor = read_tensor(tensors[name]).cpu().reshape(-1)
-            file.write(memoryview(tensor.view(torch.uint8).numpy().data))
+            _write_tensor(file, tensors[name])
 
     if processes.rank() and any(_is_spread(tensor) for tensor in tensors.values()):
         for name in order:
             read_tensor(tensors[name])
         return
     write_atomically(Path(path), write)
+
+
+def _write_tensor(file: BinaryIO, tensor: AnyTensor) -> None:
+    """Its bytes; what was read of it is gone before the next one is."""
+    file.write(memoryview(read_tensor(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data))
 
 
 def _is_spread(tensor: AnyTensor) -> bool:

@@ -129,7 +129,13 @@ class VARBlock(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def constants(self, label: Tensor, shared: Tensor | None) -> BlockConstants:
-        """For class embeddings [R, W]; `shared` [R, 1, 6, W] where all blocks share one modulation layer."""
+        """For class embeddings [R, W]; `shared` [R, 1, 6, W] where all blocks share one modulation layer.
+
+        Beside `forward`: a block that processes hold in parts gathers its weights for this call, and frees them after.
+        """
+        return self._constants(label, shared)
+
+    def _constants(self, label: Tensor, shared: Tensor | None) -> BlockConstants:
         raw = self.ada_gss + shared if shared is not None else self.ada_lin(label).unflatten(-1, (1, 6, -1))
         modulation = torch.cat((raw[:, :, :2], 1 + raw[:, :, 2:4], raw[:, :, 4:]), dim=2)
         return BlockConstants(modulation, *self.attn.constants())
@@ -150,7 +156,7 @@ class VARBlock(nn.Module):
         feed-forward (DD1's students).
         """
         if not isinstance(own, BlockConstants):
-            own = self.constants(*own)
+            own = self._constants(*own)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = own.modulation.unbind(2)
         branch, gate = gated
         front: dict[str, Any] = {"gate": gate, "weight": scale1, "bias": shift1, "eps": self.eps}
