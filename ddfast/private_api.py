@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -26,6 +27,13 @@ _PROFILED = _find("autograd._profiler_enabled")
 _CLEAR_WORKSPACES = _find("_C._cuda_clearCublasWorkspaces")
 _GLOBAL_HOOKS = _find("nn.modules.module._has_any_global_hook")
 _LERP = _find("_foreach_lerp_")
+_SET_TIMEOUT = _find("distributed.distributed_c10d._set_pg_timeout")
+
+
+def set_timeout(group: Any, limit: datetime.timedelta) -> None:
+    """How long processes of a group wait for each other; without the name, as long as PyTorch lets them."""
+    if _SET_TIMEOUT is not None:
+        _SET_TIMEOUT(limit, group)
 
 
 def is_watched() -> bool:
