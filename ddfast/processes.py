@@ -351,7 +351,7 @@ _PATIENCE = 5.0
 """Seconds that a process that ends waits for the first one to say why."""
 
 
-def last_words(text: str, say: Callable[[str], object]) -> None:
+def last_words(text: str, say: Callable[[str], object], *, interrupted: bool = False) -> None:
     """Say what ends this process, once where it ends all of them alike.
 
     The first process speaks. Another one waits for it (if that one ended first, torchrun would end the first before it
@@ -360,13 +360,14 @@ def last_words(text: str, say: Callable[[str], object]) -> None:
     Args:
         text: the reason.
         say: prints it.
+        interrupted: it is no fault, and ends all: the others need not speak.
     """
     rank, size = env.rank_and_world_size()
     if size > 1:
         ignore()  # the SIGTERM that torchrun sends to all as soon as one has ended
     if rank == 0:
         say(text)
-    if size == 1:
+    if size == 1 or interrupted:
         return
     heard = b""
     with contextlib.suppress(RuntimeError, ValueError):  # nobody can be reached

@@ -71,3 +71,7 @@ def _without_times(values: dict) -> dict:
         for name, value in values.items()
         if not any(time in name for time in TIMES)
     }
+
+
+if __name__ == "__main__":  # by torchrun
+    train(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *sys.argv[4:])
