@@ -141,7 +141,7 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
     except KeyboardInterrupt as interrupt:
         resumed = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"
         newline = "\n"  # after the ^C of a terminal
-        processes.last_words(f"interrupted; {str(interrupt) or resumed}", say)
+        processes.last_words(f"interrupted; {str(interrupt) or resumed}", say, interrupted=True)
         return EXIT_CODE if isinstance(interrupt, Terminated) else 130
     except (DDFastError, ValueError, TypeError, OSError) as error:
         if debug:

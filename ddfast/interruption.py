@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -39,19 +40,44 @@ class Wishes:
 
     def answer(self) -> KeyboardInterrupt | None:
         """What to raise, if anything."""
+        global _asked
+        if self.terminated or self.interrupted:
+            _asked = time.monotonic()
         if self.terminated:
             return Terminated()
         return KeyboardInterrupt() if self.interrupted else None
 
 
+_asked = -math.inf
+"""When this process was last asked to end, and answered."""
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    global _asked
+    now = time.monotonic()
+    if now - _asked > _IMPATIENT_SECONDS:
+        _asked = now
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def answer_termination() -> None:
-    """Let SIGTERM raise `Terminated`: in the main thread of a command."""
+    """Let SIGTERM raise `Terminated`, and Ctrl-C KeyboardInterrupt: in the main thread of a command.
+
+    Each of several processes gets both twice, from the terminal or the scheduler and from torchrun: once is enough.
+    """
+    global _asked
+    _asked = -math.inf
     if _in_main_thread():
         signal.signal(signal.SIGTERM, _raise)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's script starts what runs beside it
+            signal.signal(signal.SIGINT, _raise)
+
+
+def ignore() -> None:
+    """Let neither come any more: this process ends."""
+    if _in_main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

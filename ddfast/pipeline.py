@@ -79,6 +79,7 @@ def _train(config: TrainConfig, progress_bar: ProgressBar) -> dict[str, Any]:
         teacher = build_teacher(config, progress_bar("teacher"))
     check_student(teacher, config.method)
     student = METHODS[config.method](config, teacher, stages, progress_bar)
+    checkpoints.remove(out)  # also those that a run left that was stopped when it had its student
     if exists(out / METRICS_JSON):
         say(f"evaluation: {out / METRICS_JSON} exists, skipped")
         return read_json(out / METRICS_JSON)
@@ -144,10 +145,9 @@ def train_dd2(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
 
 
 def finish_student(config: TrainConfig, student: Student, live: Live) -> None:
-    """Write a trained student; its checkpoints go."""
+    """Write a trained student."""
     save_student(config.out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
     processes.wait()
-    checkpoints.remove(config.out)
 
 
 def _starts(

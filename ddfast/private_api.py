@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib
 import sys
@@ -32,6 +33,13 @@ ITEM = _find("ops.aten._local_scalar_dense.default")
 ATTENTION = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
 ATTENTION_BACKWARD = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
 """What `scaled_dot_product_attention` becomes on a CPU; None where this PyTorch has other names."""
+_SET_TIMEOUT = _find("distributed.distributed_c10d._set_pg_timeout")
+
+
+def set_timeout(group: Any, limit: datetime.timedelta) -> None:
+    """How long processes of a group wait for each other; without the name, as long as PyTorch lets them."""
+    if _SET_TIMEOUT is not None:
+        _SET_TIMEOUT(limit, group)
 
 
 def is_watched() -> bool:

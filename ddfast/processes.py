@@ -8,21 +8,33 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddfast import env
+from ddfast import env, private_api
 from ddfast.errors import DDFastError
+from ddfast.interruption import Terminated, deferred, ignore
 
 T = TypeVar("T")
 
 _SIGNS_PER_SECOND = 1.0
 _LOOKS_PER_SECOND = 10.0
+
+_GRACE = 1.0
+"""Seconds in which those that lose the same process all find out."""
+
+_TERMINATED, _INTERRUPTED, _LOST = "SIGTERM", "Ctrl-C", "lost another process"
+"""What a process leaves behind that no error of its own ended."""
+
+
+class _Lost(RuntimeError):
+    """Another process has ended, or is silent."""
 
 
 class _Group:
@@ -31,6 +43,8 @@ class _Group:
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.waits, self.last_sign = 0, 0.0
+        # Who waits in PyTorch for `timeout` shall find out before its own watchdog wakes, and say who is silent.
+        self.watch = 1.1 * timeout + 2
 
     def sign(self) -> None:
         """Show the others, and the watchdog, that this process goes on."""
@@ -42,27 +56,75 @@ class _Group:
 
     def guard(self) -> None:
         """Let this process show where it stands, and end, when it has not come here again within the limit."""
-        faulthandler.dump_traceback_later(self.timeout, exit=True)
+        faulthandler.dump_traceback_later(self.watch, exit=True)
 
     def wait(self) -> None:
         """Until all have come as far, as long as those who have not show signs of life: waiting is none."""
         self.waits += 1
         self.store.add(f"waits/{self.rank}", 1)
-        seen = {other: (-1, time.monotonic()) for other in range(self.size) if other != self.rank}
+        seen = {other: (-1, time.monotonic()) for other in self.others()}
         while behind := [other for other in seen if self.store.add(f"waits/{other}", 0) < self.waits]:
             time.sleep(1 / _LOOKS_PER_SECOND)
             self.guard()
             for other in behind:
                 signs, since = seen[other]
                 now = self.store.add(f"signs/{other}", 0)
+                if self.left(other):
+                    raise _Lost
                 if now != signs:
                     seen[other] = now, time.monotonic()
                 elif time.monotonic() - since > self.timeout:
-                    raise DDFastError(
-                        f"process {other} of {self.size} has shown no sign of life for {self.timeout:g} s "
-                        "(--parallel.timeout): see its own messages above; the last checkpoint is kept"
-                    )
+                    raise _Lost("timed out")
         self.sign()
+
+    def others(self) -> list[int]:
+        """All ranks but this one."""
+        return [other for other in range(self.size) if other != self.rank]
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the others what ends this process."""
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            reason = _TERMINATED if isinstance(error, Terminated) else _INTERRUPTED
+        with contextlib.suppress(RuntimeError):  # torchrun may be what has ended
+            self.store.set(f"left/{self.rank}", _LOST if _of_others(error) else reason)
+
+    def left(self, other: int) -> str:
+        """What ended another process, as it said; empty: it has said nothing."""
+        place = f"left/{other}"
+        return self.store.get(place).decode() if self.store.check([place]) else ""
+
+    def cause(self, error: BaseException) -> BaseException:
+        """What ends this process: its own error, or where it lost another one, what ended that."""
+        lost = _of_others(error)
+        if not lost:
+            return error
+        silent = "timed out" in str(lost).lower()
+        # One that is silent shall have shown where it stands before those who wait for it end, and torchrun ends it.
+        until = time.monotonic() + _GRACE + (self.watch - self.timeout if silent else 0)
+        try:
+            reasons = {other: self.left(other) for other in self.others()}
+            while not all(reasons.values()) and time.monotonic() < until:
+                time.sleep(1 / _LOOKS_PER_SECOND)
+                self.guard()
+                reasons = {other: self.left(other) for other in self.others()}
+        except RuntimeError:
+            return DDFastError("what started the processes (torchrun) does not answer; the last checkpoint is kept")
+        causes = {other: reason for other, reason in reasons.items() if reason != _LOST}
+        if _TERMINATED in causes.values():
+            return Terminated()
+        if _INTERRUPTED in causes.values():
+            return KeyboardInterrupt()
+        for other, reason in sorted(causes.items(), key=lambda cause: not cause[1]):
+            how = f"has ended: {(reason.splitlines() or [''])[0]}"
+            if not reason:
+                how = "has been ended (killed, perhaps for want of memory)"
+                if silent:
+                    how = f"has shown no sign of life for {self.timeout:g} s (--parallel.timeout)"
+            return DDFastError(
+                f"process {other} of {self.size} {how}; see its own messages; the last checkpoint is kept"
+            )
+        return error
 
 
 _group: _Group | None = None
@@ -77,12 +139,17 @@ _meetings = 0
 def together(device: str, timeout: float) -> Iterator[None]:
     """Within, the processes that torchrun started talk to each other; each takes a GPU of its own.
 
-    A process that makes no step for `timeout` seconds prints where it stands and ends, and so do those that wait for
-    it: torchrun then ends them all, and starts them again where it is told to (`--max-restarts`).
+    A process that makes no step for `timeout` seconds (and a tenth, and 2) prints where it stands and ends. Those that
+    wait for it, or for one that has ended, end as well and say which it is: torchrun then ends what is left, and starts
+    all again where it is told to (`--max-restarts`).
 
     Args:
         device: cpu or cuda.
         timeout: seconds.
+
+    Raises:
+        DDFastError: another process has ended, or is silent.
+        KeyboardInterrupt: another process was interrupted, or got SIGTERM (`ddfast.interruption.Terminated`).
     """
     global _group, _meetings
     rank, size = env.rank_and_world_size()
@@ -98,14 +165,47 @@ def together(device: str, timeout: float) -> Iterator[None]:
     store = dist.PrefixStore(f"meeting/{_meetings}", _store(limit))
     group_store = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
-    _group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout)
-    _group.sign()
+    _group = group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout)
+    group.sign()
+
+    def close() -> None:
+        """The watchdog looks on: after a failure, this may hang."""
+        global _group
+        _group = None
+        group.guard()
+        dist.destroy_process_group()
+
     try:
         yield
+        close()
+    except BaseException as error:
+        with deferred():  # torchrun's SIGTERM, as one of them has ended: it shall not take the place of the cause
+            group.leave(error)
+            if _group:
+                close()  # so that those who wait for this process do no longer
+            cause = group.cause(error)
+            if cause is error:
+                raise
+            raise cause from error
     finally:
-        _group = None
         faulthandler.cancel_dump_traceback_later()
-        dist.destroy_process_group()
+
+
+def _of_others(error: BaseException) -> BaseException | None:
+    """What in an error's causes says that the talk with others broke off, if anything does."""
+    cause: BaseException | None = error
+    while cause and not (
+        isinstance(cause, (_Lost, dist.DistError)) or (isinstance(cause, RuntimeError) and "gloo" in str(cause))
+    ):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def limit_waits(groups: Iterable[Any]) -> None:
+    """Let groups of processes (PyTorch's) wait for each other as long as all do: they begin with half an hour."""
+    if _group:
+        for group in groups:
+            private_api.set_timeout(group, datetime.timedelta(seconds=_group.timeout))
 
 
 def rank() -> int:
@@ -146,13 +246,24 @@ def first_does(what: Callable[[], T]) -> T:
             said[0] = what()
         except Exception as error:  # every process shall end by it
             said[1] = error
+        # Ctrl-C and SIGTERM are no such end: this process leaves at once, and the others find out.
         finally:
             _group, _alone = group, None
     group.wait()
-    dist.broadcast_object_list(said, device=torch.device("cpu"))
-    if said[1] is not None:
-        raise said[1]
+    own = said[1]
+    dist.broadcast_object_list([None, _portable(own)] if own else said, device=torch.device("cpu"))
+    if own or said[1]:
+        raise own or said[1]
     return said[0]
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as other processes can have it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def gather(value: T) -> list[T]:
@@ -240,7 +351,7 @@ _PATIENCE = 5.0
 """Seconds that a process that ends waits for the first one to say why."""
 
 
-def last_words(text: str, say: Callable[[str], object]) -> None:
+def last_words(text: str, say: Callable[[str], object], *, interrupted: bool = False) -> None:
     """Say what ends this process, once where it ends all of them alike.
 
     The first process speaks. Another one waits for it (if that one ended first, torchrun would end the first before it
@@ -249,11 +360,14 @@ def last_words(text: str, say: Callable[[str], object]) -> None:
     Args:
         text: the reason.
         say: prints it.
+        interrupted: it is no fault, and ends all: the others need not speak.
     """
     rank, size = env.rank_and_world_size()
+    if size > 1:
+        ignore()  # the SIGTERM that torchrun sends to all as soon as one has ended
     if rank == 0:
         say(text)
-    if size == 1:
+    if size == 1 or interrupted:
         return
     heard = b""
     with contextlib.suppress(RuntimeError, ValueError):  # nobody can be reached

@@ -133,11 +133,19 @@ def _is_location(name: str) -> bool:
 def occupied(out: Path) -> Iterator[None]:
     """Within, no other run may use the folder `out`; of several processes, the first one speaks for all.
 
+    What a run that was killed had not finished to write goes.
+
     Raises:
         DDFastError: one does.
     """
+
+    def enter() -> None:
+        kept.enter_context(locked(out / LOCK, f"a run is going on in {out}"))
+        for unfinished in out.glob(".*.safetensors.*.tmp"):
+            unfinished.unlink(missing_ok=True)
+
     with contextlib.ExitStack() as kept:
-        processes.first_does(lambda: kept.enter_context(locked(out / LOCK, f"a run is going on in {out}")))
+        processes.first_does(enter)
         yield
 
 

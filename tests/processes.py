@@ -61,13 +61,14 @@ class Launched:
             limit: seconds after which those that go on are killed.
             together: the first that fails ends the others, as by torchrun.
         """
-        ends = [0.0] * len(self.processes)
+        ends, told = [0.0] * len(self.processes), False
         while not all(ends) and time.monotonic() - self.started < limit:
             time.sleep(0.02)
             for rank, process in enumerate(self.processes):
                 if not ends[rank] and process.exitcode is not None:
                     ends[rank] = time.monotonic() - self.started
-            if together and any(process.exitcode for process in self.processes):
+            if together and not told and any(process.exitcode for process in self.processes):
+                told = True
                 for process in self.processes:
                     process.terminate()
         for process in self.processes:

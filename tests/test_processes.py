@@ -1,5 +1,6 @@
 """What processes agree on, and how one that ends or hangs ends the others."""
 
+import contextlib
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 from processes import launch, launched
 
-from ddfast import processes
+from ddfast import interruption, processes
 from ddfast.errors import DDFastError
 
 TIMEOUT = 3.0
@@ -73,29 +74,92 @@ def test_one_process_agrees_with_itself(tmp_path):
     assert got["own"] == got["first's"] == got["everybody's"] == LETTERS
 
 
+class Awkward(Exception):
+    """One that can be pickled, but not made again."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
 def ends(how: str) -> None:
-    """Process 1 is killed, or hangs; process 0 waits for it."""
+    """Process 1 ends, or hangs, where process 0 waits for it in PyTorch, or in a wait of ours (`* alone`)."""
+    interruption.answer_termination()
+    how, _, alone = how.partition(" ")
     with processes.together("cpu", TIMEOUT):
         processes.gather(0)
-        if processes.rank() == 1 and how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
         if processes.rank() == 1:
-            hangs_here()
-        processes.first_does(lambda: None)
+            if how == "hangs":
+                hangs_here()
+            if how in ("killed", "stopped"):
+                os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+            if how == "terminated":
+                signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("an unexpected one")
+        if alone:
+            processes.first_does(lambda: None)
+        processes.total(torch.zeros(3))
 
 
 def hangs_here() -> None:
     time.sleep(600)
 
 
-def test_one_that_is_killed_or_hangs_ends_the_others():
-    with launched(2, ends, "killed") as killed, launched(2, ends, "hangs") as hanging:
-        (waiting, dead), (other, hung) = killed.ended(limit=60), hanging.ended(limit=60)
-    assert dead.code == -signal.SIGKILL
-    assert hung.code == 1
-    assert "hangs_here" in hung.errors
-    assert "Timeout" in hung.errors
-    for end in (waiting, other):
-        assert end.code == 1
-        assert f"process 1 of 2 has shown no sign of life for {TIMEOUT:g} s" in end.errors
-        assert end.seconds < 3 * TIMEOUT + 10  # and what it takes to start
+def first_ends(how: str) -> str:
+    """Process 0 ends in what it does alone; returns what the others get."""
+    interruption.answer_termination()
+
+    def alone() -> None:
+        if how == "terminated":
+            signal.raise_signal(signal.SIGTERM)
+        raise Awkward("it", "fails")
+
+    try:
+        with processes.together("cpu", 60):
+            processes.first_does(alone)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+ENDINGS = {
+    "killed": "has been ended (killed, perhaps for want of memory)",
+    "raises": "has ended: RuntimeError: an unexpected one",
+    "hangs": f"has shown no sign of life for {TIMEOUT:g} s (--parallel.timeout)",
+    "stopped": f"has shown no sign of life for {TIMEOUT:g} s (--parallel.timeout)",
+    "terminated": "Terminated",
+}
+
+
+def test_one_that_ends_or_hangs_ends_the_others():
+    """By name, and within the limit, a tenth of it and some seconds; nobody gives up silently."""
+    with contextlib.ExitStack() as until_then:
+        started = {
+            how + where: until_then.enter_context(launched(2, ends, how + where))
+            for how in ENDINGS
+            for where in ("", " alone")
+        }
+        begun = time.monotonic()
+        while any(running.processes[0].is_alive() for running in started.values()):
+            assert time.monotonic() - begun < 1.1 * TIMEOUT + 2 + 20  # what it takes to start ten times two processes
+            time.sleep(0.05)
+        ended = {how: running.ended(limit=0) for how, running in started.items()}  # one that is stopped stays
+    for how, (waiting, other) in ended.items():
+        how, _, alone = how.partition(" ")
+        told = ENDINGS["stopped" if how == "killed" and alone else how]  # a wait of ours sees the silence alone
+        assert waiting.code == 1, (how, waiting)
+        assert told in waiting.errors, (how, waiting.errors)
+        assert how == "terminated" or "process 1 of 2" in waiting.errors
+        if how == "hangs":
+            assert other.code == 1
+            assert "Timeout" in other.errors
+            assert "in hangs_here" in other.errors
+        if how == "raises":
+            assert "RuntimeError: an unexpected one" in other.errors
+
+
+def test_what_ends_the_first_alone_ends_all():
+    """Also where an error cannot be sent, and at once where a signal ends it."""
+    (own, others), (terminated, waiting) = launch(2, first_ends, "raises"), launch(2, first_ends, "terminated")
+    assert own == "Awkward: it: fails"
+    assert others == "RuntimeError: Awkward: it: fails"
+    assert terminated == waiting == "Terminated: "

@@ -189,7 +189,10 @@ def _dcp(action: str, tensors: Mapping[str, Tensor], place: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process
-        getattr(checkpoint, action)(dict(tensors), checkpoint_id=str(place), no_dist=processes.count() == 1)
+        try:
+            getattr(checkpoint, action)(dict(tensors), checkpoint_id=str(place), no_dist=processes.count() == 1)
+        except checkpoint.CheckpointException as error:  # no Exception; its text is all tracebacks of all processes
+            raise next(failure for failure, _ in error.failures.values()) from error
 
 
 def _digest(path: Path) -> str:

@@ -109,4 +109,6 @@ def _mesh(device: str, strategy: str) -> DeviceMesh:
     shards = 1
     if strategy == "shard":  # within a node, where all nodes have as many processes
         shards = local if count % local == 0 else count
-    return init_device_mesh(device, (count // shards, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device, (count // shards, shards), mesh_dim_names=("replicate", "shard"))
+    processes.limit_waits(mesh.get_all_groups())
+    return mesh

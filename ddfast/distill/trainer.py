@@ -87,9 +87,7 @@ def optimise(
     loop = _Loop(
         method, config, Checkpoints(out, stage, identity), run.parallel if run else ParallelConfig(), ema_decay
     )
-    latest: dict[str, Tensor | float] = {}
-    contributed: dict[str, Tensor] = {}
-    alarmed = False
+    latest, contributed = loop.latest, loop.contributed
     with loop, stage_log(out, stage, loop.step, loop.device, run) as log, deferred() as wishes:
         while loop.step < method.total:
             phase = method.phase(loop.step)
@@ -115,15 +113,16 @@ def optimise(
             if watch_every and (loop.step % watch_every == 0 or loop.step == method.total):
                 seen, alarm = processes.first_said(method.watch(loop.step, loop.average))
                 latest |= seen
-                if alarm and not alarmed:
-                    alarmed = True
+                if alarm and not loop.alarmed:
+                    loop.alarmed = True
                     if not checkpoints.keep(out, out / ALARM_CHECKPOINT):
                         loop.save(to=out / ALARM_CHECKPOINT)
                     warn(f"{stage}, step {loop.step}: {alarm}; {out / ALARM_CHECKPOINT} is kept")
             log.step(config.batch_size)
             if loop.step % config.log_every == 0 or loop.step == method.total:
-                log.figures(loop.step, {name: _number(value) for name, value in latest.items()} | _sums(contributed))
-                latest, contributed = {}, {}
+                log.figures(loop.step, loop.figures())
+                latest.clear()
+                contributed.clear()
             processes.sign()
             if progress:
                 progress(loop.step, method.total, log.text(f"loss {loss:.3f}"))
@@ -183,6 +182,9 @@ class _Loop:
         self.updates = dict.fromkeys(self.networks, 0)
         self.learning_rate = 0.0
         self.micro_batches: dict[str, MicroBatch] = {}
+        self.latest: dict[str, Tensor | float] = {}
+        self.contributed: dict[str, Tensor] = {}
+        self.alarmed = False
         found = kept.newest()
         self.layout = self._layout(found[1].get("layout") if found else None)
         self.spread = Spread(
@@ -249,6 +251,7 @@ class _Loop:
         micro_batch = self.micro_batches.get(phase) or self._micro_batch(phase, draw)
         parts = list(self._parts(_step_seed(seed, self.step), micro_batch.size))
         for number, part in enumerate(parts):
+            processes.sign()
             answer = _agreed(wishes)
             if answer:
                 return answer
@@ -333,15 +336,22 @@ class _Loop:
         self.step += 1
         return processes.whole(norm)
 
+    def figures(self) -> dict[str, float]:
+        """The latest of every figure since the log's last line, of the whole batch; all processes ask."""
+        return {name: _number(value) for name, value in self.latest.items()} | _sums(self.contributed)
+
     def save(self, *, to: Path | None = None) -> None:
         """Write a checkpoint; all processes do, at the same step."""
         micro_batches = {phase: dataclasses.asdict(found) for phase, found in self.micro_batches.items()}
         layout = {**self.layout, "micro_batches": micro_batches}
-        self.checkpoints.save(self._tensors(), {"step": self.step, "updates": self.updates, "layout": layout}, to=to)
+        state = {"step": self.step, "updates": self.updates, "layout": layout}
+        state |= {"figures": self.figures(), "alarmed": self.alarmed}
+        self.checkpoints.save(self._tensors(), state, to=to)
 
     def _restore(self, place: Path, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.step, self.updates = state["step"], dict(state["updates"])
+        self.latest, self.alarmed = dict(state["figures"]), state["alarmed"]
         self._make_states(checkpoints.names_in(place))
         checkpoints.load(place, self._tensors())
 
