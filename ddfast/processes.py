@@ -162,7 +162,13 @@ def together(device: str, timeout: float) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     limit = datetime.timedelta(seconds=timeout)
     _meetings += 1
-    store = dist.PrefixStore(f"meeting/{_meetings}", _store(limit))
+    try:
+        store = dist.PrefixStore(f"meeting/{_meetings}", _store(limit))
+    except (ValueError, RuntimeError) as error:  # a variable of torchrun's is missing, or nobody answers there
+        reason = (str(error).splitlines() or [""])[0]
+        raise DDFastError(
+            f"{size} processes (WORLD_SIZE) do not find each other: {reason}; start them by torchrun"
+        ) from error
     group_store = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
     _group = group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout)
