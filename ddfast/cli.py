@@ -21,7 +21,7 @@ import tyro
 from ddfast import env, processes
 from ddfast.config import DD1_PREFIX, MethodConfig, SettingError, TrainConfig, read_toml, update
 from ddfast.errors import DDFastError
-from ddfast.interruption import EXIT_CODE, Terminated, answer_termination
+from ddfast.interruption import EXIT_CODE, Terminated, answered
 from ddfast.messages import first_process
 from ddfast.models import families
 from ddfast.recipes import get_recipe, import_users
@@ -124,11 +124,15 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
     with its number.
     """
 
+    with answered():
+        return _run(command, body, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(command: str, body: Callable[[list[str]], None], rest: list[str]) -> int:
     def say(words: str) -> None:
         print(f"{newline}ddfast {command}: {words}", file=sys.stderr, flush=True)
 
     newline = ""
-    rest = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in rest
     if debug:
         rest.remove("--debug")
@@ -136,7 +140,6 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
         rest = _import_users(rest)
         if command not in IN_MANY_PROCESSES:
             env.check_one_process(f"`{command}`")
-        answer_termination()
         body(rest)
     except KeyboardInterrupt as interrupt:
         resumed = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"
@@ -148,7 +151,11 @@ def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str
             traceback.print_exc()
         line = " ".join(str(error).split())
         processes.last_words(f"error: {line}", say)
+        processes.record(error)
         return 1
+    except Exception as error:
+        processes.record(error)
+        raise
     return 0
 
 

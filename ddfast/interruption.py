@@ -60,22 +60,37 @@ def _raise(number: int, frame: FrameType | None) -> None:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def answer_termination() -> None:
-    """Let SIGTERM raise `Terminated`, and Ctrl-C KeyboardInterrupt: in the main thread of a command.
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Within, SIGTERM raises `Terminated`, and Ctrl-C KeyboardInterrupt: in the main thread of a command.
 
     Each of several processes gets both twice, from the terminal or the scheduler and from torchrun: once is enough.
     """
     global _asked
     _asked = -math.inf
-    if _in_main_thread():
-        signal.signal(signal.SIGTERM, _raise)
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's script starts what runs beside it
-            signal.signal(signal.SIGINT, _raise)
+    if not _in_main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN or number == signal.SIGTERM:  # as a shell's script starts what runs beside it
+            signal.signal(number, _raise)
+    try:
+        yield
+    finally:
+        for number, handler in before.items() if not _ends else ():
+            signal.signal(number, handler)
+
+
+_ends = False
+"""This process ends: what was before comes no more."""
 
 
 def ignore() -> None:
     """Let neither come any more: this process ends."""
+    global _ends
     if _in_main_thread():
+        _ends = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import gc
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -179,6 +180,7 @@ def together(device: str, timeout: float) -> Iterator[None]:
         global _group
         _group = None
         group.guard()
+        gc.collect()  # networks that were spread hold groups of their own
         dist.destroy_process_group()
 
     try:
@@ -386,6 +388,14 @@ def last_words(text: str, say: Callable[[str], object], *, interrupted: bool = F
         heard = store.get(place) if there else b""
     if rank and heard != text.encode():
         say(f"process {rank} of {size}: {text}")
+
+
+def record(error: Exception) -> None:
+    """Give an error to torchrun, whose table of what failed then shows it."""
+    if env.rank_and_world_size()[1] > 1:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 _messages: Any = None

@@ -83,9 +83,8 @@ class Awkward(Exception):
 
 def ends(how: str) -> None:
     """Process 1 ends, or hangs, where process 0 waits for it in PyTorch, or in a wait of ours (`* alone`)."""
-    interruption.answer_termination()
     how, _, alone = how.partition(" ")
-    with processes.together("cpu", TIMEOUT):
+    with interruption.answered(), processes.together("cpu", TIMEOUT):
         processes.gather(0)
         if processes.rank() == 1:
             if how == "hangs":
@@ -106,7 +105,6 @@ def hangs_here() -> None:
 
 def first_ends(how: str) -> str:
     """Process 0 ends in what it does alone; returns what the others get."""
-    interruption.answer_termination()
 
     def alone() -> None:
         if how == "terminated":
@@ -114,7 +112,7 @@ def first_ends(how: str) -> str:
         raise Awkward("it", "fails")
 
     try:
-        with processes.together("cpu", 60):
+        with interruption.answered(), processes.together("cpu", 60):
             processes.first_does(alone)
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
