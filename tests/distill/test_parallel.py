@@ -35,7 +35,7 @@ from ddfast import processes
 
 RELATIVE = 1e-4
 WEIGHTS = 1e-5
-"""Root mean square of a tensor's differences. AdamW moves a weight whose gradient is rounding alone (a key's bias) by
+"""Root mean square of a tensor's differences: AdamW moves a weight whose gradient is rounding alone (a key's bias) by
 the sign of that, as far as any other."""
 
 CLOSE = {"ema_distance": 1e-5}
