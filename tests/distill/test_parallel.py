@@ -35,11 +35,10 @@ from ddfast import processes
 
 RELATIVE = 1e-4
 WEIGHTS = 1e-5
-"""Root mean square of a tensor's differences: AdamW moves a weight whose gradient is rounding alone (a key's bias) by
-the sign of that, as far as any other."""
+"""Root mean square of a tensor's differences."""
 
-CLOSE = {"ema_distance": 1e-5}
-"""Differences that are none, of figures that are themselves differences."""
+CLOSE = {"ema_distance": 1e-5, "score_discrepancy_t0.125": 1e-5}
+"""Differences that are none, of figures that are themselves differences of what is nearly the same."""
 
 MATCH = {"start_iterations": 2, "guidance_first": 1, "guidance_updates": 1, "watch_every": 5, "ema_decay": 0.9}
 MATCH |= {"align_iterations": 1, "later_guidance_updates": 1, "iterations": 3, "later_iterations": 1}
@@ -144,7 +143,12 @@ def assert_same_files(ours: Path, theirs: Path, *, exactly: bool) -> None:
         assert tensors.keys() == expected.keys()
         for key, value in tensors.items():
             assert (value.dtype, value.shape) == (expected[key].dtype, expected[key].shape)
-            apart = float((value - expected[key]).double().square().mean().sqrt())
+            difference = (value - expected[key]).double()
+            if key.endswith("qkv.bias") and not exactly:
+                # A key's bias has no gradient but rounding, and AdamW moves by the sign of that as far as by any other.
+                query, _, value_part = difference.chunk(3)
+                difference = torch.cat((query, value_part))
+            apart = float(difference.square().mean().sqrt())
             assert apart <= (0 if exactly else WEIGHTS), (ours, name, key)
 
 
