@@ -73,7 +73,8 @@ class _Group:
             for other in behind:
                 signs, since = seen[other]
                 now = self.store.add(f"signs/{other}", 0)
-                if self.left(other) or not self.lives(other):
+                gone = self.left(other) or not self.lives(other)
+                if gone and self.store.add(f"waits/{other}", 0) < self.waits:  # it had not come before it went
                     raise _Lost
                 if now != signs:
                     seen[other] = now, time.monotonic()
