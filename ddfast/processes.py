@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import faulthandler
 import gc
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,9 @@ class _Group:
         self.waits, self.last_sign = 0, 0.0
         # Who waits in PyTorch for `timeout` shall find out before its own watchdog wakes, and say who is silent.
         self.watch = 1.1 * timeout + 2
+        place, local_size = env.local_rank_and_world_size()
+        self.here = range(rank - place, rank - place + local_size)
+        store.set(f"process/{rank}", str(os.getpid()))
 
     def sign(self) -> None:
         """Show the others, and the watchdog, that this process goes on."""
@@ -70,7 +74,8 @@ class _Group:
             for other in behind:
                 signs, since = seen[other]
                 now = self.store.add(f"signs/{other}", 0)
-                if self.left(other):
+                gone = self.left(other) or not self.lives(other)
+                if gone and self.store.add(f"waits/{other}", 0) < self.waits:  # it had not come before it went
                     raise _Lost
                 if now != signs:
                     seen[other] = now, time.monotonic()
@@ -81,6 +86,17 @@ class _Group:
     def others(self) -> list[int]:
         """All ranks but this one."""
         return [other for other in range(self.size) if other != self.rank]
+
+    def lives(self, other: int) -> bool:
+        """Whether another process is there; of another machine's, only its silence tells."""
+        place = f"process/{other}"
+        if other not in self.here or os.name != "posix" or not self.store.check([place]):
+            return True
+        try:
+            os.kill(int(self.store.get(place)), 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def leave(self, error: BaseException) -> None:
         """Tell the others what ends this process."""

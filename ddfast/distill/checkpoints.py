@@ -61,7 +61,8 @@ class Checkpoints:
         try:
             _dcp("save", tensors, temporary)
         except Exception as error:
-            raise DDFastError(f"cannot write {place}: {_first_line(error)}; the last checkpoint is kept") from error
+            said = (isinstance(error, OSError) and error.strerror) or _first_line(error)
+            raise DDFastError(f"cannot write {place}: {said}; the last checkpoint is kept") from error
         mine = {name: _digest(temporary / name) for name in _written_here(temporary)}
         digests = {name: digest for part in processes.gather(mine) for name, digest in part.items()}
 
