@@ -25,6 +25,7 @@ VARIABLES = {
     "WORLD_SIZE": "how many processes share the work, set by torchrun (default: 1)",
     "LOCAL_RANK": "number among those on this machine, set by torchrun: which GPU --device cuda is (default: 0)",
     "LOCAL_WORLD_SIZE": "how many share this machine's memory, and a network's shards, set by torchrun (default: 1)",
+    "TORCHELASTIC_RESTART_COUNT": "how often torchrun has started the processes again, set by it (default: 0)",
 }
 
 
@@ -113,6 +114,11 @@ def rank_and_world_size() -> tuple[int, int]:
 def local_rank_and_world_size() -> tuple[int, int]:
     """This process's rank among those on this machine, and their number (torchrun's convention)."""
     return _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+
+
+def restarts() -> int:
+    """How often torchrun has started this job again."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def check_one_process(what: str) -> None:

@@ -45,6 +45,7 @@ from ddfast.runs import (
     read_json,
 )
 from ddfast.trajectories.generate import generate_trajectories, store_settings
+from ddfast.trajectories.memory import release_memory
 from ddfast.trajectories.store import Trajectories, TrajectoryStore
 
 
@@ -88,10 +89,9 @@ def _train(config: TrainConfig, progress_bar: ProgressBar) -> dict[str, Any]:
     written = {"report": out / REPORT, "log": out / METRICS}
     if teacher.has_decoder:
         written["pictures"] = out / PICTURES
+        write_pictures(config, teacher, student, written["pictures"])
 
     def write() -> None:
-        if teacher.has_decoder:
-            write_pictures(config, teacher, student, written["pictures"])
         write_report(config, metrics, student, stages.seconds, written["report"])
         write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n")
 
@@ -119,6 +119,8 @@ def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
             trajectories = store.load(config.trajectories.count)
             trained, live = distill(config, teacher, trajectories, out, progress=progress_bar("distillation"))
         finish_student(config, trained, live)
+        del trained, live
+        release_memory()
     student = load_student(out, teacher)
     complete(student, config)
     return student
@@ -141,6 +143,8 @@ def train_dd2(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
     if guidance is not None:
         save_network(out / GUIDANCE_FILE, guidance)
     finish_student(config, student, live)
+    del student, guidance, live
+    release_memory()
     return load_student(out, teacher)
 
 
@@ -159,7 +163,8 @@ def _starts(
 ) -> tuple[FlowNetwork, FlowNetwork | None]:
     """Generator and guidance network as the matching starts from them, after the stages before it."""
     out, match_config = config.out, config.dd2.match
-    base = new_network(config, teacher)
+    device = teacher.codebook.device
+    base = new_network(config, teacher).cpu()
     if base.looks_up:
 
         def adapting(network: FlowNetwork) -> None:
@@ -181,7 +186,9 @@ def _starts(
 
     def started(where: str) -> FlowNetwork:
         trained = {"stage1": tuned, "teacher": base}.get(where)
-        return new_network(config, teacher, from_teacher=False) if trained is None else copy.deepcopy(trained)
+        if trained is None:
+            return new_network(config, teacher, from_teacher=False)
+        return copy.deepcopy(trained).to(device)
 
     student = started(config.init)
     if config.init.startswith(DD1_PREFIX):
@@ -218,15 +225,20 @@ def check_init(config: TrainConfig) -> None:
 
 
 def _after(stage: Callable[[FlowNetwork], None], network: FlowNetwork, path: Path) -> FlowNetwork:
-    """A network like the given one after a stage, as the stage's file has it: the file is made if it is not there."""
+    """A network like the given one after a stage, as the stage's file has it: the file is made if it is not there.
+
+    Both are on the CPU: beside what a stage trains, the device shall hold nothing.
+    """
     if exists(path):
         say(f"{path} exists, skipped")
     else:
-        trained = copy.deepcopy(network)
+        trained = copy.deepcopy(network).to(network.teacher.codebook.device)
         stage(trained)
         save_network(path, trained)
         processes.wait()
         checkpoints.remove(path.parent)
+        del trained
+        release_memory()
     after = copy.deepcopy(network)
     load_state(after, load_tensors(path)[0], path)
     return after

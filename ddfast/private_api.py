@@ -34,12 +34,18 @@ ATTENTION = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
 ATTENTION_BACKWARD = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
 """What `scaled_dot_product_attention` becomes on a CPU; None where this PyTorch has other names."""
 _SET_TIMEOUT = _find("distributed.distributed_c10d._set_pg_timeout")
+_ABORT = _find("distributed.distributed_c10d._abort_process_group")
 
 
 def set_timeout(group: Any, limit: datetime.timedelta) -> None:
     """How long processes of a group wait for each other; without the name, as long as PyTorch lets them."""
     if _SET_TIMEOUT is not None:
         _SET_TIMEOUT(limit, group)
+
+
+def abort_groups() -> None:
+    """End the talk with other processes without waiting for them; without the name, in the way that may wait."""
+    (_ABORT or torch.distributed.destroy_process_group)()
 
 
 def is_watched() -> bool:

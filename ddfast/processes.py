@@ -11,6 +11,8 @@ import faulthandler
 import gc
 import os
 import pickle
+import platform
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -191,28 +193,46 @@ def together(device: str, timeout: float) -> Iterator[None]:
     _group = group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout)
     group.sign()
 
-    def close() -> None:
-        """The watchdog looks on: after a failure, this may hang."""
-        global _group
+    try:
+        _check_devices(device)
+        yield
         _group = None
         group.guard()
         gc.collect()  # networks that were spread hold groups of their own
         dist.destroy_process_group()
-
-    try:
-        yield
-        close()
+        faulthandler.cancel_dump_traceback_later()
     except BaseException as error:
         with deferred():  # torchrun's SIGTERM, as one of them has ended: it shall not take the place of the cause
             group.leave(error)
-            if _group:
-                close()  # so that those who wait for this process do no longer
+            _group = None
+            _abort()
             cause = group.cause(error)
+            # What is left of the talk may hang at the process's end.
+            faulthandler.dump_traceback_later(_PATIENCE + _LAST_SECONDS, exit=True)
             if cause is error:
                 raise
             raise cause from error
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+
+
+_LAST_SECONDS = 30.0
+"""Of a process that ends, to say why and to go."""
+
+
+def _abort() -> None:
+    """End the talk, so that those who wait for this process do no longer; NCCL may itself wait for others there."""
+    aborting = threading.Thread(target=private_api.abort_groups, daemon=True)
+    aborting.start()
+    aborting.join(_PATIENCE)
+
+
+def _check_devices(device: str) -> None:
+    """Raise where processes share a GPU, on which NCCL would fail later."""
+    if not device.startswith("cuda"):
+        return
+    mine = platform.node(), str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    sharers = gather(mine).count(mine)
+    if sharers > 1:
+        raise DDFastError(f"{sharers} processes share a GPU of {mine[0]}: start as many per machine as it has GPUs")
 
 
 def _of_others(error: BaseException) -> BaseException | None:
@@ -230,6 +250,39 @@ def limit_waits(groups: Iterable[Any]) -> None:
     if _group:
         for group in groups:
             private_api.set_timeout(group, datetime.timedelta(seconds=_group.timeout))
+
+
+def per_node() -> int:
+    """How many processes a node has; all of them, where nodes have several sizes or one process each."""
+    sizes = set(gather(env.local_rank_and_world_size()[1]))
+    size = sizes.pop()
+    return size if not sizes and size > 1 else count()
+
+
+def meeting() -> int:
+    """A number of this coming together."""
+    return _meetings
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Within, this process signs by itself: for one long call, of a disk say, that cannot."""
+    if not (_group or _alone):
+        yield
+        return
+    done = threading.Event()
+
+    def signing() -> None:
+        while not done.wait(1 / _SIGNS_PER_SECOND):
+            sign()
+
+    signer = threading.Thread(target=signing, daemon=True)
+    signer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        signer.join()
 
 
 def rank() -> int:

@@ -14,7 +14,7 @@ import nvtx
 import tomli_w
 import torch
 
-from ddfast import processes
+from ddfast import env, processes
 from ddfast.config import TrainConfig, plain, read_toml, update
 from ddfast.distill.checkpoints import FOLDER as CHECKPOINTS
 from ddfast.errors import DDFastError
@@ -31,6 +31,7 @@ CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
 THROUGHPUT = "throughput.jsonl"
 REPORT, PICTURES = "report.md", "samples.png"
 LOCK = ".lock"
+_LEASE_SECONDS = 150.0
 
 ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
 ADAPTATION_JSON = "adaptation.json"
@@ -140,7 +141,17 @@ def occupied(out: Path) -> Iterator[None]:
     """
 
     def enter() -> None:
-        kept.enter_context(locked(out / LOCK, f"a run is going on in {out}"))
+        # After a restart, a machine that was lost may hold the lock for as long as its file system lets it.
+        until = time.monotonic() + (_LEASE_SECONDS if env.restarts() else 0.0)
+        while True:
+            try:
+                kept.enter_context(locked(out / LOCK, f"a run is going on in {out}"))
+                break
+            except DDFastError:
+                if time.monotonic() > until:
+                    raise
+            processes.sign()
+            time.sleep(1.0)
         for unfinished in out.glob(".*.safetensors.*.tmp"):
             unfinished.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -58,12 +59,13 @@ class Checkpoints:
         place = to or self.folder / f"{self.stage}-{state['step']:08d}"
         temporary = place.with_name(f".{place.name}.tmp")
         processes.first_does(lambda: _prepare(temporary))
-        try:
-            _dcp("save", tensors, temporary)
-        except Exception as error:
-            said = (isinstance(error, OSError) and error.strerror) or _first_line(error)
-            raise DDFastError(f"cannot write {place}: {said}; the last checkpoint is kept") from error
-        mine = {name: _digest(temporary / name) for name in _written_here(temporary)}
+        with processes.busy():
+            try:
+                _dcp("save", tensors, temporary)
+            except Exception as error:
+                said = (isinstance(error, OSError) and error.strerror) or _first_line(error)
+                raise DDFastError(f"cannot write {place}: {said}; the last checkpoint is kept") from error
+            mine = {name: _digest(temporary / name) for name in _written_here(temporary)}
         digests = {name: digest for part in processes.gather(mine) for name, digest in part.items()}
 
         def finish() -> None:
@@ -80,9 +82,12 @@ class Checkpoints:
         return place
 
     def _others(self, newest: Path) -> list[Path]:
-        """Folders that the newest makes needless: of earlier stages, and of steps before the one before."""
+        """Folders that the newest makes needless: of earlier stages, of steps before the one before, and of later steps.
+
+        (Those of later ones were damaged: the run has gone on from an earlier one.)
+        """
         found = sorted(path for path in self.folder.iterdir() if path.is_dir() and path != newest)
-        kept = [path for path in found if path.name.startswith(f"{self.stage}-")][1 - KEPT :]
+        kept = [path for path in found if path.name.startswith(f"{self.stage}-") and path < newest][1 - KEPT :]
         return [path for path in found if path not in kept]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -96,7 +101,8 @@ class Checkpoints:
             state, damage = processes.first_does(partial(_read_state, place))
             if not damage:
                 names = sorted(state["files"])[processes.rank() :: processes.count()]
-                damaged = [name for name in names if _digest(place / name) != state["files"][name]]
+                with processes.busy():
+                    damaged = [name for name in names if _digest(place / name) != state["files"][name]]
                 damage = ", ".join(name for part in processes.gather(damaged) for name in part)
             if damage:
                 warn(f"{place} is damaged ({damage}): the checkpoint before it is used")
@@ -119,7 +125,8 @@ class Checkpoints:
 
 def load(place: Path, into: Mapping[str, Tensor]) -> None:
     """Fill tensors, spread as they are, from a checkpoint. All processes call this."""
-    _dcp("load", into, place)
+    with processes.busy():
+        _dcp("load", into, place)
 
 
 def names_in(place: Path) -> set[str]:
@@ -141,10 +148,20 @@ def keep(out: Path, copy: Path) -> bool:
         found = sorted((out / FOLDER).glob("[!.]*"), key=lambda path: path.stat().st_mtime)
         if found:
             shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(found[-1], copy)
+            with processes.busy():
+                shutil.copytree(found[-1], copy, copy_function=_linked)
         return bool(found)
 
     return processes.first_does(copied)
+
+
+def _linked(source: str, target: str) -> str:
+    """The same file under another name, where a file system has that: one that is there is never written into."""
+    try:
+        os.link(source, target)
+        return target
+    except OSError:
+        return shutil.copy2(source, target)
 
 
 def _prepare(temporary: Path) -> None:

@@ -26,6 +26,9 @@ _SHARES = {"cuda": 0.9, "cpu": 0.5}
 beside PyTorch; on a CPU also for what operations hold inside, which nobody counts, and for what else the machine does.
 """
 
+_MOST_CUT = 8
+"""Times by which recomputation cuts what a sample takes, at most: 2 to 5 were measured (docs/scale.md)."""
+
 _WORTH = 8
 """A trial that can gain less than one part in so many is not made."""
 
@@ -85,6 +88,12 @@ def choose(
     most = min(size or most, most)
     if measure is None:
         measure = _measure_on_gpu(device) if device.type == "cuda" else _measure_on_cpu
+    if recompute == "auto" and processes.count() > 1:
+        # A trial that fails cannot be taken back: without recomputation only where there is room for it.
+        used = _tried(lambda: attempt(1, True), 1, device, measure)
+        uses = processes.gather(used)
+        if any(use is not None and _MOST_CUT * use.peak > use.limit - reserved for use in uses):
+            recompute = "blocks"
     if recompute != "blocks" and not (size and recompute == "none"):
         fits = _largest(lambda samples: attempt(samples, False), most, device, reserved, measure)
         if recompute == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from ddfast import seeds
 from ddfast.distill.method import Call, ExponentialMovingAverage, directly
 from ddfast.frechet import frechet_distance
+from ddfast.models.autoregressive import Condition, take
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Teacher
 from ddfast.ops import nearest_code, noise
 
-_SAMPLES, _DIRECTIONS, _SEED = 256, 16, 20_251_021
+_SAMPLES, _AT_A_TIME, _DIRECTIONS, _SEED = 256, 32, 16, 20_251_021
 _LEAST_DIVERSITY = 0.5
 _LARGEST_DISTANCE = 1.0
 
@@ -50,19 +52,38 @@ class Watcher:
         teacher, student = self.teacher, self.student
         if self.reference is None:
             generator = seeds.generator(_SEED, teacher.codebook.device)
-            self.reference = call(partial(teacher.generate, generator=generator), self.condition)
-        live = call(student.generate, self.condition, self.noise)[0]
+            shape = (_SAMPLES, teacher.num_tokens)
+            uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device)
+            self.reference = self._by_chunks(
+                lambda rows: call(partial(teacher.generate, uniform=uniform[rows], graph=False), self._condition(rows))
+            )
+        live = self._samples(call)
         with average.applied_to(student):
-            averaged = call(student.generate, self.condition, self.noise)[0]
+            averaged = self._samples(call)
         codes = nearest_code(live, student.codebook)
-        log_probs = call(partial(teacher.log_probs, filtered=False), self.condition, codes).gather(-1, codes[..., None])
-        spread = float(self._features(teacher.embed(self.reference)).var(0).sum())
+
+        def likelihoods(rows: Tensor) -> Tensor:
+            log_probs = call(partial(teacher.log_probs, filtered=False), self._condition(rows), codes[rows])
+            return log_probs.gather(-1, codes[rows][..., None])
+
+        log_probs = self._by_chunks(likelihoods)
         seen = {
             "teacher_nll": -float(log_probs.mean()),
             "diversity": _entropy(codes, teacher.num_codes) / _entropy(self.reference, teacher.num_codes),
             "ema_distance": frechet_distance(self._features(live), self._features(averaged)) / spread,
         }
         return seen, _alarm(seen)
+
+    def _samples(self, call: Call) -> Tensor:
+        return self._by_chunks(lambda rows: call(self.student.generate, self._condition(rows), self.noise[rows])[0])
+
+    def _condition(self, rows: Tensor) -> Condition:
+        return take(self.condition, rows)
+
+    def _by_chunks(self, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is made of all samples, a few at a time: a teacher's cache of all may be larger than the memory."""
+        index = torch.arange(_SAMPLES, dtype=torch.int64, device=self.noise.device)
+        return torch.cat([make(rows) for rows in index.split(_AT_A_TIME)])
 
     def _features(self, tokens: Tensor) -> Tensor:
         return tokens.flatten(1) @ self.directions

@@ -7,13 +7,14 @@ and summed across the replicas once per step.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from ddfast import env, processes
+from ddfast import processes
 from ddfast.models.blocks import blocks_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class Spread(nn.Module):
 
         # Nothing here writes into a block's output.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-        mesh = _mesh(next(self.parameters()).device.type, strategy)
+        shards = processes.per_node() if strategy == "shard" else 1
+        mesh = _mesh(next(self.parameters()).device.type, shards, processes.meeting())
         for network in self.trained:
             for block in blocks_of(network):
                 fully_shard(block, mesh=mesh)
@@ -102,13 +104,11 @@ class Spread(nn.Module):
         return copies
 
 
-def _mesh(device: str, strategy: str) -> DeviceMesh:
+@functools.cache
+def _mesh(device: str, shards: int, meeting: int) -> DeviceMesh:
+    """Of a meeting of processes, kept for its stages: a group of processes takes time and memory of a GPU."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    count, local = processes.count(), env.local_rank_and_world_size()[1]
-    shards = 1
-    if strategy == "shard":  # within a node, where all nodes have as many processes
-        shards = local if count % local == 0 else count
-    mesh = init_device_mesh(device, (count // shards, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device, (processes.count() // shards, shards), mesh_dim_names=("replicate", "shard"))
     processes.limit_waits(mesh.get_all_groups())
     return mesh

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddfast import env, processes, seeds
+from ddfast import processes, seeds
 from ddfast.config import OptimisationConfig, ParallelConfig, TrainConfig
 from ddfast.distill import checkpoints
 from ddfast.distill.batch import Batch, Draw, Part
@@ -209,13 +209,19 @@ class _Loop:
     def __enter__(self) -> _Loop:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.spread.restore()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for network in self.networks.values():
+            network.zero_grad(set_to_none=True)
+        if kind is None:
+            self.spread.restore()
 
     def _layout(self, before: Mapping[str, Any] | None) -> dict[str, Any]:
         """How the networks lie on the processes, and by which wish: as before, where that is the same."""
-        asked = {"processes": processes.count(), **dataclasses.asdict(self.parallel)}
+        node, memory = processes.per_node(), min(processes.gather(_memory(self.device)))
+        asked = {"processes": processes.count(), "per_node": node, **dataclasses.asdict(self.parallel)}
         del asked["timeout"]
+        if self.device.type == "cuda":  # on a smaller one, what fitted does not
+            asked["gib"] = round(memory / 2**30)
         if before is not None and before.get("asked") == asked:
             self.micro_batches = {phase: MicroBatch(**kept) for phase, kept in before["micro_batches"].items()}
             return {**before}
@@ -225,8 +231,7 @@ class _Loop:
             for name, size in sizes.items()
         )
         teacher = sum(parameter.nbytes for parameter in self.method.roles.teacher.parameters())
-        memory = int(USABLE * min(processes.gather(free_bytes(self.device))))
-        _, node = env.local_rank_and_world_size()
+        memory = int(USABLE * memory)
         strategy = self.parallel.strategy
         if strategy == "auto":
             strategy = choose_strategy(state + teacher, memory, node)
@@ -273,7 +278,9 @@ class _Loop:
                 "try a lower learning rate"
             )
         with span("optimizer"):
-            return loss, self._update(phase), logged
+            norm = self._update(phase)
+        network.zero_grad(set_to_none=True)  # the other networks' turns need the memory
+        return loss, norm, logged
 
     def _micro_batch(self, phase: str, draw: Draw) -> MicroBatch:
         """What a phase's micro-batch is from its first step on: as asked for, or as memory holds."""
@@ -377,6 +384,13 @@ class _Loop:
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What AdamW and Muon keep of a parameter."""
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that a process has: those of its GPU, or of the machine's own memory its share of what is free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return free_bytes(device)
 
 
 def _agreed(wishes: Wishes) -> KeyboardInterrupt | None:

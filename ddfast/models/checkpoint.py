@@ -172,11 +172,12 @@ def save_tensors(path: Path, tensors: Mapping[str, AnyTensor], config: dict[str,
         for name in order:
             _write_tensor(file, tensors[name])
 
-    if processes.rank() and any(_is_spread(tensor) for tensor in tensors.values()):
-        for name in order:
-            read_tensor(tensors[name])
-        return
-    write_atomically(Path(path), write)
+    with processes.busy():
+        if processes.rank() and any(_is_spread(tensor) for tensor in tensors.values()):
+            for name in order:
+                read_tensor(tensors[name])
+            return
+        write_atomically(Path(path), write)
 
 
 def _write_tensor(file: BinaryIO, tensor: AnyTensor) -> None:

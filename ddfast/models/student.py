@@ -7,6 +7,7 @@ Dimensions: B batch, N tokens, V codes, D code dimension, W width.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -59,6 +60,13 @@ class Student(nn.Module, ABC):
         self._teacher = (teacher,)  # in a tuple, so that nn.Module does not adopt it
         self.groups, self.num_classes = teacher.groups, teacher.num_classes
         self.derive_buffers()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A student of the same teacher, which a copy refers to as well."""
+        memo[id(self._teacher)] = self._teacher
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
 
     def derive_buffers(self) -> None:
         """Fill what follows from the teacher and is in no file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -142,12 +142,18 @@ def _widest(network: nn.Module) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes free for new tensors on `device`; where processes of torchrun share it, one's share of them."""
-    _, processes = env.local_rank_and_world_size()
+    """Bytes free for new tensors on `device`; of a machine's own memory, a process's share of them."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own to use again
-        return (torch.cuda.mem_get_info(device)[0] + cached) // math.ceil(processes / torch.cuda.device_count())
-    return _available_ram() // processes
+        return torch.cuda.mem_get_info(device)[0] + cached  # of several processes, each has a GPU of its own
+    return _available_ram() // env.local_rank_and_world_size()[1]
+
+
+def release_memory() -> None:
+    """Give back what nobody refers to but circles of objects, as networks that were spread are."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _available_ram() -> int:
