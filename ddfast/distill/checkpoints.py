@@ -82,7 +82,7 @@ class Checkpoints:
         return place
 
     def _others(self, newest: Path) -> list[Path]:
-        """Folders that the newest makes needless: of earlier stages, of steps before the one before, and of later steps.
+        """Folders that the newest makes needless: of earlier stages, and of steps before the one before or later.
 
         (Those of later ones were damaged: the run has gone on from an earlier one.)
         """

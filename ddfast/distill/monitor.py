@@ -67,6 +67,7 @@ class Watcher:
             return log_probs.gather(-1, codes[rows][..., None])
 
         log_probs = self._by_chunks(likelihoods)
+        spread = float(self._features(teacher.embed(self.reference)).var(0).sum())
         seen = {
             "teacher_nll": -float(log_probs.mean()),
             "diversity": _entropy(codes, teacher.num_codes) / _entropy(self.reference, teacher.num_codes),
