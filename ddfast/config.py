@@ -337,7 +337,7 @@ class ParallelConfig:
         recompute: blocks (keep a block's input alone, and compute the rest again in the backward pass), none, or auto:
             blocks where memory holds too few samples without.
         timeout: seconds without a sign of life after which the others give a process up. It prints where it stands and
-            ends 1.1 times as long and 2 s after its last sign; the others end with it, a second to some later.
+            ends at 1.1 times as many and 2 s; the others a second after that, at most 6, and say which it was.
     """
 
     strategy: str = "auto"
