@@ -36,7 +36,8 @@ class SampleOptions:
         caption: for a text model: a caption; may be given several times.
         text_encoder: name or folder of the T5 that encodes captions given as text; default: google/flan-t5-xl.
         count: how many samples.
-        seed: of all chance, 0 to 2^64 - 1; sample i of a seed is the same whatever the count and the batch size.
+        seed: of all chance, 0 to 2^64 - 1; sample i of a seed is the same whatever the count, the batch size and the
+            number of processes: bit for bit in batches of the same size, else up to the rounding of matrix products.
         batch_size: samples made and written at a time, by each of torchrun's processes; 0: as many as free memory
             holds.
         format: one grid, one png per image, or the codes as safetensors.

@@ -12,7 +12,9 @@ from ddfast.progress import progress_bar
 
 EXAMPLES = """  python -m ddfast.train --recipe digits --method dd1
   python -m ddfast.train --out runs/long --dd1.iterations 5000 --seed 1
-  python -m ddfast.train --out runs/digits --resume"""
+  python -m ddfast.train --out runs/digits --resume
+  torchrun --standalone --nproc-per-node 2 -m ddfast.train --out runs/digits --parallel.micro-batch 64
+Many GPUs and nodes, and little memory: docs/scale.md."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

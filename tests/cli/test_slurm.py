@@ -16,7 +16,11 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "train.sbatch"
 # As Slurm's: the command once per node; signals are passed on to all of them.
 SRUN = """\
 #!/usr/bin/env bash
-[ "$1" = --kill-on-bad-exit=1 ] && shift
+if [ "$1 $2" != "--cpus-per-task=$SLURM_CPUS_PER_TASK --kill-on-bad-exit=1" ]; then
+  echo "srun got other options: $1 $2" >&2
+  exit 2
+fi
+shift 2
 tasks=()
 trap 'kill -TERM "${tasks[@]}"' TERM
 for _ in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & tasks+=("$!"); done

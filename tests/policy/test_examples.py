@@ -102,7 +102,7 @@ def restored_families():
 
 
 SMALL = {
-    "teacher": {"depth": 2, "num_classes": 2, "patch_nums": [1, 2, 3]},
+    "teacher": {"depth": 2, "num_classes": 2, "patch_nums": [1, 2]},
     "dd2": {
         "head_width": 16, "head_depth": 1,
         "tune": {"iterations": 2, "head_iterations": 1, "batch_size": 4},
@@ -111,16 +111,20 @@ SMALL = {
         },
     },
     "trajectories": {"shard_size": 4},
-    "evaluation": {"samples": 100, "batch_size": 50, "batch_sizes": [1]},
+    "evaluation": {"samples": 100, "batch_size": 100, "batch_sizes": [1]},
 }  # fmt: skip
+DIGITS = [
+    *TINY, "--tokenizer.iterations=12", "--teacher.iterations=4", "--trajectories.count=50", "--dd1.iterations=3",
+    "--dd1.batch-size=16", "--evaluation.samples=100", "--evaluation.batch-sizes", "1",
+]  # fmt: skip
 SMALL_TOKENIZER = {"num_codes": 16, "code_dim": 4, "channels": 32, "multipliers": [1, 1], "blocks": 1}
 
 
 class Scaled:
     """The commands of a page about many GPUs, as they are but for sizes, and with two processes for any number.
 
-    A training that a command before has finished is begun anew with one process, two, and two nodes, once each; else it
-    is found finished: settings of where and how do not make another run of it.
+    A training begins anew in each folder with one process, two, and two nodes, and with each way to share a process's
+    work, once each; else it is found finished: settings of where and how do not make another run of it.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -131,7 +135,7 @@ class Scaled:
         Path("small.toml").write_text(tomli_w.dumps(SMALL))
 
     def __call__(self, command: str) -> None:
-        program, *rest = shlex.split(command)
+        program, *rest = shlex.split(command, comments=True)
         processes = nodes = 1
         if program == "torchrun":
             told = parse_args(rest)
@@ -141,12 +145,15 @@ class Scaled:
         name, *arguments = rest
         if name == "train":
             options = cli.parse(name, TrainConfig, arguments, "")
-            arguments += [*TINY, "--dd1.iterations=3"] if options.recipe == "digits" else ["--config=small.toml"]
-            if (processes, nodes) not in self.seen and not options.resume:
+            arguments += DIGITS if options.recipe == "digits" else ["--config=small.toml"]
+            run = (options.out, processes, nodes, repr(options.parallel))
+            if run not in self.seen and not options.resume:
                 shutil.rmtree(options.out, ignore_errors=True)
-            self.seen.add((processes, nodes))
+            self.seen.add(run)
         if name == "trajectories":
             arguments += ["--config=small.toml", "--count=8"]
+        if name == "sample":
+            arguments = [argument.replace("50000", "4") for argument in arguments]
         arguments = [argument.replace("cuda", "cpu") for argument in arguments]
         if processes == 1:
             assert in_this_process(self.cache, name, *arguments) == 0, command
@@ -162,11 +169,21 @@ def succeed(cache: Path, *arguments: str) -> None:
 def test_commands_for_many_gpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path / "cache")
-    ran = execute("docs/scale.md", tmp_path, Scaled(tmp_path / "cache"))
+    run = Scaled(tmp_path / "cache")
+    ran = execute("docs/scale.md", tmp_path, run)
     assert {command.split()[0] for command in ran} == {"ddfast", "torchrun"}
+    assert any(command.startswith("ddfast plan ") for command in ran)
     assert len(list((tmp_path / "images").iterdir())) == 16
     assert (tmp_path / "figures.json").exists()
     assert len(list((tmp_path / "runs" / "pairs" / "trajectories").glob("*.safetensors"))) == 2
+    (tmp_path / "sampling").mkdir()
+    monkeypatch.chdir(tmp_path / "sampling")
+    for name in ("runs", "var_d16.pth", "vae_ch160v4096z32.pth"):
+        Path(name).symlink_to(tmp_path / name)
+    Path("var-dd").symlink_to(tmp_path / "runs" / "var-d16")
+    assert execute("docs/sampling.md", Path(), run)
+    assert len(list(Path("images").iterdir())) == 4
+    assert Path("codes.safetensors").exists()
 
 
 @pytest.mark.parametrize("module", ["ddfast.ops.nearest_code", "ddfast.ops.noise"])
