@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ddfast
 from ddfast.config import plain
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, whole_folder, write_atomically
 from ddfast.models.autoregressive import Condition, condition_size, on_device, take
 from ddfast.models.llamagen.captions import captions_for
@@ -359,9 +359,8 @@ def _from_the_hub(call: Callable[[], Any], source: object) -> Any:
     except DDFastError:
         raise
     except Exception as error:  # huggingface_hub's, its HTTP library's and the system's: they differ by version
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         advice = "check the name, the connection, and `hf auth login` for a private one"
-        raise DDFastError(f"{source}: {type(error).__name__}: {reason}; {advice}") from error
+        raise DDFastError(f"{source}: {type(error).__name__}: {first_line(error)}; {advice}") from error
 
 
 def _shareable(settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddfast import env, private_api
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.interruption import Terminated, deferred, ignore
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class _Group:
 
     def leave(self, error: BaseException) -> None:
         """Tell the others what ends this process."""
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, KeyboardInterrupt):
             reason = _TERMINATED if isinstance(error, Terminated) else _INTERRUPTED
         with contextlib.suppress(RuntimeError):  # torchrun may be what has ended
@@ -117,7 +117,7 @@ class _Group:
         if _INTERRUPTED in causes.values():
             return KeyboardInterrupt()
         for other, reason in sorted(causes.items(), key=lambda cause: not cause[1]):
-            how = f"has ended: {(reason.splitlines() or [''])[0]}"
+            how = f"has ended: {reason}"
             if not reason:
                 how = "has been ended (killed, perhaps for want of memory)"
                 if silent:
@@ -166,9 +166,8 @@ def together(device: str, timeout: float) -> Iterator[None]:
     try:
         store = dist.PrefixStore(f"meeting/{_meetings}", _store(limit))
     except (ValueError, RuntimeError) as error:  # a variable of torchrun's is missing, or nobody answers there
-        reason = (str(error).splitlines() or [""])[0]
         raise DDFastError(
-            f"{size} processes (WORLD_SIZE) do not find each other: {reason}; start them by torchrun"
+            f"{size} processes (WORLD_SIZE) do not find each other: {first_line(error)}; start them by torchrun"
         ) from error
     group_store = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)

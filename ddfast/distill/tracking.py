@@ -26,7 +26,7 @@ import torch
 
 from ddfast import processes
 from ddfast.config import TrainConfig, plain, profiled_steps, trackers
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, write_atomically
 from ddfast.tracing import ProfileWindow
 
@@ -167,8 +167,8 @@ def wandb(out: Path, stage: str, step: int, settings: Mapping[str, Any]) -> Iter
             settings={"console": "off"},  # it would catch the progress bar
         )
     except Exception as error:  # the client's own types: no key, no network, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DDFastError(f"--track wandb: {reason}; `wandb login`, or WANDB_MODE=offline without a network") from error
+        remedy = "`wandb login`, or WANDB_MODE=offline without a network"
+        raise DDFastError(f"--track wandb: {first_line(error)}; {remedy}") from error
     with run:
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         there = run.summary.get(f"{stage}/step", 0)
