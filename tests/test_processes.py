@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import launch, launched
+from launching import launch, launched
 
 from ddfast import interruption, processes
 from ddfast.errors import DDFastError
