@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from ddfast.errors import DDFastError
@@ -115,8 +116,12 @@ def local_rank_and_world_size() -> tuple[int, int]:
     return _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
 
 
-def check_one_process(what: str) -> None:
+def check_one_process(what: str, *, several: Sequence[str]) -> None:
     """Raise where torchrun has started several processes for `what`, which is written for one.
+
+    Args:
+        what: as the message names it.
+        several: the commands that several processes may run.
 
     Raises:
         DDFastError: always then, before anything is written.
@@ -125,7 +130,7 @@ def check_one_process(what: str) -> None:
     if world_size > 1:
         raise DDFastError(
             f"{what} runs in one process, and torchrun started {world_size} (WORLD_SIZE): start it without torchrun; "
-            "only `train`, `trajectories`, `sample` and `evaluate` run in several"
+            f"only {', '.join(several)} run in several"
         )
 
 
