@@ -103,7 +103,7 @@ def stage_log(
         sinks = []
         if rank == 0:
             settings = plain(config) if config else {}
-            for opener in (json_lines, *(SINKS[name] for name in names)):
+            for opener in (json_lines, *(SINKS[name][-1] for name in names)):
                 sinks.append(open_until_the_end.enter_context(opener(out, stage, step, settings)))
         window = ProfileWindow(steps, out / PROFILE / f"{stage}-rank{rank}.json.gz", device)
         yield StageLog(sinks, Pace(device), open_until_the_end.enter_context(window))
@@ -180,15 +180,16 @@ def wandb(out: Path, stage: str, step: int, settings: Mapping[str, Any]) -> Iter
         yield sink
 
 
-SINKS: dict[str, Opener] = {"tensorboard": tensorboard, "wandb": wandb}
-"""By the names of `--track`."""
-
-_NEEDED = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init")}
+SINKS: dict[str, tuple[str, str, Opener]] = {
+    "tensorboard": ("torch.utils.tensorboard", "SummaryWriter", tensorboard),
+    "wandb": ("wandb", "init", wandb),
+}
+"""By the names of `--track`: the module and the name in it that start a tracker, and what opens its sink."""
 
 
 def _imported(tracker: str) -> Any:
     """What a tracker is started by."""
-    module, name = _NEEDED[tracker]
+    module, name, _ = SINKS[tracker]
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:  # a folder of its name is a module that has nothing
