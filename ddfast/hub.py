@@ -25,6 +25,7 @@ from ddfast.config import plain
 from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, whole_folder, write_atomically
 from ddfast.models.autoregressive import Condition, condition_size, on_device, take
+from ddfast.models.layers import num_parameters
 from ddfast.models.llamagen.captions import captions_for
 from ddfast.models.loading import save_student, save_teacher
 from ddfast.models.official import CONFIG_FILE, STUDENT_FILE, TEACHER_FILE
@@ -334,7 +335,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         """The card: teacher, recipe, cost and evaluation protocol."""
         teacher = self.teacher
         network = sum(p.numel() for name, p in teacher.named_parameters() if not name.startswith("tokenizer."))
-        student = sum(p.numel() for p in self.student.parameters())
+        student = num_parameters(self.student)
         data = ModelCardData(
             library_name="ddfast", license="apache-2.0", tags=["distilled-decoding", "image-generation"]
         )

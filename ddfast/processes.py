@@ -331,9 +331,9 @@ def first_then_all(what: Callable[[], T]) -> T:
     return made[0]
 
 
-def share(whole: Sequence[T]) -> Sequence[T]:
+def share(parts: Sequence[T]) -> Sequence[T]:
     """What this process does of a work that all share: every `count()`th part, from the one of its rank on."""
-    return whole[rank() :: count()]
+    return parts[rank() :: count()]
 
 
 def collected(parts: list[T], *, everywhere: bool = False) -> list[T]:
@@ -351,7 +351,8 @@ def collected(parts: list[T], *, everywhere: bool = False) -> list[T]:
         shares = [None] * _group.size if _group.rank == 0 else []
         _group.wait()
         dist.gather_object(parts, shares or None)
-    return [share[turn] for turn in range(len(shares[0]) if shares else 0) for share in shares if turn < len(share)]
+    turns = range(len(shares[0]) if shares else 0)
+    return [one[turn] for turn in turns for one in shares if turn < len(one)]
 
 
 _PATIENCE = 5.0

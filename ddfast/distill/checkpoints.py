@@ -28,6 +28,7 @@ from ddfast.messages import warn
 FOLDER = "checkpoints"
 STATE = "state.json"
 KEPT = 2
+"""Checkpoints of a stage: a run keeps its last ones."""
 
 _CHUNK = 2**24
 
