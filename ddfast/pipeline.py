@@ -66,7 +66,9 @@ def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
     check_init(config)
     check_device(config.device)
     check_trackers(config.track)
-    with processes.together(config.device, config.parallel.timeout), occupied(config.out):
+    limit, kept = config.parallel.timeout, "the last checkpoint is kept"
+    together = processes.together(config.device, limit, option="--parallel.timeout", kept=kept)
+    with together, occupied(config.out):
         return _train(config, progress_bar)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddfast.config import OptimisationConfig, PretrainedTeacherConfig, TrainConfig
+from ddfast.config import OptimisationConfig, PretrainedTeacherConfig, SettingError, TrainConfig
 from ddfast.distill.checkpoints import KEPT
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning
@@ -86,11 +86,11 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("devices", "nodes", "memory", "mfu"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+                raise SettingError(f"{name}: got {getattr(self, name)}, expected a positive number")
         if self.devices % self.nodes:
-            raise ValueError(f"devices: got {self.devices}, expected a multiple of the {self.nodes} nodes")
+            raise SettingError(f"devices: got {self.devices}, expected a multiple of the {self.nodes} nodes")
         if self.mfu > 1:
-            raise ValueError(f"mfu: got {self.mfu}, expected a share of at most 1")
+            raise SettingError(f"mfu: got {self.mfu}, expected a share of at most 1")
 
     def hours(self, flops: float, precision: str) -> float:
         """That all devices together take for so much work."""

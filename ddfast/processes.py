@@ -41,8 +41,9 @@ class _Lost(RuntimeError):
 class _Group:
     """This process's place among those that talk to each other."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, option: str, kept: str) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        self.option, self.kept = f" ({option})" if option else "", f"; {kept}" if kept else ""
         self.waits, self.last_sign = 0, 0.0
         # Who waits in PyTorch for `timeout` shall find out before its own watchdog wakes, and say who is silent.
         self.watch = 1.1 * timeout + 2
@@ -110,7 +111,7 @@ class _Group:
                 self.guard()
                 reasons = {other: self.left(other) for other in self.others()}
         except RuntimeError:
-            return DDFastError("what started the processes (torchrun) does not answer; the last checkpoint is kept")
+            return DDFastError(f"what started the processes (torchrun) does not answer{self.kept}")
         causes = {other: reason for other, reason in reasons.items() if reason != _LOST}
         if _TERMINATED in causes.values():
             return Terminated()
@@ -121,10 +122,8 @@ class _Group:
             if not reason:
                 how = "has been ended (killed, perhaps for want of memory)"
                 if silent:
-                    how = f"has shown no sign of life for {self.timeout:g} s (--parallel.timeout)"
-            return DDFastError(
-                f"process {other} of {self.size} {how}; see its own messages; the last checkpoint is kept"
-            )
+                    how = f"has shown no sign of life for {self.timeout:g} s{self.option}"
+            return DDFastError(f"process {other} of {self.size} {how}; see its own messages{self.kept}")
         return error
 
 
@@ -137,7 +136,7 @@ _meetings = 0
 
 
 @contextlib.contextmanager
-def together(device: str, timeout: float) -> Iterator[None]:
+def together(device: str, timeout: float, *, option: str = "", kept: str = "") -> Iterator[None]:
     """Within, the processes that torchrun started talk to each other; each takes a GPU of its own.
 
     A process that makes no step for `timeout` seconds (and a tenth, and 2) prints where it stands and ends. Those that
@@ -147,9 +146,11 @@ def together(device: str, timeout: float) -> Iterator[None]:
     Args:
         device: cpu or cuda.
         timeout: seconds.
+        option: the command's, that sets the timeout; empty: it has none.
+        kept: what is left of the work when a process ends, as an error's last words; empty: nothing.
 
     Raises:
-        DDFastError: another process has ended, or is silent.
+        DDFastError: there are not enough GPUs, or the device is a certain one; another process has ended, or is silent.
         KeyboardInterrupt: another process was interrupted, or got SIGTERM (`ddfast.interruption.Terminated`).
     """
     global _group, _meetings
@@ -159,7 +160,7 @@ def together(device: str, timeout: float) -> Iterator[None]:
         return
     backend = "gloo"
     if device.startswith("cuda"):
-        torch.cuda.set_device(env.local_rank_and_world_size()[0] % torch.cuda.device_count())
+        _take_gpu(device)
         backend = "cpu:gloo,cuda:nccl"
     limit = datetime.timedelta(seconds=timeout)
     _meetings += 1
@@ -171,7 +172,7 @@ def together(device: str, timeout: float) -> Iterator[None]:
         ) from error
     group_store = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
-    _group = group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout)
+    _group = group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout, option, kept)
     group.sign()
 
     def close() -> None:
@@ -196,6 +197,19 @@ def together(device: str, timeout: float) -> Iterator[None]:
             raise cause from error
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _take_gpu(device: str) -> None:
+    """Make the GPU of this process's number on the machine its own: NCCL refuses one that another has."""
+    if torch.device(device).index is not None:
+        raise DDFastError(f"--device {device}: of several processes each takes a GPU of its own: --device cuda")
+    (local, processes), gpus = env.local_rank_and_world_size(), torch.cuda.device_count()
+    if processes > gpus:
+        raise DDFastError(
+            f"{processes} processes (LOCAL_WORLD_SIZE) and {gpus} GPU{'s' * (gpus != 1)} on this machine: "
+            f"start at most {gpus} per machine"
+        )
+    torch.cuda.set_device(local)
 
 
 def _of_others(error: BaseException) -> BaseException | None:
