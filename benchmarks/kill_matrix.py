@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "cli")]
 
 from commands import prepare  # noqa: E402
-from processes import launched  # noqa: E402
+from launching import launched  # noqa: E402
 from training import SIZES, different, leftovers, train  # noqa: E402
 
 KILLS_OF_A_RUN = 3

@@ -23,7 +23,7 @@ from ddfast.config import update
 from ddfast.distill.batch import Part
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Matching, Tuning
-from ddfast.distill.memory_model import Size, state_of
+from ddfast.distill.memory_model import Size, state_bytes
 from ddfast.distill.method import ExponentialMovingAverage, Roles
 from ddfast.distill.rehearsal import Rehearsal
 from ddfast.distill.stages import new_network
@@ -146,7 +146,7 @@ def measure(recipe: str, phase: str, precision: str) -> None:
         method = method_of(config, made.teacher, made.networks, phase)
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*teacher.parameters(), *teacher.buffers()))
     for name, network in made.networks.items():
-        held += state_of(Size.of(network), "adamw", averaged=name == "student").total
+        held += state_bytes(Size.of(network), "adamw", averaged=name == "student").total
     for (micro, recompute), measured in taken.items():
         cost = made.cost(method, own, precision=precision, recompute=recompute)
         said = held + cost.peak(micro)

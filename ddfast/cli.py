@@ -139,7 +139,7 @@ def _run(command: str, body: Callable[[list[str]], None], rest: list[str]) -> in
     try:
         rest = _import_users(rest)
         if command not in IN_MANY_PROCESSES:
-            env.check_one_process(f"`{command}`")
+            env.check_one_process(f"`{command}`", several=IN_MANY_PROCESSES)
         body(rest)
     except KeyboardInterrupt as interrupt:
         resumed = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from ddfast.errors import DDFastError
@@ -121,8 +122,12 @@ def restarts() -> int:
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
-def check_one_process(what: str) -> None:
+def check_one_process(what: str, *, several: Sequence[str]) -> None:
     """Raise where torchrun has started several processes for `what`, which is written for one.
+
+    Args:
+        what: as the message names it.
+        several: the commands that several processes may run.
 
     Raises:
         DDFastError: always then, before anything is written.
@@ -131,7 +136,7 @@ def check_one_process(what: str) -> None:
     if world_size > 1:
         raise DDFastError(
             f"{what} runs in one process, and torchrun started {world_size} (WORLD_SIZE): start it without torchrun; "
-            "only `train`, `trajectories`, `sample` and `evaluate` run in several"
+            f"only {', '.join(several)} run in several"
         )
 
 

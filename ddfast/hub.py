@@ -22,9 +22,10 @@ from torch import Tensor
 
 import ddfast
 from ddfast.config import plain
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, whole_folder, write_atomically
 from ddfast.models.autoregressive import Condition, condition_size, on_device, take
+from ddfast.models.layers import num_parameters
 from ddfast.models.llamagen.captions import captions_for
 from ddfast.models.loading import save_student, save_teacher
 from ddfast.models.official import CONFIG_FILE, STUDENT_FILE, TEACHER_FILE
@@ -334,7 +335,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         """The card: teacher, recipe, cost and evaluation protocol."""
         teacher = self.teacher
         network = sum(p.numel() for name, p in teacher.named_parameters() if not name.startswith("tokenizer."))
-        student = sum(p.numel() for p in self.student.parameters())
+        student = num_parameters(self.student)
         data = ModelCardData(
             library_name="ddfast", license="apache-2.0", tags=["distilled-decoding", "image-generation"]
         )
@@ -359,9 +360,8 @@ def _from_the_hub(call: Callable[[], Any], source: object) -> Any:
     except DDFastError:
         raise
     except Exception as error:  # huggingface_hub's, its HTTP library's and the system's: they differ by version
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         advice = "check the name, the connection, and `hf auth login` for a private one"
-        raise DDFastError(f"{source}: {type(error).__name__}: {reason}; {advice}") from error
+        raise DDFastError(f"{source}: {type(error).__name__}: {first_line(error)}; {advice}") from error
 
 
 def _shareable(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddfast import env, processes
+from ddfast import processes
 from ddfast.config import DD1_PREFIX, TrainConfig, plain
 from ddfast.distill import checkpoints
 from ddfast.distill.dd1 import check_point
@@ -67,7 +67,9 @@ def train(config: TrainConfig, *, progress_bar: ProgressBar) -> dict[str, Any]:
     check_init(config)
     check_device(config.device)
     check_trackers(config.track)
-    with processes.together(config.device, config.parallel.timeout), occupied(config.out):
+    limit, kept = config.parallel.timeout, "the last checkpoint is kept"
+    together = processes.together(config.device, limit, option="--parallel.timeout", kept=kept)
+    with together, occupied(config.out):
         return _train(config, progress_bar)
 
 
@@ -266,9 +268,8 @@ def make_trajectories(config: TrainConfig, teacher: Teacher, progress: Progress)
         say(f"trajectories: {pairs} pairs, {rate:.1f} pairs/s in batches of {all_made[0].batch_size}")
     if not made.pairs:
         return store
-    rank, world_size = env.rank_and_world_size()
     line = {**dataclasses.asdict(made), "pairs_per_s": made.pairs_per_s, "device": config.device}
-    line |= {"process": rank, "processes": world_size, **machine()}
+    line |= {"process": processes.rank(), "processes": processes.count(), **machine()}
     with (config.out / THROUGHPUT).open("a") as file:
         file.write(json.dumps(line) + "\n")
     return store

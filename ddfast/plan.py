@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddfast import cli
-from ddfast.config import TrainConfig
+from ddfast.config import SettingError, TrainConfig
 from ddfast.files import check_new, write_atomically
 from ddfast.planning import GPUS, Machine, as_json, lines, parse_bytes, plan
 
@@ -40,6 +40,12 @@ class PlanOptions(TrainConfig):
     peak_flops: float = 0.0
     mfu: float = 0.4
     json: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.peak_flops >= 0:
+            wanted = "a positive number, or 0 for the data sheet's"
+            raise SettingError(f"peak_flops: got {self.peak_flops}, expected {wanted}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

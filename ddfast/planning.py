@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddfast.config import OptimisationConfig, PretrainedTeacherConfig, TrainConfig
+from ddfast.config import OptimisationConfig, PretrainedTeacherConfig, SettingError, TrainConfig
+from ddfast.distill.checkpoints import KEPT
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning
 from ddfast.distill.lpips import LPIPS
@@ -31,7 +32,7 @@ from ddfast.distill.memory_model import (
     optimizer_bytes,
     part_of,
     shards_teacher,
-    state_of,
+    state_bytes,
 )
 from ddfast.distill.method import Method, Roles
 from ddfast.distill.micro_batch import needs_recompute
@@ -39,13 +40,11 @@ from ddfast.distill.rehearsal import Rehearsal, StepCost
 from ddfast.distill.stages import new_network
 from ddfast.errors import DDFastError
 from ddfast.models.flow_network import FlowNetwork
+from ddfast.models.layers import num_parameters
 from ddfast.models.loading import start_student
 from ddfast.models.protocol import Teacher
 from ddfast.pipeline import METHODS, needs_tuning
 from ddfast.trajectories.memory import sample_bytes
-
-KEPT = 2
-"""Checkpoints that a run keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +86,11 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("devices", "nodes", "memory", "mfu"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+                raise SettingError(f"{name}: got {getattr(self, name)}, expected a positive number")
         if self.devices % self.nodes:
-            raise ValueError(f"devices: got {self.devices}, expected a multiple of the {self.nodes} nodes")
+            raise SettingError(f"devices: got {self.devices}, expected a multiple of the {self.nodes} nodes")
         if self.mfu > 1:
-            raise ValueError(f"mfu: got {self.mfu}, expected a share of at most 1")
+            raise SettingError(f"mfu: got {self.mfu}, expected a share of at most 1")
 
     def hours(self, flops: float, precision: str) -> float:
         """That all devices together take for so much work."""
@@ -228,7 +227,8 @@ def plan(config: TrainConfig, machine: Machine) -> Plan:
         recipe=config.recipe,
         method=config.method,
         machine=machine,
-        parameters={name: size.parameters for name, size in sizes.items()} | {"teacher": _numbers(rehearsal.teacher)},
+        parameters={name: size.parameters for name, size in sizes.items()}
+        | {"teacher": num_parameters(rehearsal.teacher)},
         stages=stages,
         limit=planner.limit,
         disk=planner.disk(stages),
@@ -355,7 +355,7 @@ class _Planner:
 
         asked, node = self.config.parallel.strategy, self.machine.devices // self.machine.nodes
         states = {
-            role: state_of(self.sizes[role], config.optimizer, averaged=role == "student")
+            role: state_bytes(self.sizes[role], config.optimizer, averaged=role == "student")
             for role in self._trained(method)
         }
         whole = sum(state.total for state in states.values()) + self.teacher_bytes
@@ -512,10 +512,6 @@ def _sum(states: Iterator[State]) -> State:
 
 def _needs(machine: Machine, peak: int) -> str:
     return f"devices of {math.ceil(peak / USABLE / 2**30)} GiB"
-
-
-def _numbers(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 # For people and programs ---------------------------------------------------------------------------------------------

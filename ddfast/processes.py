@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddfast import env, private_api
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.interruption import Terminated, deferred, ignore
 
 T = TypeVar("T")
@@ -44,8 +44,9 @@ class _Lost(RuntimeError):
 class _Group:
     """This process's place among those that talk to each other."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, option: str, kept: str) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        self.option, self.kept = f" ({option})" if option else "", f"; {kept}" if kept else ""
         self.waits, self.last_sign = 0, 0.0
         # Who waits in PyTorch for `timeout` shall find out before its own watchdog wakes, and say who is silent.
         self.watch = 1.1 * timeout + 2
@@ -102,7 +103,7 @@ class _Group:
 
     def leave(self, error: BaseException) -> None:
         """Tell the others what ends this process."""
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, KeyboardInterrupt):
             reason = _TERMINATED if isinstance(error, Terminated) else _INTERRUPTED
         with contextlib.suppress(RuntimeError):  # torchrun may be what has ended
@@ -128,21 +129,19 @@ class _Group:
                 self.guard()
                 reasons = {other: self.left(other) for other in self.others()}
         except RuntimeError:
-            return DDFastError("what started the processes (torchrun) does not answer; the last checkpoint is kept")
+            return DDFastError(f"what started the processes (torchrun) does not answer{self.kept}")
         causes = {other: reason for other, reason in reasons.items() if reason != _LOST}
         if _TERMINATED in causes.values():
             return Terminated()
         if _INTERRUPTED in causes.values():
             return KeyboardInterrupt()
         for other, reason in sorted(causes.items(), key=lambda cause: not cause[1]):
-            how = f"has ended: {(reason.splitlines() or [''])[0]}"
+            how = f"has ended: {reason}"
             if not reason:
                 how = "has been ended (killed, perhaps for want of memory)"
                 if silent:
-                    how = f"has shown no sign of life for {self.timeout:g} s (--parallel.timeout)"
-            return DDFastError(
-                f"process {other} of {self.size} {how}; see its own messages; the last checkpoint is kept"
-            )
+                    how = f"has shown no sign of life for {self.timeout:g} s{self.option}"
+            return DDFastError(f"process {other} of {self.size} {how}; see its own messages{self.kept}")
         return error
 
 
@@ -155,7 +154,7 @@ _meetings = 0
 
 
 @contextlib.contextmanager
-def together(device: str, timeout: float) -> Iterator[None]:
+def together(device: str, timeout: float, *, option: str = "", kept: str = "") -> Iterator[None]:
     """Within, the processes that torchrun started talk to each other; each takes a GPU of its own.
 
     A process that makes no step for `timeout` seconds (and a tenth, and 2) prints where it stands and ends. Those that
@@ -165,9 +164,11 @@ def together(device: str, timeout: float) -> Iterator[None]:
     Args:
         device: cpu or cuda.
         timeout: seconds.
+        option: the command's, that sets the timeout; empty: it has none.
+        kept: what is left of the work when a process ends, as an error's last words; empty: nothing.
 
     Raises:
-        DDFastError: another process has ended, or is silent.
+        DDFastError: there are not enough GPUs, or the device is a certain one; another process has ended, or is silent.
         KeyboardInterrupt: another process was interrupted, or got SIGTERM (`ddfast.interruption.Terminated`).
     """
     global _group, _meetings
@@ -177,20 +178,19 @@ def together(device: str, timeout: float) -> Iterator[None]:
         return
     backend = "gloo"
     if device.startswith("cuda"):
-        torch.cuda.set_device(env.local_rank_and_world_size()[0] % torch.cuda.device_count())
+        _take_gpu(device)
         backend = "cpu:gloo,cuda:nccl"
     limit = datetime.timedelta(seconds=timeout)
     _meetings += 1
     try:
         store = dist.PrefixStore(f"meeting/{_meetings}", _store(limit))
     except (ValueError, RuntimeError) as error:  # a variable of torchrun's is missing, or nobody answers there
-        reason = (str(error).splitlines() or [""])[0]
         raise DDFastError(
-            f"{size} processes (WORLD_SIZE) do not find each other: {reason}; start them by torchrun"
+            f"{size} processes (WORLD_SIZE) do not find each other: {first_line(error)}; start them by torchrun"
         ) from error
     group_store = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
-    _group = group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout)
+    _group = group = _Group(dist.PrefixStore("ddfast", store), rank, size, timeout, option, kept)
     group.sign()
 
     try:
@@ -233,6 +233,19 @@ def _check_devices(device: str) -> None:
     sharers = gather(mine).count(mine)
     if sharers > 1:
         raise DDFastError(f"{sharers} processes share a GPU of {mine[0]}: start as many per machine as it has GPUs")
+
+
+def _take_gpu(device: str) -> None:
+    """Make the GPU of this process's number on the machine its own: NCCL refuses one that another has."""
+    if torch.device(device).index is not None:
+        raise DDFastError(f"--device {device}: of several processes each takes a GPU of its own: --device cuda")
+    (local, processes), gpus = env.local_rank_and_world_size(), torch.cuda.device_count()
+    if 1 < gpus < processes:  # one: each may see no other than its own
+        raise DDFastError(
+            f"{processes} processes (LOCAL_WORLD_SIZE) and {gpus} GPUs on this machine: "
+            f"start at most {gpus} per machine"
+        )
+    torch.cuda.set_device(local if gpus > 1 else 0)
 
 
 def _of_others(error: BaseException) -> BaseException | None:
@@ -401,9 +414,9 @@ def first_then_all(what: Callable[[], T]) -> T:
     return made[0]
 
 
-def share(whole: Sequence[T]) -> Sequence[T]:
+def share(parts: Sequence[T]) -> Sequence[T]:
     """What this process does of a work that all share: every `count()`th part, from the one of its rank on."""
-    return whole[rank() :: count()]
+    return parts[rank() :: count()]
 
 
 def collected(parts: list[T], *, everywhere: bool = False) -> list[T]:
@@ -421,7 +434,8 @@ def collected(parts: list[T], *, everywhere: bool = False) -> list[T]:
         shares = [None] * _group.size if _group.rank == 0 else []
         _group.wait()
         dist.gather_object(parts, shares or None)
-    return [share[turn] for turn in range(len(shares[0]) if shares else 0) for share in shares if turn < len(share)]
+    turns = range(len(shares[0]) if shares else 0)
+    return [one[turn] for turn in turns for one in shares if turn < len(one)]
 
 
 _PATIENCE = 5.0

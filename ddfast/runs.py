@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nvtx
 import tomli_w
 import torch
 
@@ -26,6 +25,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
 from ddfast.progress import Progress
 from ddfast.recipes import get_recipe
+from ddfast.tracing import span
 
 CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
 THROUGHPUT = "throughput.jsonl"
@@ -172,7 +172,7 @@ class Stages:
         """Add the time of the body to the stage's, whether it ends or is interrupted."""
         started = time.perf_counter()
         try:
-            with nvtx.annotate(name):
+            with span(name):
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import launch, launched
+from launching import launch, launched
 
 from ddfast import interruption, processes
 from ddfast.errors import DDFastError
@@ -84,7 +84,8 @@ class Awkward(Exception):
 def ends(how: str) -> None:
     """Process 1 ends, or hangs, where process 0 waits for it in PyTorch, or in a wait of ours (`* alone`)."""
     how, _, alone = how.partition(" ")
-    with interruption.answered(), processes.together("cpu", TIMEOUT):
+    told = {} if alone else {"option": "--limit", "kept": "much is kept"}
+    with interruption.answered(), processes.together("cpu", TIMEOUT, **told):
         processes.gather(0)
         if processes.rank() == 1:
             if how == "hangs":
@@ -122,8 +123,8 @@ def first_ends(how: str) -> str:
 ENDINGS = {
     "killed": "has been ended (killed, perhaps for want of memory)",
     "raises": "has ended: RuntimeError: an unexpected one",
-    "hangs": f"has shown no sign of life for {TIMEOUT:g} s (--parallel.timeout)",
-    "stopped": f"has shown no sign of life for {TIMEOUT:g} s (--parallel.timeout)",
+    "hangs": f"has shown no sign of life for {TIMEOUT:g} s",
+    "stopped": f"has shown no sign of life for {TIMEOUT:g} s",
     "terminated": "Terminated",
 }
 
@@ -142,16 +143,40 @@ def test_one_that_ends_or_hangs_ends_the_others():
             time.sleep(0.05)
         ended = {how: running.ended(limit=0) for how, running in started.items()}  # one that is stopped stays
     for how, (waiting, other) in ended.items():
-        how = how.partition(" ")[0]
+        how, _, alone = how.partition(" ")
         assert waiting.code == 1, (how, waiting)
         assert ENDINGS[how] in waiting.errors, (how, waiting.errors)
         assert how == "terminated" or "process 1 of 2" in waiting.errors
+        assert ("; see its own messages; much is kept\n" in waiting.errors) == (not alone and how != "terminated")
+        assert (f"{TIMEOUT:g} s (--limit)" in waiting.errors) == (not alone and how in ("hangs", "stopped"))
         if how == "hangs":
             assert other.code == 1
             assert "Timeout" in other.errors
             assert "in hangs_here" in other.errors
         if how == "raises":
             assert "RuntimeError: an unexpected one" in other.errors
+
+
+def test_every_process_takes_a_gpu_of_its_own(monkeypatch):
+    """Those that have none say so before they talk: NCCL's own words are of a duplicate."""
+    for name, value in {"WORLD_SIZE": "6", "RANK": "1", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def nobody(limit: object) -> None:
+        raise RuntimeError("nobody is met here")
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(processes, "_store", nobody)
+    for device, gpus, words in (
+        ("cuda", 2, r"3 processes \(LOCAL_WORLD_SIZE\) and 2 GPUs on this machine: start at most 2 per machine"),
+        ("cuda:1", 3, "--device cuda:1: of several processes each takes a GPU of its own: --device cuda"),
+        ("cuda", 3, "do not find each other: nobody is met here"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        with pytest.raises(DDFastError, match=words), processes.together(device, TIMEOUT):
+            pass
+    assert taken == [1]
 
 
 def test_what_ends_the_first_alone_ends_all():

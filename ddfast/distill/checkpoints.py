@@ -22,13 +22,14 @@ from typing import Any
 from torch import Tensor
 
 from ddfast import processes
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import sync, write_atomically
 from ddfast.messages import warn
 
 FOLDER = "checkpoints"
 STATE = "state.json"
 KEPT = 2
+"""Checkpoints of a stage: a run keeps its last ones."""
 
 _CHUNK = 2**24
 
@@ -63,8 +64,7 @@ class Checkpoints:
             try:
                 _dcp("save", tensors, temporary)
             except Exception as error:
-                said = (isinstance(error, OSError) and error.strerror) or _first_line(error)
-                raise DDFastError(f"cannot write {place}: {said}; the last checkpoint is kept") from error
+                raise DDFastError(f"cannot write {place}: {first_line(error)}; the last checkpoint is kept") from error
             mine = {name: _digest(temporary / name) for name in _written_here(temporary)}
         digests = {name: digest for part in processes.gather(mine) for name, digest in part.items()}
 
@@ -199,7 +199,7 @@ def _read_state(place: Path) -> tuple[dict[str, Any], str]:
         int(state["step"])
         return state, f"{', '.join(missing)} missing" if missing else ""
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return {}, f"{STATE}: {_first_line(error)}"
+        return {}, f"{STATE}: {first_line(error)}"
 
 
 def _dcp(action: str, tensors: Mapping[str, Tensor], place: Path) -> None:
@@ -219,7 +219,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

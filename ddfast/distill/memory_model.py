@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ddfast.models.blocks import blocks_of
+from ddfast.models.layers import num_parameters
 
 FLOAT32 = 4
 
@@ -46,19 +47,15 @@ class Size:
     @classmethod
     def of(cls, network: nn.Module) -> Size:
         """Of any network; its tensors need no memory."""
-        blocks = [_count(block) for block in blocks_of(network)]
+        blocks = [num_parameters(block) for block in blocks_of(network)]
         linear = {layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}
-        parameters = _count(network)
+        parameters = num_parameters(network)
         return cls(
             parameters=parameters,
             matrices=sum(weight.numel() for weight in linear),
             block=max(blocks, default=0),
             outside=parameters - sum(blocks),
         )
-
-
-def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +78,7 @@ class State:
         return self.total - self.gradients
 
 
-def state_of(size: Size, optimizer: str, *, averaged: bool) -> State:
+def state_bytes(size: Size, optimizer: str, *, averaged: bool) -> State:
     """State of a network whose parameters are all trained.
 
     Args:
@@ -94,20 +91,20 @@ def state_of(size: Size, optimizer: str, *, averaged: bool) -> State:
     return State(parameters=whole, gradients=whole, moments=moments, average=whole if averaged else 0)
 
 
-def choose_strategy(state_bytes: int, memory_bytes: int, processes: int) -> str:
+def choose_strategy(held_bytes: int, memory_bytes: int, processes: int) -> str:
     """The rule of `--parallel.strategy auto`: replicate where what every process then holds leaves room enough.
 
     Args:
-        state_bytes: of all networks of a stage, the teacher's parameters included, unsharded.
+        held_bytes: of all networks of a stage, the teacher's parameters included, unsharded.
         memory_bytes: that tensors may take on one device.
         processes: of one node, which would hold a part each.
     """
-    return "shard" if processes > 1 and state_bytes > _MOST_STATE * memory_bytes else "replicate"
+    return "shard" if processes > 1 and held_bytes > _MOST_STATE * memory_bytes else "replicate"
 
 
-def shards_teacher(state_bytes: int, teacher_bytes: int, memory_bytes: int) -> bool:
-    """Whether a teacher is sharded too, beside `state_bytes` of sharded networks on every process."""
-    return state_bytes + teacher_bytes > _MOST_STATE * memory_bytes
+def shards_teacher(held_bytes: int, teacher_bytes: int, memory_bytes: int) -> bool:
+    """Whether a teacher is sharded too, beside `held_bytes` of sharded networks on every process."""
+    return held_bytes + teacher_bytes > _MOST_STATE * memory_bytes
 
 
 def part_of(number: int, processes: int) -> int:

@@ -228,13 +228,13 @@ def peak_bytes(run: Callable[[], None]) -> int:
 
     Counted op by op, forward and backward, on any device; what an op holds inside is not.
     """
-    live = Live()
+    live = LiveBytes()
     with private_api.every_call(live.call):
         run()
     return live.peak
 
 
-class Live:
+class LiveBytes:
     """Memory of the tensors that ops return, as long as it lives."""
 
     def __init__(self) -> None:

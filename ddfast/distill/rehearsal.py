@@ -23,7 +23,7 @@ from ddfast import private_api, seeds
 from ddfast.config import TrainConfig
 from ddfast.distill.batch import Part
 from ddfast.distill.method import Method
-from ddfast.distill.micro_batch import Live
+from ddfast.distill.micro_batch import LiveBytes
 from ddfast.distill.trainer import from_noise
 from ddfast.errors import DDFastError
 from ddfast.models import families
@@ -228,7 +228,7 @@ def _answered(op: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> 
     return op(*arguments, **settings)
 
 
-class _Counted(Live):
+class _Counted(LiveBytes):
     """Memory by the part of a step in which it peaks, and work.
 
     (FlopCounterMode itself holds on to the tensors of modules, so that memory would not be what it is.)

@@ -26,7 +26,7 @@ import torch
 
 from ddfast import processes
 from ddfast.config import TrainConfig, plain, profiled_steps, trackers
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, write_atomically
 from ddfast.tracing import ProfileWindow
 
@@ -103,7 +103,7 @@ def stage_log(
         sinks = []
         if rank == 0:
             settings = plain(config) if config else {}
-            for opener in (json_lines, *(SINKS[name] for name in names)):
+            for opener in (json_lines, *(SINKS[name][-1] for name in names)):
                 sinks.append(open_until_the_end.enter_context(opener(out, stage, step, settings)))
         window = ProfileWindow(steps, out / PROFILE / f"{stage}-rank{rank}.json.gz", device)
         yield StageLog(sinks, Pace(device), open_until_the_end.enter_context(window))
@@ -167,8 +167,8 @@ def wandb(out: Path, stage: str, step: int, settings: Mapping[str, Any]) -> Iter
             settings={"console": "off"},  # it would catch the progress bar
         )
     except Exception as error:  # the client's own types: no key, no network, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DDFastError(f"--track wandb: {reason}; `wandb login`, or WANDB_MODE=offline without a network") from error
+        remedy = "`wandb login`, or WANDB_MODE=offline without a network"
+        raise DDFastError(f"--track wandb: {first_line(error)}; {remedy}") from error
     with run:
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         there = run.summary.get(f"{stage}/step", 0)
@@ -180,15 +180,16 @@ def wandb(out: Path, stage: str, step: int, settings: Mapping[str, Any]) -> Iter
         yield sink
 
 
-SINKS: dict[str, Opener] = {"tensorboard": tensorboard, "wandb": wandb}
-"""By the names of `--track`."""
-
-_NEEDED = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init")}
+SINKS: dict[str, tuple[str, str, Opener]] = {
+    "tensorboard": ("torch.utils.tensorboard", "SummaryWriter", tensorboard),
+    "wandb": ("wandb", "init", wandb),
+}
+"""By the names of `--track`: the module and the name in it that start a tracker, and what opens its sink."""
 
 
 def _imported(tracker: str) -> Any:
     """What a tracker is started by."""
-    module, name = _NEEDED[tracker]
+    module, name, _ = SINKS[tracker]
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:  # a folder of its name is a module that has nothing

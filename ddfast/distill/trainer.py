@@ -17,7 +17,7 @@ from ddfast.config import OptimisationConfig, ParallelConfig, TrainConfig
 from ddfast.distill import checkpoints
 from ddfast.distill.batch import Batch, Draw, Part
 from ddfast.distill.checkpoints import Checkpoints
-from ddfast.distill.memory_model import USABLE, Size, choose_strategy, part_of, shards_teacher, state_of
+from ddfast.distill.memory_model import USABLE, Size, choose_strategy, part_of, shards_teacher, state_bytes
 from ddfast.distill.method import ExponentialMovingAverage, Method
 from ddfast.distill.micro_batch import MicroBatch, choose, missing_bytes
 from ddfast.distill.muon import Muon
@@ -227,7 +227,7 @@ class _Loop:
             return {**before}
         sizes = {name: Size.of(network) for name, network in self.networks.items()}
         state = sum(
-            state_of(size, self.config.optimizer, averaged=self.networks[name] is self.averaged).total
+            state_bytes(size, self.config.optimizer, averaged=self.networks[name] is self.averaged).total
             for name, size in sizes.items()
         )
         teacher = sum(parameter.nbytes for parameter in self.method.roles.teacher.parameters())

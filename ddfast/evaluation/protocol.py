@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import nvtx
-
 from ddfast import processes, seeds
 from ddfast.config import TrainConfig
 from ddfast.distill.stages import new_network
@@ -17,6 +15,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.progress import Progress, silent
 from ddfast.runs import TUNED_FILE
+from ddfast.tracing import span
 
 
 def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: Progress) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: 
     settings |= {"seed": seeds.derived(config.seed, 2_000_003)}
     for done, source in enumerate(sources):
         progress(done, len(sources) + 1, source)
-        with nvtx.annotate(f"evaluate {source}"):
+        with span(f"evaluate {source}"):
             rows[source] = dict(evaluator.measure(stream(source, teacher, student, **settings)))
     if processes.first_does((config.out / TUNED_FILE).exists):
         tuned = new_network(config, teacher)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ddfast.models.layers import num_parameters
+
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a student, flow network or teacher, in the order of the forward pass.
@@ -27,15 +29,11 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
         return list(own)
     lists = [list(module) for module in network.modules() if isinstance(module, nn.ModuleList)]
     alike = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1 and _is_callable(blocks[0])]
-    return max(alike, key=lambda blocks: sum(_size(block) for block in blocks), default=[])
+    return max(alike, key=lambda blocks: sum(map(num_parameters, blocks)), default=[])
 
 
 def _is_callable(block: nn.Module) -> bool:
     return not isinstance(block, (nn.ModuleList, nn.ModuleDict))
-
-
-def _size(block: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in block.parameters())
 
 
 @contextlib.contextmanager

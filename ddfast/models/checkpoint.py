@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddfast import private_api, processes
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, write_atomically
 from ddfast.messages import say
 from ddfast.models.layers import stacked_rows
@@ -261,7 +261,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         length = int.from_bytes(opened.raw.read(8), "little")
         header = json.loads(opened.raw.read(length))
     except (SafetensorError, ValueError, OSError) as error:
-        reason = f"{_first_line(error)}; copy or download it again"
+        reason = f"{first_line(error)}; copy or download it again"
         raise DDFastError(f"{path} is not a readable safetensors file, cut short or damaged: {reason}") from error
     content = {}
     for name, entry in header.items():
@@ -311,7 +311,7 @@ def _read_pytorch(path: Path, *, zipped: bool) -> Any:
             "save its state_dict alone"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, OSError) as error:
-        raise DDFastError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from error
+        raise DDFastError(f"{path} is damaged or no PyTorch checkpoint: {first_line(error)}") from error
 
 
 class _NoPlaceError(Exception):
@@ -353,7 +353,7 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         files = set(json.loads(read_text(path))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DDFastError(f"{path} is no index of checkpoint files: {_first_line(error)}") from error
+        raise DDFastError(f"{path} is no index of checkpoint files: {first_line(error)}") from error
     content: dict[str, Any] = {}
     for name in sorted(files):
         part = path.parent / str(name)
@@ -528,7 +528,3 @@ def _contiguous(shape: torch.Size) -> tuple[int, ...]:
         steps.append(step)
         step *= max(size, 1)
     return tuple(reversed(steps))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

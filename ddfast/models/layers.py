@@ -25,6 +25,11 @@ LayerNorm = functools.partial(nn.LayerNorm, dtype=torch.float32)
 GroupNorm = functools.partial(nn.GroupNorm, dtype=torch.float32)
 
 
+def num_parameters(network: nn.Module) -> int:
+    """How many numbers a network's parameters are."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 class Conv2d(nn.Conv2d):
     """A convolution in contiguous memory, whatever its input and its weights lie in.
 

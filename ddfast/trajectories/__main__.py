@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.trajectories.count = options.count
             options.trajectories.__post_init__()
         check_device(options.device)
-        with processes.together(options.device, options.parallel.timeout):
+        limit, kept = options.parallel.timeout, "finished shards are kept"
+        with processes.together(options.device, limit, option="--parallel.timeout", kept=kept):
             teacher = build_teacher(options, progress_bar("teacher"))
             store = make_trajectories(options, teacher, progress_bar("trajectories"))
             say(f"{store.num_shards() * store.settings.shard_size} pairs in {store.path}")

@@ -127,6 +127,7 @@ def generate_trajectories(
         raise ValueError(f"batch_size: got {batch_size}, expected a positive number, or 0 for what memory holds")
     if store.settings.teacher != teacher_hash(teacher):
         raise ValueError(f"teacher: got {teacher_hash(teacher)}, expected the store's teacher {store.settings.teacher}")
+    # By the environment, not `processes`: shards need no talk, so a caller under torchrun needs no `together`.
     rank, world_size = env.rank_and_world_size()
     missing = [shard for shard in store.shards_for(count)[rank::world_size] if not store.has_shard(shard)]
     if not missing:

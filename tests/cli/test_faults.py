@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Ended, Launched, launched
+from launching import Ended, Launched, launched
 from training import different, leftovers, train
 
 from ddfast import pipeline

@@ -121,7 +121,8 @@ def test_torchrun_is_refused_before_anything_is_written(here, generators, tmp_pa
     monkeypatch.setenv("WORLD_SIZE", "2")
     target = {"convert": "--to"}.get(command, "--out")
     source = {"convert": ("--teacher", generators / "var")}.get(command, ("--student", generators / "var"))
-    words = f"`{command}` runs in one process, and torchrun started 2 (WORLD_SIZE): start it without torchrun"
+    words = f"`{command}` runs in one process, and torchrun started 2 (WORLD_SIZE): start it without torchrun; "
+    words += "only train, trajectories, sample, evaluate, doctor run in several"
     refused_here(here, words, command, *source, target, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -153,7 +154,7 @@ def test_a_typed_folder_is_taken_as_it_is():
 def test_what_is_no_number_of_processes_is_named(monkeypatch, value):
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(DDFastError, match=f"the environment variable WORLD_SIZE is '{value}', expected a number"):
-        env.check_one_process("train")
+        env.check_one_process("`plan`", several=["train"])
 
 
 # Files of settings ------------------------------------------------------------------------------------------------

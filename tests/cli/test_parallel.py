@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import in_this_process
-from processes import launch, launched
+from launching import launch, launched
 
 from ddfast import pictures, processes
 from ddfast.errors import DDFastError

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from commands import refused_here
 
 from ddfast.planning import parse_bytes
 
@@ -49,6 +50,19 @@ def test_a_plan_that_does_not_fit_says_what_must_change(here):
     assert {phase["micro_batch"] for phase in stage["phases"]} == {1}
     assert {phase["gathered"] > 0 for phase in stage["phases"]} == {True}
     assert re.fullmatch("(.* devices in a node, .*, or )?devices of 1 GiB", stage["advice"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--peak-flops=-3", "peak_flops: got -3.0, expected a positive number, or 0 for the data sheet's"),
+        ("--mfu=0", "mfu: got 0.0, expected a positive number"),
+        ("--mfu=2", "mfu: got 2.0, expected a share of at most 1"),
+        ("--devices=0", "devices: got 0, expected a positive number"),
+    ],
+)
+def test_a_machine_that_cannot_be_is_one_line(here, flag, words):
+    refused_here(here, words, "plan", flag)
 
 
 def test_memory_is_told_with_its_unit():

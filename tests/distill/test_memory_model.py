@@ -8,7 +8,7 @@ from ddfast.distill.memory_model import (
     gathered_bytes,
     part_of,
     shards_teacher,
-    state_of,
+    state_bytes,
 )
 
 GIB = 2**30
@@ -29,10 +29,10 @@ def test_what_a_network_is_made_of():
 
 def test_state_is_parameters_gradients_moments_and_average():
     size = Size(parameters=100, matrices=60, block=30, outside=10)
-    adamw = state_of(size, "adamw", averaged=True)
+    adamw = state_bytes(size, "adamw", averaged=True)
     assert (adamw.parameters, adamw.gradients, adamw.moments, adamw.average) == (400, 400, 800, 400)
     assert (adamw.total, adamw.saved) == (2000, 1600)
-    muon = state_of(size, "muon", averaged=False)
+    muon = state_bytes(size, "muon", averaged=False)
     assert (muon.moments, muon.average) == (800 - 240, 0)
 
 

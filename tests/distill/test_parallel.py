@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import launched
+from launching import launched
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shared_runs import (

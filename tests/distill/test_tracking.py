@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddfast import processes, runs
-from ddfast.config import SettingError, TrainConfig, profiled_steps, trackers
+from ddfast.config import TRACKERS, SettingError, TrainConfig, profiled_steps, trackers
 from ddfast.distill import tracking
 from ddfast.distill.tracking import Pace, check_trackers, stage_log
 from ddfast.errors import DDFastError
@@ -214,7 +214,7 @@ def test_a_gpus_figures_are_asked_for_once_a_second(monkeypatch):
 
 def test_settings_of_what_is_told():
     assert trackers("") == () and trackers("wandb, tensorboard,wandb") == ("wandb", "tensorboard")
-    assert trackers(",".join(tracking.SINKS)) == tuple(tracking.SINKS)
+    assert tuple(tracking.SINKS) == TRACKERS
     assert profiled_steps("") == range(0) and profiled_steps("10:13") == range(10, 13)
     for wrong in ("10", "0:3", "13:10", "3:3", "-1:2", "1:2:3", "a:b"):
         with pytest.raises(SettingError, match="profile_steps"):

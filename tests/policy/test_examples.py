@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 from commands import TINY, in_this_process, prepare
-from processes import launch
+from launching import launch
 from torch.distributed.run import parse_args
 
 import ddfast

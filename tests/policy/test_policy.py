@@ -161,6 +161,24 @@ def test_one_file_reads_the_environment():
     assert readers == {"env.py"}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "files"),
+    [
+        (r"import nvtx|\bnvtx\.annotate", {"tracing"}),
+        (r"\bsignal\.signal\(|from signal import", {"interruption"}),
+        (
+            r"torch\.distributed as|(from|import) torch\.distributed|from torch import .*\bdistributed\b",
+            {"processes", "distill.sharding", "distill.checkpoints", "diagnosis"},
+        ),
+    ],
+    ids=["ranges", "signals", "processes"],
+)
+def test_what_few_files_know(pattern, files):
+    """The others ask these: for spans, for interruptions, for what processes agree on or share."""
+    knowing = {name_of(path) for path in MODULES if re.search(pattern, path.read_text())}
+    assert knowing == files
+
+
 def test_one_file_seeds_generators():
     """PyTorch's own way reads a seed's low 32 bits only."""
     seeding = {"manual_seed", "manual_seed_all", "seed", "default_rng", "RandomState"}

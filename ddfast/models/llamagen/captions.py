@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddfast import seeds
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text
 from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.llamagen.network import LlamaGenTeacher
@@ -84,8 +84,7 @@ def encode_captions(
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoder = T5EncoderModel.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DDFastError(f"captions: cannot load the T5 encoder {model}: {reason}") from error
+        raise DDFastError(f"captions: cannot load the T5 encoder {model}: {first_line(error)}") from error
     # By .to, not an argument of from_pretrained: that one's name depends on the version of transformers.
     encoder = encoder.to(device=device, dtype=dtype).eval()
     features, masks = [], []
