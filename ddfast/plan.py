@@ -44,8 +44,7 @@ class PlanOptions(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.peak_flops >= 0:
-            wanted = "a positive number, or 0 for the data sheet's"
-            raise SettingError(f"peak_flops: got {self.peak_flops}, expected {wanted}")
+            raise SettingError(f"peak_flops: got {self.peak_flops}, expected a positive number, or 0: the data sheet's")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -55,7 +55,7 @@ def test_a_plan_that_does_not_fit_says_what_must_change(here):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--peak-flops=-3", "peak_flops: got -3.0, expected a positive number, or 0 for the data sheet's"),
+        ("--peak-flops=-3", "peak_flops: got -3.0, expected a positive number, or 0: the data sheet's"),
         ("--mfu=0", "mfu: got 0.0, expected a positive number"),
         ("--mfu=2", "mfu: got 2.0, expected a share of at most 1"),
         ("--devices=0", "devices: got 0, expected a positive number"),
