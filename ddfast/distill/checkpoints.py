@@ -64,7 +64,8 @@ class Checkpoints:
             try:
                 _dcp("save", tensors, temporary)
             except Exception as error:
-                raise DDFastError(f"cannot write {place}: {first_line(error)}; the last checkpoint is kept") from error
+                said = getattr(error, "strerror", None) or first_line(error)
+                raise DDFastError(f"cannot write {place}: {said}; the last checkpoint is kept") from error
             mine = {name: _digest(temporary / name) for name in _written_here(temporary)}
         digests = {name: digest for part in processes.gather(mine) for name, digest in part.items()}
 
