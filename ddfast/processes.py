@@ -492,5 +492,7 @@ def _store(limit: datetime.timedelta) -> Any:
     """
     global _messages
     if _messages is None:
-        _messages, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun's store is the same after a restart: what processes that are gone have left there shall not be found.
+        _messages = dist.PrefixStore(f"attempt/{env.restarts()}", store)
     return _messages

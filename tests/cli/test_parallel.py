@@ -107,5 +107,5 @@ def test_what_ends_all_is_said_once_and_what_ends_one_by_that_one(cache, generat
     assert alike[1].errors == ""
     assert one[1].code == 1
     assert one[1].errors.startswith("ddfast sample: process 1 of 2: error: no space left; ")
-    assert one[0].code == -signal.SIGTERM
-    assert one[0].errors == ""
+    assert one[0].code in (1, -signal.SIGTERM)  # it lost the other, or was ended before it knew
+    assert not one[0].errors or "process 1 of 2 has ended: DDFastError: no space left" in one[0].errors
