@@ -29,6 +29,8 @@ LONGEST = (
     "tests/test_toy_quality.py",
     "tests/test_toy_quality_dd2.py",
     "tests/kernels/test_compile.py",
+    "tests/distill/test_parallel.py",
+    "tests/cli/test_faults.py",
     "tests/kernels/test_launches.py",
     "tests/policy/test_examples.py",
     "tests/cli/test_commands.py",

@@ -152,6 +152,24 @@ def assert_same_files(ours: Path, theirs: Path, *, exactly: bool) -> None:
             assert apart <= (0 if exactly else WEIGHTS), (ours, name, key)
 
 
+QUICK = {"dd1, digits": [Way("shard", 4)], "match, kl": [Way("shard", 3, "blocks")]}
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    """The least of what follows: both methods, by FSDP, micro-batches that do not divide, blocks computed again."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train_all(planned(tmp_path / "reference", CASES, {name: [Way()] for name in QUICK}))
+    finally:
+        torch.set_num_threads(threads)
+    plan = planned(tmp_path / "2", CASES, QUICK)
+    in_processes(2, train_all, plan)
+    for _, _, out in plan:
+        assert_alike(out, tmp_path / "reference" / out.parent.name / "0")
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("count", "name", "number"),
     [(count, name, number) for count, ways in WAYS.items() for name in ways for number in range(len(ways[name]))],
@@ -161,6 +179,7 @@ def test_what_is_learnt_is_one_processs(done, count, name, number):
     assert_alike(folder / str(count) / name / str(number), folder / "reference" / name / "0")
 
 
+@pytest.mark.full
 def test_files_have_live_and_averaged_weights_and_stacked_matrices_apart(done):
     """As the official layout has them, whichever process held which rows."""
     folder, _ = done
@@ -170,12 +189,14 @@ def test_files_have_live_and_averaged_weights_and_stacked_matrices_apart(done):
     assert {name.split(".")[-2] for name in tensors if "feed_forward" in name} == {"w1", "w2", "w3"}
 
 
+@pytest.mark.full
 def test_a_file_is_written_tensor_by_tensor(done):
     for said, _ in done[1]["four"]:
         assert said["writing"]["gathered"] > 20
         assert said["writing"]["most"] == 1
 
 
+@pytest.mark.full
 def test_resumed_by_as_many_it_is_the_same_run_bit_for_bit(done):
     """With the micro-batch that memory held at the start; what a killed process left goes."""
     folder, said = done
@@ -185,11 +206,13 @@ def test_resumed_by_as_many_it_is_the_same_run_bit_for_bit(done):
     assert not said["two"][0][0]["left"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("folder", ["by one, then two", "by two, then one", "by two, then four", "undisturbed"])
 def test_resumed_in_another_way_it_learns_the_same(done, folder):
     assert_alike(done[0] / folder, done[0] / "alone")
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(done, tmp_path, capsys):
     folder, said = done
     assert_same_files(folder / "flipped", folder / "undisturbed", exactly=True)
@@ -203,6 +226,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(done, tmp_path, capsys
     assert_alike(ours, folder / "alone")
 
 
+@pytest.mark.full
 def test_what_cannot_go_on_is_one_clear_line(done):
     _, said = done
     two, four = ([one for one, _ in said[count]] for count in ("two", "four"))
@@ -220,8 +244,7 @@ LONG = {
     "match, kl": {"start_iterations": 12, "guidance_first": 6, "iterations": 10, "align_iterations": 4},
     "match, sid": {"start_iterations": 12, "guidance_first": 6, "iterations": 10, "align_iterations": 4},
 }
-for name in ("match, kl", "match, sid"):
-    LONG[name] |= {"later_iterations": 4, "watch_every": 10}
+LONG |= {name: {**LONG[name], "later_iterations": 4, "watch_every": 10} for name in ("match, kl", "match, sid")}
 LONG_WAYS = {
     1: [Way(micro_batch=8), Way(micro_batch=4, recompute="blocks")],
     2: [Way("replicate", 4), Way("shard", 2, "blocks", teacher_too=True)],
