@@ -56,6 +56,7 @@ def slurm(environment, tmp_path) -> dict[str, str]:
     return {**environment, **modules, **job, **sizes, "PATH": path}
 
 
+@pytest.mark.full
 def test_a_job_whose_time_is_over_saves_and_queues_itself_again(slurm, tmp_path):
     flags = [
         *TINY,

@@ -166,6 +166,7 @@ def succeed(cache: Path, *arguments: str) -> None:
     assert in_this_process(cache, *arguments) == 0, arguments
 
 
+@pytest.mark.full
 def test_commands_for_many_gpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path / "cache")
