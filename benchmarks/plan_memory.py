@@ -25,10 +25,8 @@ from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Matching, Tuning
 from ddfast.distill.memory_model import Size, state_bytes
 from ddfast.distill.method import ExponentialMovingAverage, Roles
-from ddfast.distill.rehearsal import Rehearsal
+from ddfast.distill.rehearsal import Rehearsal, forward_pass
 from ddfast.distill.stages import new_network
-from ddfast.distill.trainer import from_noise
-from ddfast.models.blocks import recomputing
 from ddfast.models.loading import start_student, untrained_teacher
 from ddfast.planning import GPUS, Machine, as_json, plan
 from ddfast.recipes import RECIPES, get_recipe
@@ -105,13 +103,9 @@ def trainee(config, phase: str, precision: str):
         updated.zero_grad(set_to_none=True)
         for first in range(0, size, micro):
             part = Part(size=size, first=first, last=first + micro, generator=seeds.generator(0))
-            batch = from_noise(teacher)(part, False)
-            batch.codes = torch.zeros(micro, teacher.num_tokens, dtype=torch.int64)
-            autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
-            with recomputing(updated, recompute), autocast:
-                loss, _ = method.step(own, batch, part)
+            loss, beside = forward_pass(method, own, part, precision=precision, recompute=recompute)
             loss.backward()
-            del loss, batch
+            del loss, beside
         nn.utils.clip_grad_norm_(updated.parameters(), 1.0)
         optimizers[id(updated)].step()
         average.update(method.roles.student, 0)

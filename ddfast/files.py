@@ -80,13 +80,20 @@ def whole_folder(folder: Path, *, last: str) -> Iterator[Path]:
 def _beside(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, whose folder is made; what is there is removed if the body fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
         except BaseException:
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, what the system says against writing is one line that names `path`."""
+    try:
+        yield
     except OSError as error:
         raise DDFastError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -102,14 +109,12 @@ def locked(path: Path, occupied: str) -> Iterator[None]:
     """
     try:
         import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
     except ImportError:
         yield
         return
-    except OSError as error:
-        raise DDFastError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -92,12 +92,8 @@ def _train(config: TrainConfig, progress_bar: ProgressBar) -> dict[str, Any]:
     if teacher.has_decoder:
         written["pictures"] = out / PICTURES
         write_pictures(config, teacher, student, written["pictures"])
-
-    def write() -> None:
-        write_report(config, metrics, student, stages.seconds, written["report"])
-        write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n")
-
-    processes.first_does(write)
+    write_report(config, metrics, student, stages.seconds, written["report"])
+    processes.first_does(lambda: write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n"))
     say("\n".join(["", *quality_table(config, metrics, student), ""]))
     say(", ".join(f"{name}: {path}" for name, path in written.items()))
     return metrics

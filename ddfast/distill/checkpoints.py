@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ddfast import processes
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import sync, write_atomically
+from ddfast.files import sync, write_atomically, writing
 from ddfast.messages import warn
 
 FOLDER = "checkpoints"
@@ -71,15 +71,16 @@ class Checkpoints:
 
         def finish() -> None:
             header = {"stage": self.stage, "identity": self.identity, **state, "files": digests}
-            write_atomically(temporary / STATE, json.dumps(header, indent=2) + "\n")
-            if place.exists():  # of the same step: a run that went on from it, and was stopped at once
-                shutil.rmtree(place)
-            temporary.replace(place)
-            sync(place.parent)
-            for old in [] if to else self._others(place):
-                shutil.rmtree(old, ignore_errors=True)
+            with writing(place):
+                write_atomically(temporary / STATE, json.dumps(header, indent=2) + "\n")
+                if place.exists():  # of the same step: a run that went on from it, and was stopped at once
+                    shutil.rmtree(place)
+                temporary.replace(place)
+                sync(place.parent)
+                for old in [] if to else self._others(place):
+                    shutil.rmtree(old, ignore_errors=True)
 
-        processes.first_does(_writing(place, finish))
+        processes.first_does(finish)
         return place
 
     def _others(self, newest: Path) -> list[Path]:
@@ -101,7 +102,7 @@ class Checkpoints:
         for place in found:
             state, damage = processes.first_does(partial(_read_state, place))
             if not damage:
-                names = sorted(state["files"])[processes.rank() :: processes.count()]
+                names = processes.share(sorted(state["files"]))
                 with processes.busy():
                     damaged = [name for name in names if _digest(place / name) != state["files"][name]]
                 damage = ", ".join(name for part in processes.gather(damaged) for name in part)
@@ -166,11 +167,9 @@ def _linked(source: str, target: str) -> str:
 
 
 def _prepare(temporary: Path) -> None:
-    try:
+    with writing(temporary):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise DDFastError(f"cannot write {temporary}: {error.strerror}") from error
 
 
 def _written_here(folder: Path) -> list[str]:
@@ -178,18 +177,6 @@ def _written_here(folder: Path) -> list[str]:
     names = sorted(file.name for file in folder.iterdir())
     rank = processes.rank()
     return [name for name in names if name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))]
-
-
-def _writing(place: Path, what: Callable[[], None]) -> Callable[[], None]:
-    """A function whose failure to write is said in one line."""
-
-    def said() -> None:
-        try:
-            what()
-        except OSError as error:
-            raise DDFastError(f"cannot write {place}: {error.strerror or error}") from error
-
-    return said
 
 
 def _read_state(place: Path) -> tuple[dict[str, Any], str]:

@@ -151,15 +151,12 @@ class Rehearsal:
                 parameter.grad = torch.empty_like(parameter)
         live = _Counted()
         as_there = _cuda_autocast(updated) if self.device_type == "cuda" else contextlib.nullcontext()
-        with self.fake, private_api.every_call(live.call), as_there, recomputing(updated, recompute):
+        with self.fake, private_api.every_call(live.call), as_there:
             part = Part.whole(samples, seeds.generator(0))
-            batch = from_noise(self.teacher)(part, False)
-            batch.codes = torch.zeros(samples, self.teacher.num_tokens, dtype=torch.int64)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                loss, logged = method.step(phase, batch, part)
+            loss, beside = forward_pass(method, phase, part, precision=precision, recompute=recompute)
             activations, live.backward = live.now, True
             loss.backward()
-            del loss, logged, batch
+            del loss, beside
         updated.zero_grad(set_to_none=True)
         return [activations, live.flops, *live.peaks]
 
@@ -173,6 +170,19 @@ class Rehearsal:
             codes = torch.zeros(1, self.teacher.num_tokens, dtype=torch.int64)
             self.teacher.log_probs(self.teacher.condition_of(torch.zeros(1, dtype=torch.int64)), codes)
         return live.flops
+
+
+def forward_pass(
+    method: Method, phase: str, part: Part, *, precision: str = "float32", recompute: bool = False
+) -> tuple[Tensor, object]:
+    """A micro-batch's forward pass on a CPU, of sequences of one code: its loss, and what lives beside it."""
+    teacher = method.roles.teacher
+    batch = from_noise(teacher)(part, False)
+    batch.codes = torch.zeros(len(part), teacher.num_tokens, dtype=torch.int64)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with recomputing(method.networks[phase], recompute), autocast:
+        loss, logged = method.step(phase, batch, part)
+    return loss, (batch, logged)
 
 
 def _line(first: int, second: int) -> Line:

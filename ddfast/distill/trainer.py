@@ -123,7 +123,6 @@ def optimise(
                 log.figures(loop.step, loop.figures())
                 latest.clear()
                 contributed.clear()
-            processes.sign()
             if progress:
                 progress(loop.step, method.total, log.text(f"loss {loss:.3f}"))
             if loop.step % config.checkpoint_every == 0 or loop.step == method.total:
@@ -210,8 +209,6 @@ class _Loop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for network in self.networks.values():
-            network.zero_grad(set_to_none=True)
         if kind is None:
             self.spread.restore()
 

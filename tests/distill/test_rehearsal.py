@@ -10,10 +10,8 @@ from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Matching, Tuning
 from ddfast.distill.method import Roles
 from ddfast.distill.micro_batch import peak_bytes
-from ddfast.distill.rehearsal import Rehearsal
+from ddfast.distill.rehearsal import Rehearsal, forward_pass
 from ddfast.distill.stages import new_network
-from ddfast.distill.trainer import from_noise
-from ddfast.models.blocks import recomputing
 from ddfast.models.loading import start_student, untrained_teacher
 from ddfast.recipes import get_recipe
 
@@ -57,11 +55,7 @@ def measured(config, phase: str, samples: int, precision: str, recompute: bool) 
 
     def step() -> None:
         part = Part.whole(samples, seeds.generator(0))
-        batch = from_noise(teacher)(part, False)
-        batch.codes = torch.zeros(samples, teacher.num_tokens, dtype=torch.int64)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
-        with recomputing(updated, recompute), autocast:
-            loss, _ = method.step(phase, batch, part)
+        loss, _ = forward_pass(method, phase, part, precision=precision, recompute=recompute)
         loss.backward()
 
     step()  # what is made once and kept
