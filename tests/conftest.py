@@ -1,6 +1,8 @@
 """Hypothesis repeats its examples: a failure means a change. `--hypothesis-profile=explore` draws new ones."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 # Where pytest runs in several processes, each takes its share of the cores, and so do the commands that it starts.
 # Before torch is imported: idle threads of one would slow down another.
@@ -19,6 +21,8 @@ except ImportError:  # tests/gpu does without
 # Without a GPU, Triton's kernels run in its interpreter. Before anything imports them: it is decided there.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from ddfast import interruption
 
 if settings is not None:
     settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -50,6 +54,18 @@ LEFT_OUT = {
 """Markers that a run may deselect, and what its last lines say of that."""
 
 left_out = dict.fromkeys(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A command that fails as one of several processes ignores signals from then on; here the process does not end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return (yield)
+    finally:
+        interruption._ends = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
