@@ -32,7 +32,7 @@ class SampleOptions:
         point: where the second step starts; default: where it was trained.
         guidance: settings of the teacher's part; default: those that the student learnt.
         classes: labels (text: numbers of captions) separated by commas; empty: all of them in turn.
-        captions: for a text model: file with features (`save_captions`), or with a caption in every line.
+        captions: for a text model: file with features (`save_captions`), with a caption in every line, or COCO's JSON.
         caption: for a text model: a caption; may be given several times.
         text_encoder: name or folder of the T5 that encodes captions given as text; default: google/flan-t5-xl.
         count: how many samples.

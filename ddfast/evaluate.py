@@ -29,7 +29,7 @@ class EvaluateOptions:
     Attributes:
         student: folder of a training run.
         evaluation: how many samples, and which batch sizes are timed; default: the run's.
-        captions: for a text model: file with features, or with a caption in every line.
+        captions: for a text model: file with features, with a caption in every line, or COCO's JSON.
         json: file for the figures, in the form of metrics.json.
         device: where to run.
     """

@@ -1,0 +1,194 @@
+"""CLIP score: how well images show what their captions say, by a CLIP model of the user's, or by features of a file.
+
+It is 100 max(cos, 0) of an image's features and its caption's, in the mean over images: the figure of text-to-image
+tables, in 0..100. Hessel et al. 2021 have the factor 2.5, and "A photo depicts" before every caption; other tables leave
+the factor out. Scores of two models (ViT-B/32, G/14) are two figures.
+
+Dimensions: B batch, M images, D features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ddfast import processes
+from ddfast.errors import DDFastError, first_line
+from ddfast.evaluation.resizing import clip_resize
+from ddfast.files import read_text
+from ddfast.models.checkpoint import load_tensors
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels that OpenAI's and OpenCLIP's models were trained with, where a folder does not say others."""
+
+
+class Clip:
+    """A CLIP model in a folder, as `transformers` keeps it (openai/clip-vit-base-patch32, laion/CLIP-ViT-bigG-14-...).
+
+    Args:
+        folder: with config.json, weights and tokenizer; nothing is downloaded.
+        device: where it runs, in float32.
+
+    Raises:
+        DDFastError: transformers is not installed, the folder is not there, or holds something else.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        if not (folder / "config.json").is_file():
+            raise DDFastError(f"--clip {folder}: no folder of a CLIP model: it has no config.json")
+        try:
+            from transformers import AutoTokenizer, CLIPModel
+        except ImportError as error:
+            raise DDFastError("the CLIP score needs transformers: pip install 'ddfast[text]'") from error
+        try:
+            settings: dict[str, Any] = {"local_files_only": True}
+            model: Any
+            model, found = CLIPModel.from_pretrained(folder, output_loading_info=True, **settings)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **settings)
+        except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise DDFastError(f"--clip {folder}: cannot load the CLIP model: {first_line(error)}") from error
+        # transformers only warns of weights that it draws anew, and makes a tokenizer of nothing.
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise DDFastError(
+                f"--clip {folder}: weights of no CLIP model: {len(missing)} are missing, {missing[0]} first"
+            )
+        text = model.config.text_config
+        if len(self.tokenizer) != text.vocab_size:
+            got = f"{len(self.tokenizer)} tokens, its model {text.vocab_size}"
+            raise DDFastError(f"--clip {folder}: the tokenizer has {got}; download vocab.json and merges.txt too")
+        self.model = model.to(device=device, dtype=torch.float32).eval()
+        self.device, self.length = device, text.max_position_embeddings
+        self.size = model.config.vision_config.image_size
+        self.mean, self.std = (part.view(3, 1, 1).to(device) for part in _normalisation(folder))
+
+    @torch.no_grad()
+    def cosines(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosine of each image's features and its caption's: float64 [B], on the CPU.
+
+        Args:
+            pixels: uint8 [B, 3, H, W]; resized as `clip_resize` says.
+            captions: B texts; of long ones, the first tokens that the model reads.
+        """
+        images = (clip_resize(pixels, self.size).to(self.device).float() / 255 - self.mean) / self.std
+        tokens = self.tokenizer(
+            list(captions), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        texts = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        made = self.model(pixel_values=images, **texts)
+        return cosines(made.image_embeds, made.text_embeds)
+
+
+def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the pixels, float32 [3] each: what the folder says, or else CLIP's."""
+    said: Any = {}
+    file = folder / "preprocessor_config.json"
+    if file.is_file():
+        try:
+            said = json.loads(read_text(file))
+            made = [torch.tensor(said[name], dtype=torch.float32) for name in ("image_mean", "image_std")]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DDFastError(f"{file}: no settings of an image processor: {first_line(error)}") from error
+        if any(part.shape != (3,) or not bool(part.isfinite().all()) for part in made) or not bool(made[1].all()):
+            raise DDFastError(f"{file}: expected image_mean and image_std, three numbers each")
+        return made[0], made[1]
+    return torch.tensor(_MEAN, dtype=torch.float32), torch.tensor(_STD, dtype=torch.float32)
+
+
+def cosines(images: Tensor, texts: Tensor) -> Tensor:
+    """Cosines of rows of features [M, D] and [M, D]: float64 [M] on the CPU; NaN where a row is zero or not finite."""
+    images, texts = images.double().cpu(), texts.double().cpu()
+    return (images * texts).sum(-1) / (images.norm(dim=-1) * texts.norm(dim=-1))
+
+
+def file_cosines(path: Path) -> Tensor:
+    """Cosines float64 [M] of features that somebody computed.
+
+    Args:
+        path: safetensors with `image_features` and `text_features`, floating-point [M, D], row i of both of image i.
+
+    Raises:
+        DDFastError: the file cannot be read, or holds something else.
+    """
+    tensors, _ = load_tensors(path)
+    if tensors.keys() != {"image_features", "text_features"}:
+        got = ", ".join(sorted(tensors)[:5]) or "nothing"
+        raise DDFastError(f"{path} holds no features of CLIP: got {got}, expected image_features, text_features")
+    images, texts = tensors["image_features"], tensors["text_features"]
+    floating = images.is_floating_point() and texts.is_floating_point()
+    if images.ndim != 2 or images.shape != texts.shape or not floating:
+        got = f"{list(images.shape)} of {images.dtype} and {list(texts.shape)} of {texts.dtype}"
+        raise DDFastError(f"{path} holds no features of CLIP: got {got}, expected floating-point [M, D] both")
+    return cosines(images, texts)
+
+
+def clip_figures(cosines: Tensor) -> dict[str, float]:
+    """Mean of 100 max(cos, 0) over images as `clip_score`, its standard error as `clip_score_error`, and `clip_count`.
+
+    Args:
+        cosines: float64 [M].
+
+    Raises:
+        ValueError: there are fewer than two, or one is not finite.
+
+    Source: Hessel et al. 2021 (CLIPScore, whose factor is 2.5).
+    """
+    if len(cosines) < 2:
+        raise ValueError(f"CLIP score: got {len(cosines)} images, expected at least 2, for its standard error")
+    if not bool(cosines.isfinite().all()):
+        first = int((~cosines.isfinite()).nonzero()[0])
+        raise ValueError(f"CLIP score: the features of image {first} or of its caption are zero or not finite")
+    scores = 100 * cosines.clamp_min(0)
+    error = scores.std() / len(scores) ** 0.5
+    return {"clip_score": float(scores.mean()), "clip_score_error": float(error), "clip_count": len(scores)}
+
+
+class _Captioned(Protocol):
+    """What is known here of `Pictures`, which a layer above makes."""
+
+    pixels: Tensor
+    condition: Tensor
+
+
+P = TypeVar("P", bound=_Captioned)
+
+
+class ClipScore:
+    """Scores pictures while they pass to whoever measures something else of them: they are made once.
+
+    Args:
+        clip: the model.
+        captions: of the pictures, whose conditions are numbers of them.
+    """
+
+    def __init__(self, clip: Clip, captions: Sequence[str]) -> None:
+        self.clip, self.captions = clip, captions
+        self._cosines: list[Tensor] = []  # eight bytes of an image
+
+    def along(self, pictures: Iterable[P]) -> Iterator[P]:
+        """The same batches of pictures, each scored as it passes.
+
+        Raises:
+            ValueError: a picture's condition is the number of no caption.
+        """
+        for batch in pictures:
+            numbers = batch.condition.tolist()
+            if numbers and not 0 <= min(numbers) <= max(numbers) < len(self.captions):
+                wrong = next(number for number in numbers if not 0 <= number < len(self.captions))
+                raise ValueError(f"condition: got {wrong}, expected numbers of {len(self.captions)} captions")
+            self._cosines.append(self.clip.cosines(batch.pixels, [self.captions[number] for number in numbers]))
+            yield batch
+
+    def figures(self) -> dict[str, float]:
+        """The figures of all that has passed, at all processes; as `clip_figures`."""
+        parts = processes.collected(self._cosines)
+        return processes.first_does(lambda: clip_figures(torch.cat(parts) if parts else _NONE))
+
+
+_NONE = torch.empty(0, dtype=torch.float64)
