@@ -1,7 +1,7 @@
 """CLIP score: how well images show what their captions say, by a CLIP model of the user's, or by features of a file.
 
 It is 100 max(cos, 0) of an image's features and its caption's, in the mean over images: the figure of text-to-image
-tables, in 0..100. Hessel et al. 2021 have the factor 2.5, and "A photo depicts" before every caption; other tables leave
+tables, 0..100. Hessel et al. 2021 have the factor 2.5, and "A photo depicts" before every caption; other tables leave
 the factor out. Scores of two models (ViT-B/32, G/14) are two figures.
 
 Dimensions: B batch, M images, D features.

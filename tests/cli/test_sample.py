@@ -1,3 +1,5 @@
+import json
+
 """`ddfast sample`: what it writes, where, from what, and how much memory it takes for it."""
 
 import errno
@@ -416,6 +418,27 @@ def test_captions_are_given_as_text_or_as_a_file_of_it(here, generators, tmp_pat
     assert t5 == ["google/flan-t5-xl", "mine"]
 
 
+@pytest.mark.parametrize("held", [1000, 1], ids=["kept", "encoded batch by batch"])
+def test_captions_in_cocos_format(here, generators, tmp_path, t5, monkeypatch, held):
+    """Of each image its first one; the codes are those of the same texts."""
+    monkeypatch.setattr("ddfast.models.llamagen.captions._HELD", held)
+    said = [(7, "two dogs"), (5, "a red bird on a branch"), (7, "a pair of dogs"), (9, "x")]
+    annotations = [{"image_id": image, "id": number, "caption": text} for number, (image, text) in enumerate(said)]
+    images = [{"id": image} for image in (5, 7, 9)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    texts = ["a red bird on a branch", "two dogs", "x"]
+    made = []
+    for number, given in enumerate(
+        (["--captions", tmp_path / "coco.json"], [word for text in texts for word in ("--caption", text)])
+    ):
+        target = tmp_path / f"{number}.safetensors"
+        call = ("sample", "--student", generators / "text", "--format=codes", "--count=5", "--to", target)
+        assert here(*call, "--batch-size=2", *given)[0] == 0
+        made.append(load_file(target))
+    assert made[0]["condition"].tolist() == [0, 1, 2, 0, 1]
+    assert torch.equal(made[0]["codes"], made[1]["codes"])
+
+
 @pytest.mark.parametrize(
     ("words", "arguments"),
     [
@@ -429,11 +452,16 @@ def test_captions_are_given_as_text_or_as_a_file_of_it(here, generators, tmp_pat
         ("empty.txt holds no captions", ["text", "--captions", "{tmp}/empty.txt"]),
         ("wide.safetensors: got [2, 4, 13]", ["text", "--captions", "{tmp}/wide.safetensors"]),
         ("bytes is not UTF-8 text", ["text", "--captions", "{tmp}/bytes"]),
+        (
+            "coco.json is no file of captions in COCO's format: images: got nothing",
+            ["text", "--captions={tmp}/coco.json"],
+        ),
     ],
 )
 def test_wrong_captions_are_refused(here, generators, tmp_path, t5, words, arguments):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bytes").write_bytes(b"\xff\xe9 no text")
+    (tmp_path / "coco.json").write_text("{}")
     save_captions(tmp_path / "wide.safetensors", *random_captions(2, 4, 13))
     places = {"captions": generators / "captions.safetensors", "tmp": tmp_path}
     name, *flags = (argument.format(**places) for argument in arguments)
