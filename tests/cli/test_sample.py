@@ -1,8 +1,7 @@
-import json
-
 """`ddfast sample`: what it writes, where, from what, and how much memory it takes for it."""
 
 import errno
+import json
 import os
 import resource
 import shutil

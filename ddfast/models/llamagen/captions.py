@@ -140,7 +140,8 @@ class EncodedOnDemand:
     def encoded(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, C, dim] and mask [B, C] of the captions with the numbers int64 [B], each encoded once."""
         numbers, place = index.cpu().unique(return_inverse=True)
-        features, mask = self.encoder([self.texts[number] for number in numbers.tolist()])
+        asked = [self.texts[number] for number in numbers.tolist()]
+        features, mask = self.encoder(asked or self.texts[:1])  # an empty batch has their shape too
         return features[place], mask[place]
 
 
