@@ -73,23 +73,23 @@ def read_judgement(path: Path) -> Judgement:
     return Judgement(**{name: values[name] for name in names if name in values})
 
 
-def check_comparable(rows: Sequence[tuple[str, str, dict[str, str], dict[str, str]]]) -> None:
-    """Raise unless all rows are of one instrument: (what a message calls it, instrument, inception, reference).
+def check_comparable(rows: Sequence[Judgement]) -> None:
+    """Raise unless all rows are of one instrument, with the same weights and the same reference.
 
     Raises:
-        DDFastError: figures of different instruments would share a column.
+        DDFastError: figures that do not compare would share a column.
     """
     first, *others = rows
     for other in others:
         for what, one, two in (
-            ("instrument", first[1], other[1]),
-            ("Inception", *(row[2].get("sha256", "")[:8] for row in (first, other))),
-            ("reference", *(row[3].get("sha256", "")[:8] for row in (first, other))),
+            ("instrument", first.instrument, other.instrument),
+            ("Inception of SHA-256", first.inception["sha256"], other.inception["sha256"]),
+            ("reference of SHA-256", first.reference["sha256"], other.reference["sha256"]),
         ):
             if one != two:
                 raise DDFastError(
-                    f"--beside {other[0]}: was measured with another {what} ({two}) than {first[0]} ({one}): their "
-                    "figures do not compare, and get no common table"
+                    f"--beside: {other.source} was measured with the {what} {two[:12]}, {first.source} with {one[:12]}: their "
+                    "figures do not compare, and share no table"
                 )
 
 
@@ -99,7 +99,7 @@ def table(rows: Sequence[Judgement]) -> list[str]:
     Raises:
         DDFastError: the rows are not of one instrument.
     """
-    check_comparable([(row.source, row.instrument, row.inception, row.reference) for row in rows])
+    check_comparable(rows)
     cells = [_cells(row) for row in rows]
     told = ["images", "preset", "labels", "count"]
     columns = list(dict.fromkeys(title for row in cells for title in row))
@@ -113,7 +113,7 @@ def table(rows: Sequence[Judgement]) -> list[str]:
         "|" + "---|" * len(used),
         *("| " + " | ".join(row.get(title, "") for title in used) + " |" for row in cells),
         "",
-        "±: standard error by the chance of the samples (jackknife over 5 groups of them); the reference's is not in it.",
+        "±: standard error by the chance of the samples (jackknife over 5 groups of them), not of the reference.",
     ]
     few = sorted({row.count for row in rows if row.count < _USUAL})
     if few:
