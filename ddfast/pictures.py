@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,17 +38,99 @@ _AT_A_TIME = 64
 """Images decoded at a time where nobody has asked for batches: a decoder needs far more memory than its images."""
 
 
-def pixels(images: Tensor) -> Tensor:
-    """Images [B, 1 or 3, H, W] in [0, 1] as uint8 [B, 3, H, W] on the CPU, rounded to nearest."""
-    rounded = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return rounded.expand(-1, 3, -1, -1).cpu()
+@dataclass(kw_only=True)
+class Pictures:
+    """Samples as 8-bit pictures: pixels uint8 [B, 3, H, W], their condition's index and their number int64 [B].
+
+    All of it is on the CPU.
+    """
+
+    pixels: Tensor
+    condition: Tensor
+    number: Tensor
 
 
-def decoded(samples: Samples, teacher: Teacher) -> Tensor:
-    """The pixels of samples."""
+def _nearest(images: Tensor) -> Tensor:
+    return (_unit(images) * 255).round()
+
+
+def _half_up(images: Tensor) -> Tensor:
+    return (_unit(images) * 255 + 0.5).clamp(0, 255)
+
+
+def _llamagen(images: Tensor) -> Tensor:
+    return (127.5 * images + 128.0).clamp(0, 255)
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Images in [0, 1], as teachers decode them with `clamp=True`."""
+    return (images.clamp(-1, 1) + 1) / 2
+
+
+QUANTISERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nearest": _nearest,
+    "var": _half_up,
+    "llamagen": _llamagen,
+    "dd1": _half_up,
+}
+"""How raw images, about [-1, 1], become 8-bit values, which are then cut off to integers, by name of protocol."""
+
+
+def pixels(images: Tensor, quantise: str = "nearest") -> Tensor:
+    """Raw images [B, 1 or 3, H, W], about [-1, 1], as uint8 [B, 3, H, W] on the CPU.
+
+    With u = (x + 1) / 2, all of `QUANTISERS` are 255 u to the nearest integer, clamped to 0..255. They differ where
+    255 u + 0.5 is an integer or within a rounding error of one: "nearest" takes ties to the even value; "var" and "dd1"
+    (torchvision's save_image) take them up, as floor(255 u + 0.5); "llamagen" does so in x, as floor(127.5 x + 128).
+    """
+    values = QUANTISERS[quantise](images.float()).to(torch.uint8)
+    return values.expand(-1, 3, -1, -1).cpu()
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Raw images [B, C, H, W] with sides of `size` pixels, bicubic, as LlamaGen's script does it; 0: as they are."""
+    if size == 0 or images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images.float(), size=(size, size), mode="bicubic")
+
+
+def decoded(samples: Samples, teacher: Teacher, *, quantise: str = "nearest", size: int = 0) -> Tensor:
+    """The pixels uint8 [B, 3, H, W] of samples; arguments as of `stream_pictures`.
+
+    What lies beyond [-1, 1] is clamped after the resize, as officially.
+    """
     count = len(samples.embeddings)
     with torch.no_grad(), fitting(count, teacher.codebook.device, "the batch size"):
-        return pixels(teacher.decode(samples.embeddings))
+        return pixels(resized(teacher.decode(samples.embeddings, clamp=False), size), quantise)
+
+
+def stream_pictures(
+    batches: Iterable[Samples], teacher: Teacher, *, quantise: str = "nearest", size: int = 0
+) -> Iterator[Pictures]:
+    """Pictures of samples, batch by batch: each is decoded, and forgotten before the next one is made.
+
+    Args:
+        batches: of samples, as streams make them.
+        teacher: decodes them.
+        quantise: how values become integers: nearest, var, llamagen or dd1 (`pixels`).
+        size: side in pixels that images are resized to before that; 0: none.
+
+    Raises:
+        ValueError: `quantise` is no such name, or the size is negative.
+        DDFastError: a batch does not fit in memory.
+    """
+    if quantise not in QUANTISERS:
+        raise ValueError(f"quantise: got {quantise!r}, expected one of {', '.join(QUANTISERS)}")
+    if size < 0:
+        raise ValueError(f"size: got {size}, expected a side in pixels, or 0 for the teacher's own")
+    return (
+        Pictures(
+            pixels=decoded(batch, teacher, quantise=quantise, size=size),
+            condition=batch.condition.cpu(),
+            number=batch.number,
+        )
+        for batch in batches
+    )
 
 
 def grid(images: Tensor, rows: int) -> Tensor:
