@@ -1,15 +1,11 @@
-"""Samples as files: a grid, a picture each, or codes; every file is whole, and none of another run is touched.
-
-Pictures are 8-bit RGB, rounded to the nearest value, grey ones with three equal channels: what the field's evaluation
-tools read.
+"""Samples as pictures: 8-bit RGB, grey ones with three equal channels, which is what the field's evaluation tools read.
 
 Dimensions: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +15,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ddfast import processes
-from ddfast.errors import DDFastError
-from ddfast.files import check_new, check_writable, write_atomically
-from ddfast.models.checkpoint import save_tensors
+from ddfast.files import write_atomically
 from ddfast.models.protocol import Teacher
-from ddfast.progress import Progress
 from ddfast.sampling import Samples
 from ddfast.trajectories.memory import fitting
-
-SUFFIXES = {"grid": ".png", "files": "", "codes": ".safetensors"}
-"""The forms that samples are written in, and how the name of their file or folder ends."""
-
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_OTHERS = {".safetensors", ".npz", ".npy", ".pt", ".pth", ".zip"}
-
-_AT_A_TIME = 64
-"""Images decoded at a time where nobody has asked for batches: a decoder needs far more memory than its images."""
 
 
 @dataclass(kw_only=True)
@@ -145,106 +128,3 @@ def write_png(path: Path, image: Tensor, *, durable: bool = True) -> None:
     """Write pixels [H, W, 3]."""
     picture = Image.fromarray(image.contiguous().numpy())
     write_atomically(path, lambda file: picture.save(file, "PNG"), durable=durable)
-
-
-def new_target(form: str, target: Path) -> Path:
-    """The file or folder that samples of a form go to: `target`, with the form's suffix if it has none.
-
-    Raises:
-        DDFastError: `target` has the suffix of something else, holds another run's samples, or cannot be written.
-    """
-    suffix, found = SUFFIXES[form], target.suffix.lower()
-    if found != suffix and found in _PICTURES | _OTHERS:
-        wanted = f"a name that ends in {suffix}" if suffix else "the name of a folder"
-        raise DDFastError(f"--to {target}: the form {form} takes {wanted}, or one without a suffix")
-    path = target if found == suffix else target.with_name(target.name + suffix)
-    if form == "files" and path.is_dir():
-        check_writable(path / "any")
-        there = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _PICTURES)
-        if there:
-            held = f"holds {len(there)} images already, such as {there[0]}"
-            raise DDFastError(f"--to {path}: {held}; choose another folder, or delete them")
-    else:
-        check_new(path, "--to")
-    return path
-
-
-def save_samples(
-    samples: Samples | Iterable[Samples],
-    teacher: Teacher,
-    form: str,
-    target: Path,
-    *,
-    count: int | None = None,
-    progress: Progress | None = None,
-) -> list[str]:
-    """Write samples as one picture ("grid"), a picture each ("files") or "codes"; returns what was written, in lines.
-
-    Of batches, each is written (or what the one file takes of it kept) and forgotten before the next one is made. Of
-    several processes each writes the images that it makes; the one file is written by the first, of what all have made.
-
-    Args:
-        samples: all, or batches of them: this process's share, as streams make it.
-        teacher: decodes them.
-        form: of the three.
-        target: where to; see `new_target`.
-        count: how many there will be, for the progress.
-        progress: called as progress(done, count, text) after every batch.
-
-    Raises:
-        DDFastError: as `new_target`; or what ended the writing early, with what is there by then.
-    """
-    path = processes.first_does(lambda: new_target(form, target))  # before anybody writes there
-    parts = processes.share(samples.split(_AT_A_TIME)) if isinstance(samples, Samples) else samples
-    kept: list[tuple[Tensor, ...]] = []
-    made, name = 0, "class" if teacher.num_classes else "caption"
-
-    def there() -> str:
-        images = sum(1 for _ in path.glob("*.png")) if form == "files" else 0
-        return f"{images} images are in {path}, each of them whole" if images else f"{path} was not written"
-
-    with _ended(there):
-        for batch in parts:
-            if form == "codes":
-                kept.append((batch.codes.cpu(), batch.condition.cpu()))
-            elif form == "grid":
-                kept.append((decoded(batch, teacher),))
-            else:
-                labels = zip(batch.number.tolist(), batch.condition.tolist(), strict=True)
-                for image, (number, label) in zip(decoded(batch, teacher), labels, strict=True):
-                    file = path / f"{number:05d}-{name}{label}.png"
-                    write_png(file, rearrange(image, "c h w -> h w c"), durable=False)
-            made += len(batch.codes)
-            if progress is not None:  # the others are about as far
-                done = int(batch.number[-1]) + 1
-                progress(done, done if count is None else count, "")
-        whole = processes.collected(kept)
-        made = sum(processes.gather(made))
-        if form == "codes":
-            processes.first_does(lambda: _write_codes(path, whole))
-            return [f"{made} code sequences: {path}"]
-        if form == "grid":
-            processes.first_does(lambda: _write_grid(path, whole))
-            return [f"{made} images: {path}"]
-        return [f"{made} images in {path}"]
-
-
-def _write_codes(path: Path, batches: Sequence[tuple[Tensor, ...]]) -> None:
-    codes, condition = map(torch.cat, zip(*batches, strict=True))
-    save_tensors(path, {"codes": codes, "condition": condition}, {})
-
-
-def _write_grid(path: Path, batches: Sequence[tuple[Tensor, ...]]) -> None:
-    images = torch.cat([images for (images,) in batches])
-    write_png(path, grid(images, max(1, round(len(images) ** 0.5))))
-
-
-@contextlib.contextmanager
-def _ended(there: Callable[[], str]) -> Iterator[None]:
-    """What ends the body early says what is there by then."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(there()) from None
-    except (DDFastError, ValueError, TypeError, OSError) as error:
-        raise DDFastError(f"{error}; {there()}") from error

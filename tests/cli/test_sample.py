@@ -21,8 +21,9 @@ from ddfast.models.loading import load_student, load_teacher
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.ops import nearest_code, noise
-from ddfast.pictures import new_target, pixels, save_samples
+from ddfast.pictures import pixels
 from ddfast.sampling import Samples, sample_student
+from ddfast.saving import new_target, save_samples
 from ddfast.trajectories import memory
 
 # Pictures ---------------------------------------------------------------------------------------------------------
