@@ -30,7 +30,7 @@ COMMANDS = {
     "train": "from a teacher to a student, with a report",
     "trajectories": "DD1's training pairs, resumable and extendable",
     "sample": "images or codes from a student",
-    "evaluate": "quality and speed of a student",
+    "evaluate": "quality and speed of a student; FID, sFID, Inception score, precision, recall of anyone's images",
     "plan": "memory, micro-batches, hours and disk of a training, before it starts",
     "profile": "AR decoding against one and two steps, with traces",
     "convert": "official VAR, LlamaGen and DD1 checkpoints to safetensors and back",
@@ -77,8 +77,8 @@ _OFFICIAL: dict[str, dict[str, str]] = {
         **dict.fromkeys(("compile", "no-compile"), "not an option here: CUDA graphs are used by themselves"),
     },
     "evaluate": {
-        **dict.fromkeys(("num-fid-samples", "num-samples", "count"), "--evaluation.samples"),
-        **dict.fromkeys(("per-proc-batch-size", "bs", "batch-size"), "--evaluation.batch-size"),
+        **dict.fromkeys(("num-fid-samples", "num-samples"), "--count of --protocol, or --evaluation.samples"),
+        **dict.fromkeys(("per-proc-batch-size", "bs"), "--batch-size of --protocol, or --evaluation.batch-size"),
     },
 }  # fmt: skip
 _OFFICIAL["train"] = _OFFICIAL["trajectories"] = _OFFICIAL["profile"] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from ddfast.progress import ProgressBar
 from ddfast.runs import open_student, open_teacher
 from ddfast.sampling import (
     Guidance,
+    Samples,
     batch_ranges,
     condition_index,
     conditions_of,
@@ -37,11 +38,10 @@ from ddfast.trajectories.memory import largest_sampling_batch
 
 
 @dataclasses.dataclass(kw_only=True)
-class SampleOptions:
-    """What to draw and how.
+class DrawOptions:
+    """How samples are made, whatever becomes of them.
 
     Attributes:
-        student: folder of a training run, of `ddfast convert` or of `ddfast.hub`.
         steps: DD1: 1 or 2 passes; DD2: one pass, then steps - 1 groups of the teacher's; 0: the teacher, step by step.
         teacher_steps: groups that the teacher regenerates between the passes (from the second step's point on).
         point: where the second step starts; default: where it was trained.
@@ -53,21 +53,15 @@ class SampleOptions:
         captions: for a text model: file with features (`save_captions`), or with a caption in every line.
         caption: for a text model: a caption; may be given several times.
         text_encoder: name or folder of the T5 that encodes captions given as text; default: google/flan-t5-xl.
-        count: how many samples; default: 64, or the preset's.
+        count: how many samples; default: the preset's, or of `sample` 64, of `evaluate --protocol` 50,000.
         seed: of all chance, 0 to 2^64 - 1; sample i of a seed is the same whatever the count, the batch size and the
             number of processes: bit for bit in batches of the same size, else up to the rounding of matrix products.
-        batch_size: samples made and written at a time, by each of torchrun's processes; 0: as many as free memory
-            holds.
-        format: one grid, one png per image, an npz (arr_0 uint8 [B, H, W, 3], arr_1 the classes), or the codes as
-            safetensors; default: grid, or npz with a preset.
+        batch_size: samples made at a time, by each of torchrun's processes; 0: as many as free memory holds.
         quantise: how values become 8 bits: nearest, or as var, llamagen or dd1 do; default: nearest, or the preset's.
         resize: side in pixels that images are resized to before that, bicubic; 0: none; default: 0, or the preset's.
-        to: where the result goes; default: samples-STEPS in the student's folder. What is there is not overwritten; the
-            same command goes on where it was ended (but for a grid).
         device: where to run.
     """
 
-    student: Path
     steps: int = 1
     teacher_steps: int = 0
     point: int | None = None
@@ -81,14 +75,29 @@ class SampleOptions:
     count: int | None = None
     seed: int = 0
     batch_size: int = 0
-    format: Literal["grid", "files", "npz", "codes"] | None = None
     quantise: Literal["nearest", "var", "llamagen", "dd1"] | None = None
     resize: int | None = None
-    to: Path | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
+
+
+@dataclasses.dataclass(kw_only=True)
+class SampleOptions(DrawOptions):
+    """What to draw and how.
+
+    Attributes:
+        student: folder of a training run, of `ddfast convert` or of `ddfast.hub`.
+        format: one grid, one png per image, an npz (arr_0 uint8 [B, H, W, 3], arr_1 the classes), or the codes as
+            safetensors; default: grid, or npz with a preset.
+        to: where the result goes; default: samples-STEPS in the student's folder. What is there is not overwritten; the
+            same command goes on where it was ended (but for a grid).
+    """
+
+    student: Path
+    format: Literal["grid", "files", "npz", "codes"] | None = None
+    to: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,23 +130,44 @@ class Choices:
         return dataclasses.replace(usual, **given)
 
 
-def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
-    """Sample and write; returns what was written, in lines.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Samples that are about to be made.
 
-    What can be refused is refused before anything is made: a batch is made, decoded, written and forgotten. Processes
-    that are `together` share the batches.
+    Attributes:
+        chosen: what the options left open.
+        teacher, network: that make them; None: the teacher alone.
+        guidance: of the teacher's part; None: it has none.
+        conditions: labels to choose from, int64 [M].
+        batch_size: samples at a time.
+        stream: makes this process's share of the batches, of batch_size, and of the batches to skip.
+    """
+
+    chosen: Choices
+    teacher: Teacher
+    network: Student | None
+    guidance: Guidance | None
+    conditions: Tensor
+    batch_size: int
+    stream: Callable[..., Iterator[Samples]]
+
+
+def opened(
+    options: SampleOptions, chosen: Choices, progress_bar: ProgressBar, *, begun: Mapping[str, Any] | None = None
+) -> Drawing:
+    """The networks of a folder, and the samples to be made with them; what can be refused is refused here.
+
+    Args:
+        options: of the samples.
+        chosen: what they left open.
+        progress_bar: while the teacher is made.
+        begun: settings of a run that goes on.
 
     Raises:
-        DDFastError: a folder or a file cannot be used, or what ended the writing early.
+        DDFastError: the folder cannot be used, or its teacher makes no images.
         ValueError, TypeError: an argument is out of range, or has no effect.
     """
-    chosen = Choices.of(options)
-    _check(options, chosen)
     steps, teacher_steps, form = options.steps, options.teacher_steps, chosen.format
-    goal = options.to or options.student / f"samples-{steps}"
-    target = processes.first_does(lambda: new_target(form, goal, continued=True))
-    settings = _settings(options, chosen)
-    there = processes.first_does(lambda: _begun_with(Kept(form, target), settings))
     network: Student | None = None
     if steps:
         _, teacher, network = open_student(options.student, options.device, progress_bar("teacher"))
@@ -153,7 +183,7 @@ def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
     guidance = _guidance(options, teacher, decodes)
 
     classes = labels(options.classes)
-    batches = partial(
+    stream = partial(
         stream_student,
         teacher,
         network,
@@ -165,27 +195,55 @@ def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
         classes=classes,
         labels=chosen.labels,
     )
-    batches(batch_size=options.batch_size or 1)  # refuses what it must before memory is measured
-    size = options.batch_size or there.get("batch_size", 0)
+    stream(batch_size=options.batch_size or 1)  # refuses what it must before memory is measured
+    size = options.batch_size or (begun or {}).get("batch_size", 0)
     if not size and chosen.count > 1:
         largest = largest_sampling_batch(teacher, network, decodes=decodes, images=form != "codes")
         size = min(processes.gather(largest))  # one for all
-    size = size or 1
-    ranges, conditions = batch_ranges(chosen.count, size), condition_index(teacher, classes)
+    conditions = condition_index(teacher, classes)
     _say_uneven(chosen, len(conditions), kind_of(teacher))
+    return Drawing(
+        chosen=chosen,
+        teacher=teacher,
+        network=network,
+        guidance=guidance if decodes else None,
+        conditions=conditions,
+        batch_size=size or 1,
+        stream=stream,
+    )
+
+
+def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
+    """Sample and write; returns what was written, in lines.
+
+    What can be refused is refused before anything is made: a batch is made, decoded, written and forgotten. Processes
+    that are `together` share the batches.
+
+    Raises:
+        DDFastError: a folder or a file cannot be used, or what ended the writing early.
+        ValueError, TypeError: an argument is out of range, or has no effect.
+    """
+    chosen = Choices.of(options)
+    check(options, chosen)
+    form, goal = chosen.format, options.to or options.student / f"samples-{options.steps}"
+    target = processes.first_does(lambda: new_target(form, goal, continued=True))
+    settings = settings_of(options, chosen)
+    begun = processes.first_does(lambda: _begun_with(Kept(form, target), settings))
+    drawing = opened(options, chosen, progress_bar, begun=begun)
+    teacher, ranges = drawing.teacher, batch_ranges(chosen.count, drawing.batch_size)
 
     def names(batch: range) -> list[str]:
         number = torch.arange(batch.start, batch.stop, dtype=torch.int64)
-        index = conditions_of(number, conditions, chosen.labels, options.seed).tolist()
+        index = conditions_of(number, drawing.conditions, chosen.labels, options.seed).tolist()
         return [image_name(*sample, kind_of(teacher)) for sample in zip(batch, index, strict=True)]
 
     settings["batch_size"] = len(ranges[0])
-    settings |= processes.first_does(lambda: _of_networks(teacher, network, guidance if decodes else None))
+    settings |= processes.first_does(lambda: of_networks(teacher, drawing.network, drawing.guidance))
     kept = Kept(form, target, settings)
     with kept.claimed():
         done = kept.whole(ranges, names)
         return save_stream(
-            batches(batch_size=size, skip=done),
+            drawing.stream(batch_size=drawing.batch_size, skip=done),
             teacher,
             kept,
             quantise=chosen.quantise,
@@ -196,7 +254,7 @@ def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
         )
 
 
-def _settings(options: SampleOptions, chosen: Choices) -> dict[str, Any]:
+def settings_of(options: SampleOptions, chosen: Choices) -> dict[str, Any]:
     """What decides the samples, as far as the options say it."""
     settings = {**vars(chosen), "preset": options.preset, "classes": options.classes, "seed": options.seed}
     settings |= {"steps": options.steps, "teacher_steps": options.teacher_steps}
@@ -214,7 +272,7 @@ def _begun_with(kept: Kept, settings: dict[str, Any]) -> dict[str, Any]:
     return kept.begun_with()
 
 
-def _of_networks(teacher: Teacher, student: Student | None, guidance: Guidance | None) -> dict[str, Any]:
+def of_networks(teacher: Teacher, student: Student | None, guidance: Guidance | None) -> dict[str, Any]:
     """What decides the samples beside the options: weights, captions, and what the networks are told.
 
     Args:
@@ -278,7 +336,8 @@ def _say_uneven(chosen: Choices, conditions: int, kind: str) -> None:
         say(f"--count {chosen.count} is no multiple of {conditions}: {each}")
 
 
-def _check(options: SampleOptions, chosen: Choices) -> None:
+def check(options: SampleOptions, chosen: Choices) -> None:
+    """Raise `DDFastError` for options that are out of range, or have no effect."""
     if options.batch_size < 0:
         raise DDFastError(
             f"--batch-size: got {options.batch_size}, expected a positive number, or 0 for what memory holds"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ddfast import processes
 from ddfast.config import EvaluationConfig
-from ddfast.drawing import DrawOptions, Drawn, SampleOptions, opened
+from ddfast.drawing import Choices, DrawOptions, SampleOptions, check, of_networks, opened, settings_of
 from ddfast.errors import DDFastError
 from ddfast.evaluation.images import Images, Pictured, open_images
 from ddfast.evaluation.inception import Inception, file_sha256
@@ -28,12 +29,15 @@ from ddfast.report import machine
 _COUNT = 50_000
 """Images that a student is asked for, as everybody's figures are of."""
 
-_REFERENCES = {"adm": ".npz", "dd1": ".pth"}
+_SUFFIXES = {"adm": ".npz", "dd1": ".pth"}
+"""Of a reference's file."""
+
+Given = TypeVar("Given")
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluateOptions(DrawOptions):
-    """What to measure: a student beside its teacher and the baselines; with --protocol, images as the field judges them.
+    """What to measure: a student beside its teacher and baselines, or with --protocol images as the field judges them.
 
     Attributes:
         student: folder of a training run, of `ddfast convert` or of `ddfast.hub`.
@@ -107,76 +111,111 @@ def judge(options: EvaluateOptions, progress_bar: ProgressBar) -> list[str]:
     target = options.json
     if target:
         processes.first_does(lambda: check_new(target, "--json"))
-    _check_preset(options)
     instrument, inception = _instrument(options)
     path = _needed(options.reference, "reference")
     file = ReferenceFile(path, instrument.name)
-    if options.images:
-        images = processes.first_then_all(lambda: open_images(_given(options.images), "--images"))
-        pictures, made = _of_images(options, images)
-    else:
-        pictures, made = _of_student(options, progress_bar)
+    pictures, made = (_of_images if options.images else _of_student)(options, progress_bar)
     own = Judgement(
         instrument=instrument.name,
         figures={},
         inception=inception,
         reference=_said(path),
         preset=options.preset,
-        versions=machine() | {"torch-fidelity": Inception.version()},
+        versions={**machine(), "torch-fidelity": importlib.metadata.version("torch-fidelity")},
         **made,
     )
     check_comparable([own, *beside])
-    if file.images and file.images.size != tuple(own.size):
-        sizes = " x ".join(map(str, own.size)), " x ".join(map(str, file.images.size))
-        warn(f"the images are {sizes[0]} pixels and the reference's {sizes[1]}: published figures are of equal sizes")
+    if file.images and list(file.images.size) != own.size:
+        ours, theirs = (" x ".join(map(str, size)) for size in (own.size, file.images.size))
+        warn(f"the images are {ours} pixels, the reference's {theirs}: published figures are of equal sizes")
     against = file.seen_by(instrument, progress_bar("reference"))
-    bar = progress_bar("images")
-    own.figures = instrument.figures(pictures, against, bar, count=own.count)
+    own.figures = instrument.figures(pictures, against, progress_bar("images"), count=own.count)
     if target:
         processes.first_does(lambda: write_atomically(target, own.text()))
     return table([own, *beside])
 
 
-def _of_images(options: EvaluateOptions, images: Images) -> tuple[Iterable[Pictured], dict[str, Any]]:
+def _of_images(options: EvaluateOptions, progress_bar: ProgressBar) -> tuple[Iterable[Pictured], dict[str, Any]]:
     """Pictures that are there, and what a judgement says of them."""
-    settings = {"labels": options.labels} if options.labels else {}
-    if options.preset and not options.labels:
-        settings = {"labels": get_preset(options.preset).labels}
-    said = {"source": str(images.path), "count": images.count, "size": images.size, "settings": settings}
-    return images.batches(), said
+    assert options.images is not None
+    images = _opened(options.images, "--images", progress_bar)
+    labels = options.labels or (get_preset(options.preset).labels if options.preset else None)
+    settings = {"labels": labels} if labels else {}
+    made = {"source": str(images.path), "count": images.count, "size": list(images.size), "settings": settings}
+    return images.batches(), made
 
 
 def _of_student(options: EvaluateOptions, progress_bar: ProgressBar) -> tuple[Iterable[Pictured], dict[str, Any]]:
     """Pictures that a student makes, and what a judgement says of them."""
+    assert options.student is not None
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(DrawOptions)}
-    asked = SampleOptions(student=_given(options.student), format="npz", **shared)
+    asked = SampleOptions(student=options.student, format="npz", **shared)
     if asked.count is None and not asked.preset:
         asked.count = _COUNT
-    drawn = opened(asked, progress_bar)
-    chosen = drawn.chosen
-    pictures = stream_pictures(drawn.batches(), drawn.teacher, quantise=chosen.quantise, size=chosen.resize)
-    said = {"source": f"{asked.student}, {_steps(drawn)}", "count": chosen.count, "settings": drawn.settings}
-    return pictures, said | {"size": drawn.size}
+    chosen = Choices.of(asked)
+    check(asked, chosen)
+    drawing = opened(asked, chosen, progress_bar)
+    teacher = drawing.teacher
+    settings = settings_of(asked, chosen)
+    settings |= processes.first_does(lambda: of_networks(teacher, drawing.network, drawing.guidance))
+    stream = drawing.stream(batch_size=drawing.batch_size)
+    pictures = stream_pictures(stream, teacher, quantise=chosen.quantise, size=chosen.resize)
+    nothing = torch.zeros(1, teacher.num_tokens, dtype=torch.int64, device=teacher.codebook.device)
+    size = [chosen.resize] * 2 if chosen.resize else list(teacher.decode(nothing).shape[-2:])
+    by = "the teacher" if asked.steps == 0 else f"{asked.steps} step{'s' if asked.steps > 1 else ''}"
+    if asked.steps and asked.teacher_steps:
+        by += f" and {asked.teacher_steps} of the teacher"
+    return pictures, {"source": f"{asked.student}, {by}", "count": chosen.count, "size": size, "settings": settings}
 
 
 def _make_reference(options: EvaluateOptions, path: Path, progress_bar: ProgressBar) -> list[str]:
-    target = _needed(options.to, "to", "the file of the reference")
-    suffix = _REFERENCES[_needed(options.protocol, "protocol", "adm or dd1: what the reference is for")]
+    target = _needed(options.to, "to")
+    suffix = _SUFFIXES[_needed(options.protocol, "protocol")]
     if target.suffix != suffix:
-        raise DDFastError(f"--to {target}: a reference of --protocol {options.protocol} ends in {suffix}")
+        raise DDFastError(
+            f"--to {target}: a reference of --protocol {options.protocol} has a name that ends in {suffix}"
+        )
     processes.first_does(lambda: check_new(target, "--to"))
-    images = processes.first_then_all(lambda: open_images(path, "--make-reference"))
+    images = _opened(path, "--make-reference", progress_bar)
     instrument, _ = _instrument(options)
     seen = instrument.see(images.batches(), progress_bar("images"), count=images.count, manifold=False)
     reference = seen.reference()
     kept = processes.first_does(lambda: write_reference(target, instrument.name, reference, images, options.seed))
-    held = f", with {kept} of them for precision and recall" if kept else ""
-    return [f"reference of {images.count} images{held}: {target}"]
+    held = f", and {kept} of them for precision and recall" if kept else ""
+    return [f"statistics of {images.count} images{held}: {target}"]
 
 
 def _instrument(options: EvaluateOptions) -> tuple[OfInception, dict[str, str]]:
     """The instrument, and what a judgement says of its network."""
-    protocol = _needed(options.protocol, "protocol", "adm or dd1")
+    instrument = INCEPTIONS[_needed(options.protocol, "protocol")]
+    if options.preset and get_preset(options.preset).instrument != instrument.name:
+        by = get_preset(options.preset).instrument
+        raise DDFastError(f"--preset {options.preset}: its table is by --protocol {by}, not {instrument.name}")
     path = _needed(options.inception, "inception")
     network = Inception(path, options.device)
-    return INCEPTIONS[protocol](network), {"file": path.name, "sha256": network.sha256}
+    return instrument(network), {"file": path.name, "sha256": network.sha256}
+
+
+def _opened(path: Path, option: str, progress_bar: ProgressBar) -> Images:
+    bar = progress_bar("headers")
+    return processes.first_then_all(lambda: open_images(path, option, bar))
+
+
+def _said(path: Path) -> dict[str, str]:
+    """Name and content of a file."""
+    return {"file": path.name, "sha256": processes.first_does(lambda: file_sha256(path))}
+
+
+_WANTED = {
+    "protocol": "adm or dd1, the instrument",
+    "reference": "the file that images are compared with (docs/evaluation.md)",
+    "inception": "the network's weights, weights-inception-2015-12-05-6726825d.pth (docs/evaluation.md)",
+    "to": "the file of the reference",
+}
+
+
+def _needed(value: Given | None, option: str) -> Given:
+    """What the user has given, or an error."""
+    if value is None:
+        raise DDFastError(f"--{option}: missing; give {_WANTED[option]}")
+    return value

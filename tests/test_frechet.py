@@ -30,7 +30,9 @@ def by_singular_values(x, y):
 
 def gaussian(covariance, mean=None):
     covariance = torch.tensor(covariance, dtype=torch.float64)
-    mean = torch.zeros(len(covariance), dtype=torch.float64) if mean is None else torch.tensor(mean, dtype=torch.float64)
+    mean = (
+        torch.zeros(len(covariance), dtype=torch.float64) if mean is None else torch.tensor(mean, dtype=torch.float64)
+    )
     return Gaussian(mean, covariance)
 
 

@@ -88,8 +88,8 @@ def check_comparable(rows: Sequence[Judgement]) -> None:
         ):
             if one != two:
                 raise DDFastError(
-                    f"--beside: {other.source} was measured with the {what} {two[:12]}, {first.source} with {one[:12]}: their "
-                    "figures do not compare, and share no table"
+                    f"--beside: {other.source} was measured with the {what} {two[:12]}, {first.source} with "
+                    f"{one[:12]}: their figures do not compare, and share no table"
                 )
 
 

@@ -88,9 +88,7 @@ def digits_of_nothing(out):
     found = {f"digits.{name}": value for name, value in teacher.state_dict().items()}
     return found | {
         "features": features,
-        "frechet": torch.tensor(
-            frechet_distance(Gaussian.of(features), Gaussian.of(reference)), dtype=torch.float64
-        ),
+        "frechet": torch.tensor(frechet_distance(Gaussian.of(features), Gaussian.of(reference)), dtype=torch.float64),
     }
 
 

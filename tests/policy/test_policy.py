@@ -28,7 +28,7 @@ LAYERS = [
     {"sampling"},
     {"presets", "recipes", "runs"},
     {"evaluation"},
-    {"pictures", "saving", "report", "pipeline", "planning", "drawing", "diagnosis"},
+    {"pictures", "saving", "report", "pipeline", "planning", "drawing", "judging", "diagnosis"},
     {"hub"},
     {
         "cli",
