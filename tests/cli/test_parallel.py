@@ -11,7 +11,7 @@ import pytest
 from commands import in_this_process
 from launching import launch, launched
 
-from ddfast import pictures, processes
+from ddfast import processes, saving
 from ddfast.errors import DDFastError
 from ddfast.evaluation import sources
 from ddfast.report import write_pictures
@@ -36,7 +36,7 @@ def everything(cache: Path, student: Path, folder: Path) -> dict:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sources, "_LARGEST_TABLE", 0)  # without marginals
             write_pictures(config, teacher, network, folder / "pictures.png", columns=2)
-        pictures.save_samples(whole, teacher, "codes", folder / "whole")
+        saving.save_samples(whole, teacher, "codes", folder / "whole")
     return {"codes": whole.codes, "number": whole.number}
 
 
@@ -91,7 +91,7 @@ def full_disk(cache: Path, *arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_PATIENCE", 1.0)
         if os.environ["RANK"] == "1":
-            patch.setattr(pictures, "write_png", failing)
+            patch.setattr(saving, "write_png", failing)
         command(cache, *arguments)
 
 

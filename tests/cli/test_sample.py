@@ -22,8 +22,9 @@ from ddfast.models.loading import load_student, load_teacher
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.ops import nearest_code, noise
-from ddfast.pictures import new_target, pixels, save_samples
+from ddfast.pictures import pixels
 from ddfast.sampling import Samples, sample_student
+from ddfast.saving import new_target, save_samples
 from ddfast.trajectories import memory
 
 # Pictures ---------------------------------------------------------------------------------------------------------
@@ -38,7 +39,8 @@ class Painter(ToyTeacher):
 
     def decode(self, codes, *, clamp=True):
         image = torch.tensor(self.values).repeat(self.channels * self.side**2)[: self.channels * self.side**2]
-        return image.view(1, self.channels, self.side, self.side).repeat(len(codes), 1, 1, 1)
+        images = image.view(1, self.channels, self.side, self.side).repeat(len(codes), 1, 1, 1)
+        return images if clamp else 2 * images - 1
 
 
 def some(count: int, teacher: ToyTeacher, **settings: int):
@@ -60,7 +62,7 @@ def test_values_are_rounded_to_nearest_in_rgb(tmp_path, channels):
 
 
 def test_out_of_range_values_do_not_wrap():
-    assert pixels(torch.tensor([-0.01, 1.01]).view(1, 1, 1, 2))[0, 0, 0].tolist() == [0, 255]
+    assert pixels(torch.tensor([-1.02, 1.02]).view(1, 1, 1, 2))[0, 0, 0].tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("family", ["var", "llamagen", "digits", "dd2"])

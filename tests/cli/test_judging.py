@@ -1,0 +1,122 @@
+"""`ddfast evaluate --protocol`: from images or a student to a table, and what is refused before that."""
+
+import json
+
+import inceptions
+import numpy as np
+import pytest
+from inceptions import channels_last, pictures
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, request):
+    """Weights, images of two sets, and a reference of either instrument."""
+    folder = tmp_path_factory.mktemp("judged")
+    inceptions.write_weights(folder / "weights.pth")
+    np.savez(folder / "ours.npz", channels_last(pictures(6, 0, size=16)))
+    (folder / "real").mkdir()
+    for number, image in enumerate(channels_last(pictures(5, 1, size=16))):
+        Image.fromarray(image).save(folder / "real" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def references(files):
+    from ddfast.cli import main
+
+    for protocol, name in (("adm", "real.npz"), ("dd1", "real.pth")):
+        made = ["--make-reference", files / "real", "--to", files / name, "--inception", files / "weights.pth"]
+        assert main(["evaluate", "--protocol", protocol, *map(str, made)]) == 0
+    return files
+
+
+def judging(files, protocol, *more):
+    reference = files / ("real.npz" if protocol == "adm" else "real.pth")
+    return ("evaluate", "--protocol", protocol, "--reference", reference, "--inception", files / "weights.pth", *more)
+
+
+def test_from_images_to_a_table(here, references, tmp_path):
+    files = references
+    code, out, _ = here(*judging(files, "adm", "--images", files / "ours.npz", "--json", tmp_path / "a.json"))
+    assert code == 0
+    said = json.loads((tmp_path / "a.json").read_text())
+    assert said["instrument"] == "adm"
+    assert said["count"] == 6
+    assert said["size"] == [16, 16]
+    assert said["reference"]["file"] == "real.npz"
+    assert len(said["inception"]["sha256"]) == 64
+    assert set(said["figures"]) == {"fid", "sfid", "inception_score", "precision", "recall", "count"}
+    assert "| images | count | FID-6 | sFID-6 | IS-6 | precision | recall |" in out
+    assert "FID-6 is no FID-50k" in out
+    code, out, _ = here(*judging(files, "adm", "--images", files / "real", "--beside", tmp_path / "a.json"))
+    assert code == 0
+    head, _, own, other = (line.split(" | ") for line in out.splitlines() if line.startswith("|"))
+    assert [title.strip(" |") for title in head] == [
+        "images", "count", "FID-5", "FID-6", "sFID-5", "sFID-6", "IS-5", "IS-6", "precision", "recall",
+    ]  # fmt: skip
+    assert own[2].strip() == "0.00"  # the reference itself
+    assert own[3].strip() == "" == other[2].strip()
+    code, out, _ = here("evaluate", "--beside", tmp_path / "a.json")
+    assert code == 0
+    assert "| FID-6 |" in out
+
+
+def test_dd1_has_fid_alone_and_no_column_of_adms(here, references, tmp_path):
+    files = references
+    code, out, _ = here(*judging(files, "dd1", "--images", files / "ours.npz", "--json", tmp_path / "b.json"))
+    assert code == 0
+    assert "| images | count | FID-6 |\n" in out
+    code, _, errors = here(*judging(files, "adm", "--images", files / "real", "--beside", tmp_path / "b.json"))
+    assert code == 1
+    assert "was measured with the instrument dd1" in errors
+    assert errors.count("\n") == 1 + errors.count("warning")
+
+
+def test_a_student_is_sampled_and_judged(here, references, generators, tmp_path):
+    student = ("--student", generators / "digits", "--count", 5, "--steps", 2, "--labels", "random", "--seed", 3)
+    code, out, errors = here(*judging(references, "adm", *student, "--json", tmp_path / "c.json"))
+    assert code == 0, errors
+    said = json.loads((tmp_path / "c.json").read_text())
+    assert said["count"] == 5 == said["figures"]["count"]
+    assert said["settings"]["labels"] == "random"
+    assert said["settings"]["steps"] == 2
+    assert said["source"].endswith("digits, 2 steps")
+    assert "| random | 5 |" in out
+    to = ("--format", "npz", "--to", tmp_path / "drawn.npz")
+    assert here("sample", *student, *to)[0] == 0
+    code, again, _ = here(*judging(references, "adm", "--images", tmp_path / "drawn.npz", "--labels", "random"))
+    assert code == 0
+    assert [line.split(" | ", 1)[1] for line in again.splitlines()][-4:-3] == [
+        line.split(" | ", 1)[1] for line in out.splitlines()
+    ][-4:-3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--protocol", "adm", "--images", "{ours}"), "--inception: missing; give the network's weights"),
+        (("--protocol", "adm", "--images", "{ours}", "--inception", "{weights}"), "--reference: missing"),
+        (("--images", "{ours}"), "--protocol: missing; give adm or dd1"),
+        (("--protocol", "adm"), "--protocol: has no effect: there are neither --images nor a --student"),
+        ((), "--student: missing"),
+        (("--student", "x", "--count", "5"), "--count: has no effect: it is for --protocol"),
+        (("--protocol", "adm", "--images", "{ours}", "--seed", "1"), "--seed: has no effect: --images are there"),
+        (("--protocol", "adm", "--images", "{ours}", "--student", "x"), "--student: has no effect"),
+        (("--protocol", "adm", "--images", "x", "--evaluation.samples", "200"), "--evaluation.samples: has no effect"),
+        (("--protocol", "adm", "--make-reference", "{ours}"), "--to: missing"),
+        (("--protocol", "dd1", "--make-reference", "{ours}", "--to", "x.npz"), "has the suffix .pth"),
+        (("--protocol", "adm", "--make-reference", "{ours}", "--to", "{real}.npz"), "exists; choose another name"),
+        (("--protocol", "adm", "--preset", "dd1", "--student", "x"), "its table is by --protocol dd1, not adm"),
+        (("--beside", "{weights}"), "is not UTF-8"),
+        (("--beside", "{metrics}"), "names no instrument"),
+        (("--num-fid-samples", "5"), "here it is called --count of --protocol"),
+    ],
+)
+def test_what_is_refused(here, references, arguments, words):
+    (references / "metrics.json").write_text("{}")
+    places = {name: references / f"{name}.{end}" for name, end in (("ours", "npz"), ("weights", "pth"))}
+    places |= {"real": references / "real", "metrics": references / "metrics.json"}
+    code, _, errors = here("evaluate", *(argument.format(**places) for argument in arguments))
+    assert code == 1
+    assert words in errors
