@@ -14,22 +14,21 @@ from ddfast import processes
 from ddfast.config import EvaluationConfig
 from ddfast.drawing import Choices, DrawOptions, SampleOptions, check, of_networks, opened, settings_of
 from ddfast.errors import DDFastError
+from ddfast.evaluation.clip import Clip, ClipScore, FileScore
 from ddfast.evaluation.images import Images, Pictured, open_images
 from ddfast.evaluation.inception import Inception, file_sha256
 from ddfast.evaluation.instruments import INCEPTIONS, OfInception
-from ddfast.evaluation.judgements import Judgement, check_comparable, read_judgement, table
+from ddfast.evaluation.judgements import Judgement, check_comparable, read_judgement, table, usual_count
 from ddfast.evaluation.references import ReferenceFile, write_reference
 from ddfast.files import check_new, write_atomically
 from ddfast.messages import warn
+from ddfast.models.caption_files import read_texts
 from ddfast.pictures import stream_pictures
 from ddfast.presets import get_preset
 from ddfast.progress import ProgressBar
 from ddfast.report import machine
 
-_COUNT = 50_000
-"""Images that a student is asked for, as everybody's figures are of."""
-
-_SUFFIXES = {"adm": ".npz", "dd1": ".pth"}
+_SUFFIXES = {"adm": ".npz", "dd1": ".pth", "clean": ".npz"}
 """Of a reference's file."""
 
 Given = TypeVar("Given")
@@ -42,8 +41,11 @@ class EvaluateOptions(DrawOptions):
     Attributes:
         student: folder of a training run, of `ddfast convert` or of `ddfast.hub`.
         evaluation: without --protocol: how many samples, and which batch sizes are timed; default: the run's.
-        protocol: adm (OpenAI's evaluator: FID, sFID, Inception score, precision, recall) or dd1 (pytorch-fid: FID).
-        reference: what images are compared with: adm's .npz file, dd1's statistic.pth.
+        protocol: adm (OpenAI's evaluator: FID, sFID, Inception score, precision, recall), dd1 (pytorch-fid: FID) or
+            clean (clean-fid: FID).
+        reference: what images are compared with: adm's .npz file, dd1's statistic.pth, clean's .npz file.
+        clip: beside --protocol, the CLIP score of images and --captions too: a folder with a CLIP model (as
+            transformers keeps it), or a file with features (image_features and text_features).
         inception: the network's weights: weights-inception-2015-12-05-6726825d.pth.
         images: in place of a student, images that are there: an .npz file with arr_0, or a folder of PNG or JPG files;
             --preset and --labels then say how they were made.
@@ -55,8 +57,9 @@ class EvaluateOptions(DrawOptions):
 
     student: Path | None = None
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    protocol: Literal["adm", "dd1"] | None = None
+    protocol: Literal["adm", "dd1", "clean"] | None = None
     reference: Path | None = None
+    clip: Path | None = None
     inception: Path | None = None
     images: Path | None = None
     make_reference: Path | None = None
@@ -73,20 +76,22 @@ class EvaluateOptions(DrawOptions):
 def without_effect(options: EvaluateOptions) -> dict[str, str]:
     """Flags that have no effect beside the others, and why, for `ddfast.cli.check_effect`."""
     drawn = [field.name.replace("_", "-") for field in dataclasses.fields(DrawOptions) if field.name != "device"]
-    judged = ["protocol", "reference", "inception", "images", "beside"]
+    judged = ["protocol", "reference", "inception", "images", "beside", "clip"]
     if not options.judges:
         why = "it is for --protocol; a run's own figures have --evaluation.samples, --evaluation.batch-size"
         shared = ("captions", "caption", "text-encoder")
-        return dict.fromkeys((name for name in drawn if name not in shared), why) | {"to": "no --make-reference"}
+        ignored = dict.fromkeys((name for name in drawn if name not in shared), why)
+        return ignored | {"to": "no --make-reference", "clip": why}
     ignored = {"evaluation": "it is of a run's own figures; --protocol has --count and --batch-size"}
     if options.make_reference:
-        others = [*drawn, "reference", "images", "student", "beside", "json"]
+        others = [*drawn, "reference", "images", "student", "beside", "json", "clip"]
         others.remove("seed")  # of the choice of images
         return ignored | dict.fromkeys(others, "--make-reference takes the images that it names")
     ignored["to"] = "only --make-reference writes there"
     if options.images:
+        told = ["preset", "labels", *(["captions"] if options.clip else [])]
         ignored |= dict.fromkeys(
-            (name for name in ["student", *drawn] if name not in ("preset", "labels")), "--images are there already"
+            (name for name in ["student", *drawn] if name not in told), "--images are there already"
         )
     elif not options.student:
         why = "there are neither --images nor a --student"
@@ -128,8 +133,14 @@ def judge(options: EvaluateOptions, progress_bar: ProgressBar) -> list[str]:
     if file.images and list(file.images.size) != own.size:
         ours, theirs = (" x ".join(map(str, size)) for size in (own.size, file.images.size))
         warn(f"the images are {ours} pixels, the reference's {theirs}: published figures are of equal sizes")
+    score = _clip_score(options, own.count) if options.clip else None
+    if score:
+        own.clip, pictures = score.said, score.along(pictures)
+        check_comparable([own, *beside])
     against = file.seen_by(instrument, progress_bar("reference"))
     own.figures = instrument.figures(pictures, against, progress_bar("images"), count=own.count)
+    if score:
+        own.figures |= score.figures()
     if target:
         processes.first_does(lambda: write_atomically(target, own.text()))
     return table([own, *beside])
@@ -151,7 +162,7 @@ def _of_student(options: EvaluateOptions, progress_bar: ProgressBar) -> tuple[It
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(DrawOptions)}
     asked = SampleOptions(student=options.student, format="npz", **shared)
     if asked.count is None and not asked.preset:
-        asked.count = _COUNT
+        asked.count = usual_count(_needed(options.protocol, "protocol"))
     chosen = Choices.of(asked)
     check(asked, chosen)
     drawing = opened(asked, chosen, progress_bar)
@@ -176,7 +187,7 @@ def _make_reference(options: EvaluateOptions, path: Path, progress_bar: Progress
             f"--to {target}: a reference of --protocol {options.protocol} has a name that ends in {suffix}"
         )
     processes.first_does(lambda: check_new(target, "--to"))
-    images = _opened(path, "--make-reference", progress_bar)
+    images = _opened(path, "--make-reference", progress_bar, any_size=options.protocol == "clean")
     instrument, _ = _instrument(options)
     seen = instrument.see(images.batches(), progress_bar("images"), count=images.count, manifold=False)
     reference = seen.reference()
@@ -196,9 +207,20 @@ def _instrument(options: EvaluateOptions) -> tuple[OfInception, dict[str, str]]:
     return instrument(network), {"file": path.name, "sha256": network.sha256}
 
 
-def _opened(path: Path, option: str, progress_bar: ProgressBar) -> Images:
+def _clip_score(options: EvaluateOptions, count: int) -> ClipScore | FileScore:
+    """What scores the images by their captions; `count` is how many there are."""
+    assert options.clip is not None
+    if options.clip.is_file():
+        return FileScore(options.clip, count)
+    captions = read_texts(_needed(options.captions, "captions")) if not options.caption else list(options.caption)
+    if options.images and len(captions) < count:
+        raise DDFastError(f"--captions {options.captions}: has {len(captions)} captions, --images {count} images")
+    return ClipScore(Clip(options.clip, options.device), captions)
+
+
+def _opened(path: Path, option: str, progress_bar: ProgressBar, *, any_size: bool = False) -> Images:
     bar = progress_bar("headers")
-    return processes.first_then_all(lambda: open_images(path, option, bar))
+    return processes.first_then_all(lambda: open_images(path, option, bar, any_size=any_size))
 
 
 def _said(path: Path) -> dict[str, str]:
@@ -207,7 +229,8 @@ def _said(path: Path) -> dict[str, str]:
 
 
 _WANTED = {
-    "protocol": "adm or dd1, the instrument",
+    "protocol": "adm, dd1 or clean, the instrument",
+    "captions": "the captions that --clip compares the images with",
     "reference": "the file that images are compared with (docs/evaluation.md)",
     "inception": "the network's weights, weights-inception-2015-12-05-6726825d.pth (docs/evaluation.md)",
     "to": "the file of the reference",

@@ -9,16 +9,19 @@ Dimensions: B batch, M images, D features.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ddfast import processes
 from ddfast.errors import DDFastError, first_line
+from ddfast.evaluation.images import Pictured
+from ddfast.evaluation.inception import file_sha256
 from ddfast.evaluation.resizing import clip_resize
 from ddfast.files import read_text
 from ddfast.models.checkpoint import load_tensors
@@ -34,6 +37,9 @@ class Clip:
     Args:
         folder: with config.json, weights and tokenizer; nothing is downloaded.
         device: where it runs, in float32.
+
+    Attributes:
+        sha256: of the weights' file, or of those of several files.
 
     Raises:
         DDFastError: transformers is not installed, the folder is not there, or holds something else.
@@ -63,6 +69,7 @@ class Clip:
         if len(self.tokenizer) != text.vocab_size:
             got = f"{len(self.tokenizer)} tokens, its model {text.vocab_size}"
             raise DDFastError(f"--clip {folder}: the tokenizer has {got}; download vocab.json and merges.txt too")
+        self.folder, self.sha256 = folder, processes.first_does(lambda: _weights_sha256(folder))
         self.model = model.to(device=device, dtype=torch.float32).eval()
         self.device, self.length = device, text.max_position_embeddings
         self.size = model.config.vision_config.image_size
@@ -83,6 +90,13 @@ class Clip:
         texts = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         made = self.model(pixel_values=images, **texts)
         return cosines(made.image_embeds, made.text_embeds)
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Of what transformers reads: safetensors, where there are both."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digests = [file_sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
@@ -107,56 +121,28 @@ def cosines(images: Tensor, texts: Tensor) -> Tensor:
     return (images * texts).sum(-1) / (images.norm(dim=-1) * texts.norm(dim=-1))
 
 
-def file_cosines(path: Path) -> Tensor:
-    """Cosines float64 [M] of features that somebody computed.
-
-    Args:
-        path: safetensors with `image_features` and `text_features`, floating-point [M, D], row i of both of image i.
-
-    Raises:
-        DDFastError: the file cannot be read, or holds something else.
-    """
-    tensors, _ = load_tensors(path)
-    if tensors.keys() != {"image_features", "text_features"}:
-        got = ", ".join(sorted(tensors)[:5]) or "nothing"
-        raise DDFastError(f"{path} holds no features of CLIP: got {got}, expected image_features, text_features")
-    images, texts = tensors["image_features"], tensors["text_features"]
-    floating = images.is_floating_point() and texts.is_floating_point()
-    if images.ndim != 2 or images.shape != texts.shape or not floating:
-        got = f"{list(images.shape)} of {images.dtype} and {list(texts.shape)} of {texts.dtype}"
-        raise DDFastError(f"{path} holds no features of CLIP: got {got}, expected floating-point [M, D] both")
-    return cosines(images, texts)
-
-
 def clip_figures(cosines: Tensor) -> dict[str, float]:
-    """Mean of 100 max(cos, 0) over images as `clip_score`, its standard error as `clip_score_error`, and `clip_count`.
+    """Mean of 100 max(cos, 0) over images as `clip_score`, `clip_score_error`, its standard error, and their `count`.
 
     Args:
-        cosines: float64 [M].
+        cosines: float64 [M], M at least 1; of one image there is no error.
 
     Raises:
-        ValueError: there are fewer than two, or one is not finite.
+        ValueError: one is not finite.
 
     Source: Hessel et al. 2021 (CLIPScore, whose factor is 2.5).
     """
-    if len(cosines) < 2:
-        raise ValueError(f"CLIP score: got {len(cosines)} images, expected at least 2, for its standard error")
     if not bool(cosines.isfinite().all()):
         first = int((~cosines.isfinite()).nonzero()[0])
         raise ValueError(f"CLIP score: the features of image {first} or of its caption are zero or not finite")
     scores = 100 * cosines.clamp_min(0)
-    error = scores.std() / len(scores) ** 0.5
-    return {"clip_score": float(scores.mean()), "clip_score_error": float(error), "clip_count": len(scores)}
+    result = {"clip_score": float(scores.mean())}
+    if len(scores) > 1:
+        result["clip_score_error"] = float(scores.std() / len(scores) ** 0.5)
+    return result | {"count": len(scores)}
 
 
-class _Captioned(Protocol):
-    """What is known here of `Pictures`, which a layer above makes."""
-
-    pixels: Tensor
-    condition: Tensor
-
-
-P = TypeVar("P", bound=_Captioned)
+P = TypeVar("P", bound=Pictured)
 
 
 class ClipScore:
@@ -164,31 +150,69 @@ class ClipScore:
 
     Args:
         clip: the model.
-        captions: of the pictures, whose conditions are numbers of them.
+        captions: of the pictures: their `condition`s are numbers of them, or where they have none their own numbers.
+
+    Attributes:
+        said: what a judgement says of model and captions.
     """
 
     def __init__(self, clip: Clip, captions: Sequence[str]) -> None:
         self.clip, self.captions = clip, captions
+        told = hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
+        self.said = {"file": clip.folder.name, "sha256": clip.sha256, "captions": told}
         self._cosines: list[Tensor] = []  # eight bytes of an image
 
     def along(self, pictures: Iterable[P]) -> Iterator[P]:
         """The same batches of pictures, each scored as it passes.
 
         Raises:
-            ValueError: a picture's condition is the number of no caption.
+            ValueError: a picture has the number of no caption.
         """
         for batch in pictures:
-            numbers = batch.condition.tolist()
-            if numbers and not 0 <= min(numbers) <= max(numbers) < len(self.captions):
-                wrong = next(number for number in numbers if not 0 <= number < len(self.captions))
-                raise ValueError(f"condition: got {wrong}, expected numbers of {len(self.captions)} captions")
+            numbers = getattr(batch, "condition", batch.number).tolist()
+            if wrong := [number for number in numbers if not 0 <= number < len(self.captions)]:
+                raise ValueError(f"captions: got {len(self.captions)}, expected one with the number {wrong[0]}")
             self._cosines.append(self.clip.cosines(batch.pixels, [self.captions[number] for number in numbers]))
             yield batch
 
     def figures(self) -> dict[str, float]:
         """The figures of all that has passed, at all processes; as `clip_figures`."""
         parts = processes.collected(self._cosines)
-        return processes.first_does(lambda: clip_figures(torch.cat(parts) if parts else _NONE))
+        return processes.first_does(lambda: clip_figures(torch.cat(parts)))
 
 
-_NONE = torch.empty(0, dtype=torch.float64)
+class FileScore:
+    """The score of features that somebody computed, in the place of `ClipScore`.
+
+    Args:
+        path: safetensors with `image_features` and `text_features`, floating-point [M, D], row i of both of image i.
+        count: M.
+
+    Attributes:
+        said: what a judgement says; the same text features are the same model and captions.
+
+    Raises:
+        DDFastError: the file cannot be read, or holds something else.
+    """
+
+    def __init__(self, path: Path, count: int) -> None:
+        tensors, _ = load_tensors(path)
+        if tensors.keys() != {"image_features", "text_features"}:
+            got = ", ".join(sorted(tensors)[:5]) or "nothing"
+            raise DDFastError(f"--clip {path}: holds {got}, expected image_features and text_features")
+        images, texts = tensors["image_features"], tensors["text_features"]
+        fits = images.ndim == 2 and images.shape == texts.shape and len(images) == count
+        if not fits or not (images.is_floating_point() and texts.is_floating_point()):
+            got = f"{list(images.shape)} of {images.dtype} and {list(texts.shape)} of {texts.dtype}"
+            raise DDFastError(f"--clip {path}: holds features {got}, expected floating-point [{count}, D] both")
+        self._cosines = cosines(images, texts)
+        told = hashlib.sha256(texts.float().contiguous().numpy().tobytes()).hexdigest()
+        self.said = {"file": path.name, "sha256": told, "captions": told}
+
+    def along(self, pictures: Iterable[P]) -> Iterator[P]:
+        """The same batches of pictures."""
+        yield from pictures
+
+    def figures(self) -> dict[str, float]:
+        """As `clip_figures`."""
+        return clip_figures(self._cosines)

@@ -61,7 +61,7 @@ class Images(ABC):
     Attributes:
         path: of the file or folder.
         count: how many there are.
-        size: height and width of each.
+        size: height and width of each; (0, 0): they have several.
     """
 
     path: Path
@@ -73,26 +73,28 @@ class Images(ABC):
         """Pixels uint8 [B, 3, H, W] of runs of numbers, in ascending order."""
 
     def batches(self, size: int = 64) -> Iterator[Batch]:
-        """All images in batches; of several processes, each gets its share of them."""
+        """All images in batches, of several sizes one by one; of several processes, each gets its share of them."""
+        size = size if any(self.size) else 1
         runs = [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
         own = processes.share(runs)
         for run, pixels in zip(own, self.read(iter(own)), strict=True):
             yield Batch(pixels, torch.tensor(run, dtype=torch.int64))
 
 
-def open_images(path: Path, option: str, progress: Progress = silent) -> Images:
+def open_images(path: Path, option: str, progress: Progress = silent, *, any_size: bool = False) -> Images:
     """The images of an npz file or a folder, checked by all of their headers.
 
     Args:
         path: of the file or folder.
         option: the command's, for errors.
         progress: called as progress(done, total, text) while headers are read.
+        any_size: the images of a folder may have several sizes.
 
     Raises:
         DDFastError: it is neither, or holds something else than images of one size in 8-bit RGB or grey.
     """
     if path.is_dir():
-        return ImageFolder(path, option, progress)
+        return ImageFolder(path, option, progress, any_size=any_size)
     if not path.exists():
         raise DDFastError(f"{option} {path}: there is no such file or folder")
     if not zipfile.is_zipfile(path):
@@ -103,7 +105,7 @@ def open_images(path: Path, option: str, progress: Progress = silent) -> Images:
 class ImageFolder(Images):
     """The PNG and JPG files of a folder in the order of their names; those with transparency are refused."""
 
-    def __init__(self, path: Path, option: str, progress: Progress = silent) -> None:
+    def __init__(self, path: Path, option: str, progress: Progress = silent, *, any_size: bool = False) -> None:
         self.path = path
         self.files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         self.count = len(self.files)
@@ -120,14 +122,14 @@ class ImageFolder(Images):
                 if picture.mode not in _OPAQUE:
                     raise DDFastError(f"{option} {file}: is {picture.mode}, expected 8-bit RGB or grey")
                 sizes.setdefault((picture.height, picture.width), file)
-            if len(sizes) > 1:
+            if len(sizes) > 1 and not any_size:
                 (one, first), (other, second) = sizes.items()
                 raise DDFastError(
                     f"{option} {path}: images of several sizes: {_by(one)} ({first.name}) and {_by(other)} "
                     f"({second.name}); expected one size"
                 )
             progress(done, self.count, "headers")
-        (self.size,) = sizes
+        self.size = (0, 0) if len(sizes) > 1 else next(iter(sizes))
 
     def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
         for run in numbers:

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from ddfast import processes
 from ddfast.errors import DDFastError, first_line
+from ddfast.evaluation.resizing import CLEAN_SIZE as SIDE
+from ddfast.evaluation.resizing import clean_resize
 from ddfast.messages import warn
 from ddfast.models.checkpoint import AnyTensor, read_checkpoint, read_tensor, tensors_of
 
 PUBLISHED = "6726825d"
 """First digits of the SHA-256 of torch-fidelity's weights-inception-2015-12-05-6726825d.pth; pytorch-fid's
 pt_inception-2015-12-05-6726825d.pth has the same: they are one file under two names."""
-
-SIDE = 299
-"""Height and width of the pictures that the network looks at."""
 
 POOL, SPATIAL, LOGITS = "pool_3", "mixed_6/conv", "logits"
 """What is read of the network, by its names in TensorFlow's graph; of `mixed_6/conv` the first 7 channels."""
@@ -124,6 +123,11 @@ def prepared_as_pytorch_fid(pixels: Tensor) -> Tensor:
     """Pixels uint8 [B, 3, H, W] as pytorch-fid gives them to its first layer."""
     resized = F.interpolate(pixels.float() / 255, (SIDE, SIDE), mode="bilinear", align_corners=False)
     return 2 * resized - 1
+
+
+def prepared_as_clean_fid(pixels: Tensor) -> Tensor:
+    """Pixels uint8 [B, 3, H, W] as clean-fid gives them to its first layer."""
+    return (clean_resize(pixels).to(pixels.device) - 128) / 128
 
 
 def file_sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Instruments: by which network's features, and in which figures, images are compared with a reference.
 
 Figures of two instruments are never compared. adm is OpenAI's evaluator (guided-diffusion), dd1 is pytorch-fid as
-Distilled Decoding 1 uses it; a family's classifier is the instrument of its own images.
+Distilled Decoding 1 uses it, clean is clean-fid; a family's classifier is the instrument of its own images.
 
 Dimensions: B batch, F features, C classes of a network.
 """
@@ -24,6 +24,7 @@ from ddfast.evaluation.inception import (
     POOL,
     SPATIAL,
     Inception,
+    prepared_as_clean_fid,
     prepared_as_pytorch_fid,
     prepared_as_tensorflow,
 )
@@ -245,6 +246,14 @@ class Dd1(OfInception):
     prepare = staticmethod(prepared_as_pytorch_fid)
 
 
+class Clean(OfInception):
+    """clean-fid, as text-to-image tables use it: FID alone, of images that are resized without aliasing."""
+
+    name = "clean"
+    distances: ClassVar[Mapping[str, str]] = {"fid": POOL}
+    prepare = staticmethod(prepared_as_clean_fid)
+
+
 class Classifier(Instrument):
     """A family's own feature network: the Fréchet distance in its features, precision and recall."""
 
@@ -260,5 +269,5 @@ class Classifier(Instrument):
         return {"features": self.network.features(images)}
 
 
-INCEPTIONS: dict[str, type[OfInception]] = {instrument.name: instrument for instrument in (Adm, Dd1)}
+INCEPTIONS: dict[str, type[OfInception]] = {instrument.name: instrument for instrument in (Adm, Dd1, Clean)}
 """The instruments of the field, by name."""

@@ -16,12 +16,16 @@ from typing import Any
 from ddfast.errors import DDFastError
 from ddfast.files import read_text
 
-TITLES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+TITLES = {
+    "fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall",
+    "clip_score": "CLIP score",
+}  # fmt: skip
 """Figures as a table heads them; those of the first three are told with the count, for they fall or rise with it."""
 
 _WITH_COUNT = ("fid", "sfid", "inception_score")
 _FORMS = {"precision": ".4f", "recall": ".4f"}
-_USUAL = 50_000
+_USUAL = {"clean": 30_000}
+"""Images that an instrument's published figures are of; 50,000 elsewhere."""
 
 
 @dataclass(kw_only=True)
@@ -29,12 +33,13 @@ class Judgement:
     """Figures, and what they are of.
 
     Attributes:
-        instrument: adm or dd1.
+        instrument: adm, dd1 or clean.
         source: of the images: a folder or file, and how a student made them.
         count: of images.
         size: their height and width in pixels.
         figures: by name; a Fréchet distance has its standard error beside it, `_error`.
         inception, reference: name of the file, and its SHA-256.
+        clip: of a CLIP score, name and SHA-256 of the model, and the SHA-256 of the captions; empty: there is none.
         preset: the published way in which they were made; empty: none.
         settings: labels, steps, seed, guidance, quantisation, ... of a student's images.
         versions: what they were measured with.
@@ -47,6 +52,7 @@ class Judgement:
     figures: dict[str, float]
     inception: dict[str, str]
     reference: dict[str, str]
+    clip: dict[str, str] = field(default_factory=dict)
     preset: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -74,7 +80,7 @@ def read_judgement(path: Path) -> Judgement:
 
 
 def check_comparable(rows: Sequence[Judgement]) -> None:
-    """Raise unless all rows are of one instrument, with the same weights and the same reference.
+    """Raise unless all rows are of one instrument, with the same weights, reference, and CLIP model and captions.
 
     Raises:
         DDFastError: figures that do not compare would share a column.
@@ -85,6 +91,11 @@ def check_comparable(rows: Sequence[Judgement]) -> None:
             ("instrument", first.instrument, other.instrument),
             ("Inception of SHA-256", first.inception["sha256"], other.inception["sha256"]),
             ("reference of SHA-256", first.reference["sha256"], other.reference["sha256"]),
+            *(
+                (f"CLIP {what} of SHA-256", first.clip[name], other.clip[name])
+                for what, name in (("model", "sha256"), ("captions", "captions"))
+                if first.clip and other.clip
+            ),
         ):
             if one != two:
                 raise DDFastError(
@@ -115,11 +126,20 @@ def table(rows: Sequence[Judgement]) -> list[str]:
         "",
         "±: standard error by the chance of the samples (jackknife over 5 groups of them), not of the reference.",
     ]
-    few = sorted({row.count for row in rows if row.count < _USUAL})
+    usual = usual_count(first.instrument)
+    few = sorted({row.count for row in rows if row.count < usual})
     if few:
-        names = " and ".join(f"FID-{count_name(count)}" for count in few)
-        lines.append(f"{names} is no FID-50k: few samples raise Fréchet distances, by more than ± says.")
+        names, all_of_it = " and ".join(f"FID-{count_name(count)}" for count in few), count_name(usual)
+        lines.append(f"{names} is no FID-{all_of_it}: few samples raise Fréchet distances, by more than ± says.")
+    scored = next((row.clip for row in rows if row.clip), None)
+    if scored:
+        lines.append(f"CLIP score: 100 max(cos, 0) by {_file(scored)}.")
     return lines
+
+
+def usual_count(instrument: str) -> int:
+    """How many images an instrument's published figures are of."""
+    return _USUAL.get(instrument, 50_000)
 
 
 def count_name(count: int) -> str:

@@ -1,7 +1,7 @@
-"""Files that samples are compared with: the two that the field has, read and made.
+"""Files that samples are compared with: those that the field has, read and made.
 
 adm: an npz file with `mu`, `sigma` (FID), `mu_s`, `sigma_s` (sFID) and `arr_0`, images for precision and recall. dd1: a
-.pth file with `m` and `s`.
+.pth file with `m` and `s`. clean: an npz file with `mu` and `sigma`, as clean-fid keeps them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ WIDTHS = {POOL: 2048, SPATIAL: 17 * 17 * 7}
 MOST_IMAGES = 10_000
 """That a reference holds for precision and recall, as the field's does."""
 
+CLEAN = "clean"
+"""Array of a reference of ours, the count of images, by which it is clean's: `mu` and `sigma` are names of adm's too."""
+
 _NAMES = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 _FEATURES = {"fid": POOL, "sfid": SPATIAL}
 
@@ -45,7 +48,7 @@ class ReferenceFile:
     """
 
     def __init__(self, path: Path, instrument: str) -> None:
-        """Read the file of an instrument, adm or dd1.
+        """Read the file of an instrument: adm, dd1 or clean.
 
         Raises:
             DDFastError: it is missing, damaged, unsafe, or not what this instrument takes.
@@ -55,7 +58,7 @@ class ReferenceFile:
         self.images: Images | None = None
         if not path.is_file():
             raise DDFastError(f"--reference {path}: there is no such file")
-        (self._read_adm if instrument == "adm" else self._read_dd1)()
+        {"adm": self._read_adm, "dd1": self._read_dd1, "clean": self._read_clean}[instrument]()
         for name, gaussian in self.gaussians.items():
             _check(gaussian, WIDTHS[_FEATURES[name]], f"--reference {path}: {name}")
 
@@ -73,11 +76,21 @@ class ReferenceFile:
             there = "" if names is None else f", not {', '.join(names)[:80]}"
             expected = f"an .npz file with mu, sigma, mu_s, sigma_s and {ARRAY}"
             raise DDFastError(f"{option} {path}: --protocol adm takes {expected}{there}")
+        if CLEAN in names:
+            raise DDFastError(f"{option} {path}: was made by --protocol clean, whose statistics are others than adm's")
         for distance, (mean, covariance) in _NAMES.items():
             if {mean, covariance} <= set(names):
                 self.gaussians[distance] = Gaussian(_array(path, mean), _array(path, covariance))
         if ARRAY in names:
             self.images = ImageArray(path, option)
+
+    def _read_clean(self) -> None:
+        names = _names(self.path) or []
+        if not {"mu", "sigma"} <= set(names) or not {"mu_s", ARRAY}.isdisjoint(names):
+            there = f"it has {', '.join(names)[:80]}" if names else "it is none"
+            expected = "an .npz file with mu and sigma alone, of --make-reference or of clean-fid"
+            raise DDFastError(f"--reference {self.path}: --protocol clean takes {expected}; {there}")
+        self.gaussians["fid"] = Gaussian(_array(self.path, "mu"), _array(self.path, "sigma"))
 
     def _read_dd1(self) -> None:
         if _names(self.path) is not None:
@@ -97,7 +110,7 @@ def write_reference(path: Path, instrument: str, reference: Reference, images: I
 
     Args:
         path: of the file.
-        instrument: adm or dd1.
+        instrument: adm, dd1 or clean.
         reference: the Gaussians.
         images: that they are of; adm's file holds up to 10,000, in their order, chosen by the seed.
         seed: of the choice.
@@ -108,6 +121,11 @@ def write_reference(path: Path, instrument: str, reference: Reference, images: I
     if instrument == "dd1":
         fitted = reference.gaussians["fid"]
         write_atomically(path, lambda file: torch.save({"m": fitted.mean, "s": fitted.covariance}, file))
+        return 0
+    if instrument == "clean":
+        fitted = reference.gaussians["fid"]
+        arrays = {"mu": fitted.mean.numpy(), "sigma": fitted.covariance.numpy(), CLEAN: np.array(fitted.count)}
+        write_atomically(path, lambda file: np.savez(file, **arrays))
         return 0
     kept = min(images.count, MOST_IMAGES)
     chosen = torch.arange(images.count, dtype=torch.int64)

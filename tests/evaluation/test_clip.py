@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from launching import launch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ddfast import processes
 from ddfast.errors import DDFastError
-from ddfast.evaluation.clip import Clip, ClipScore, clip_figures, file_cosines
+from ddfast.evaluation.clip import Clip, ClipScore, FileScore, clip_figures
+from ddfast.evaluation.images import Batch as Numbered
 from ddfast.evaluation.resizing import clip_resize
 
 CAPTIONS = ["a red bird on a branch", "two dogs", "a cat", "zebras " * 40, "x"]
@@ -23,13 +26,15 @@ CAPTIONS = ["a red bird on a branch", "two dogs", "a cat", "zebras " * 40, "x"]
 class Batch:
     pixels: torch.Tensor
     condition: torch.Tensor
+    number: torch.Tensor
 
 
 def batches(sizes, seed=0, side=48):
     generator, made, start = torch.Generator().manual_seed(seed), [], 0
     for size in sizes:
         pixels = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
-        made.append(Batch(pixels, torch.arange(start, start + size) % len(CAPTIONS)))
+        number = torch.arange(start, start + size)
+        made.append(Batch(pixels, (2 * number + 1) % len(CAPTIONS), number))
         start += size
     return made
 
@@ -89,7 +94,7 @@ def test_scores_are_those_of_a_second_implementation(folder):
     figures = score.figures()
     assert figures["clip_score"] == pytest.approx(sum(scores) / 8, rel=1e-4)
     assert figures["clip_score_error"] == pytest.approx(np.std(scores, ddof=1) / 8**0.5, rel=1e-4)
-    assert figures["clip_count"] == 8
+    assert figures["count"] == 8
 
 
 def test_a_score_does_not_depend_on_the_batches(folder):
@@ -181,6 +186,7 @@ def stand_in(monkeypatch, tmp_path):
     module.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda folder, local_files_only: Letters())
     monkeypatch.setitem(sys.modules, "transformers", module)
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
     return tmp_path
 
 
@@ -189,6 +195,7 @@ def test_it_works_without_the_library_itself(stand_in):
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     images = (batch.pixels.numpy().mean((2, 3)) / 255 - mean) / std
     texts = np.array([[ord(letter) for letter in f"{caption}   "[:3]] for caption in CAPTIONS]) - 100.0
+    texts = texts[batch.condition.numpy()]
     norms = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
     cosines = (images * texts).sum(1) / norms
     score = ClipScore(clip, CAPTIONS)
@@ -196,11 +203,44 @@ def test_it_works_without_the_library_itself(stand_in):
     assert score.figures()["clip_score"] == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-5)
 
 
-def test_a_condition_without_caption_is_refused(stand_in):
-    for wrong in (5, -1):
-        batch = Batch(batches([1])[0].pixels, torch.tensor([wrong]))
-        with pytest.raises(ValueError, match=f"condition: got {wrong}, expected numbers of 5 captions"):
-            list(ClipScore(Clip(stand_in), CAPTIONS).along([batch]))
+def test_an_image_that_is_there_has_the_caption_of_its_number(stand_in):
+    clip, batch = Clip(stand_in), batches([5], side=16)[0]
+    by_number, by_condition = ClipScore(clip, CAPTIONS), ClipScore(clip, [CAPTIONS[n] for n in batch.condition])
+    for score, given in ((by_number, batch), (by_condition, Numbered(batch.pixels, batch.number))):
+        assert list(score.along([given])) == [given]
+    assert by_number.figures() == by_condition.figures()
+    assert by_number.said["sha256"] == by_condition.said["sha256"]
+    assert by_number.said["captions"] != by_condition.said["captions"]
+
+
+@pytest.mark.parametrize("wrong", [5, -1])
+def test_an_image_without_caption_is_refused(stand_in, wrong):
+    batch = Numbered(batches([1])[0].pixels, torch.tensor([wrong]))
+    with pytest.raises(ValueError, match=f"captions: got 5, expected one with the number {wrong}"):
+        list(ClipScore(Clip(stand_in), CAPTIONS).along([batch]))
+
+
+def by_processes(folder, size):
+    library = types.ModuleType("transformers")
+    library.CLIPModel = types.SimpleNamespace(from_pretrained=lambda folder, **_: (Hashes(), {"missing_keys": []}))
+    library.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda folder, **_: Letters())
+    sys.modules["transformers"] = library
+    whole = batches([11], side=16)[0]
+    parts = [
+        Batch(*(part[start : start + size] for part in vars(whole).values()))
+        for start in range(0, len(whole.pixels), size)
+    ]
+    with processes.together("cpu", 60):
+        score = ClipScore(Clip(folder), CAPTIONS)
+        for _ in score.along(processes.share(parts)):
+            pass
+        return score.figures()
+
+
+def test_processes_share_the_pictures(stand_in):
+    ended = launch(3, by_processes, stand_in, 2)
+    expected = by_processes(stand_in, 2)
+    assert ended == [expected] * 3
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path):
@@ -217,32 +257,38 @@ def test_features_of_a_file(tmp_path):
     save_file({"image_features": images, "text_features": texts.half()}, path)
     x, y = images.double().numpy(), texts.half().double().numpy()
     scores = np.maximum(0, 100 * (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1))
-    figures = clip_figures(file_cosines(path))
-    assert figures == {
+    score = FileScore(path, 40)
+    assert list(score.along([1, 2])) == [1, 2]
+    assert score.figures() == {
         "clip_score": pytest.approx(scores.mean(), rel=1e-12),
         "clip_score_error": pytest.approx(scores.std(ddof=1) / 40**0.5, rel=1e-12),
-        "clip_count": 40,
+        "count": 40,
     }
+    save_file({"image_features": texts, "text_features": texts.half()}, path)  # another generator's, by the same model
+    assert FileScore(path, 40).said == score.said
 
 
 @pytest.mark.parametrize(
     ("tensors", "problem"),
     [
-        ({"features": torch.zeros(2, 3)}, "got features, expected image_features, text_features"),
-        ({"image_features": torch.zeros(2, 3), "text_features": torch.zeros(3, 3)}, r"got \[2, 3\] of torch"),
-        ({"image_features": torch.zeros(2), "text_features": torch.zeros(2)}, r"got \[2\]"),
-        ({"image_features": torch.ones(2, 3).long(), "text_features": torch.zeros(2, 3)}, "got .* of torch.int64"),
+        ({"features": torch.zeros(2, 3)}, "holds features, expected image_features and text_features"),
+        ({"image_features": torch.zeros(2, 3), "text_features": torch.zeros(3, 3)}, r"features \[2, 3\] of torch"),
+        (
+            {"image_features": torch.zeros(3, 3), "text_features": torch.zeros(3, 3)},
+            r"expected floating-point \[2, D\]",
+        ),
+        ({"image_features": torch.zeros(2), "text_features": torch.zeros(2)}, r"features \[2\]"),
+        ({"image_features": torch.ones(2, 3).long(), "text_features": torch.zeros(2, 3)}, r"of torch\.int64"),
     ],
-)  # fmt: skip
+)
 def test_other_files_are_refused(tmp_path, tensors, problem):
     path = tmp_path / "features.safetensors"
     save_file(tensors, path)
-    with pytest.raises(DDFastError, match=f"holds no features of CLIP: {problem}"):
-        file_cosines(path)
+    with pytest.raises(DDFastError, match=rf"^--clip .*features\.safetensors: holds .*{problem}"):
+        FileScore(path, 2)
 
 
-def test_scores_that_are_none_are_refused():
-    with pytest.raises(ValueError, match="CLIP score: got 1 images, expected at least 2"):
-        clip_figures(torch.tensor([0.5], dtype=torch.float64))
+def test_one_score_has_no_error_and_one_that_is_none_is_refused():
+    assert clip_figures(torch.tensor([-0.5], dtype=torch.float64)) == {"clip_score": 0, "count": 1}
     with pytest.raises(ValueError, match="CLIP score: the features of image 1 or of its caption are zero"):
         clip_figures(torch.tensor([0.5, math.nan, 0.1], dtype=torch.float64))
