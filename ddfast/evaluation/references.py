@@ -31,7 +31,7 @@ MOST_IMAGES = 10_000
 """That a reference holds for precision and recall, as the field's does."""
 
 CLEAN = "clean"
-"""Array of a reference of ours, the count of images, by which it is clean's: `mu` and `sigma` are names of adm's too."""
+"""Array of a reference that we make, the count of images; it tells clean's `mu` and `sigma` from adm's."""
 
 _NAMES = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 _FEATURES = {"fid": POOL, "sfid": SPATIAL}
