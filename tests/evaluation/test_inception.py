@@ -111,7 +111,7 @@ def test_nothing_is_imported_before_it_is_needed():
         "import sys, ddfast.evaluate; print([name for name in sys.modules if 'fidelity' in name or 'vision' in name])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == ""
 
 
 # References ----------------------------------------------------------------------------------------------------------
