@@ -330,10 +330,9 @@ def _say_taken(name: str, value: object, usual: object, preset: Preset) -> None:
 
 def _say_uneven(chosen: Choices, conditions: int, kind: str) -> None:
     """Say where a judge would find more images of some classes than of others."""
-    more = chosen.count % conditions
-    if more and kind != "caption" and chosen.labels == "uniform" and chosen.format in ("files", "npz"):
-        each = f"{chosen.count // conditions} images of each {kind}, and 1 more of the first {more}"
-        say(f"--count {chosen.count} is no multiple of {conditions}: {each}")
+    if chosen.count % conditions and chosen.labels == "uniform" and chosen.format in ("files", "npz"):
+        fewer = chosen.count // conditions
+        say(f"--count {chosen.count} is no multiple of {conditions}: {fewer} or {fewer + 1} images of each {kind}")
 
 
 def check(options: SampleOptions, chosen: Choices) -> None:
