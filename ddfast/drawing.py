@@ -53,7 +53,8 @@ class DrawOptions:
         captions: for a text model: file with features (`save_captions`), with a caption in every line, or COCO's JSON.
         caption: for a text model: a caption; may be given several times.
         text_encoder: name or folder of the T5 that encodes captions given as text; default: google/flan-t5-xl.
-        count: how many samples; default: the preset's, or of `sample` 64, of `evaluate --protocol` 50,000.
+        count: how many samples; default: the preset's, or of `sample` 64, of `evaluate --protocol` 50,000 (clean:
+            30,000).
         seed: of all chance, 0 to 2^64 - 1; sample i of a seed is the same whatever the count, the batch size and the
             number of processes: bit for bit in batches of the same size, else up to the rounding of matrix products.
         batch_size: samples made at a time, by each of torchrun's processes; 0: as many as free memory holds.
