@@ -8,8 +8,8 @@ import inceptions
 import numpy as np
 import pytest
 import torch
-from commands import refused_here
 from inceptions import channels_last, pictures
+from PIL import Image
 from safetensors.torch import save_file
 
 SAID = [(7, "two dogs"), (5, "a red bird on a branch"), (7, "a pair of dogs"), (9, "x")]
@@ -79,6 +79,15 @@ def judging(files, *more):
     return ("evaluate", "--protocol", "clean", *given, *more)
 
 
+def refused(here, words, *arguments):
+    """The last line, after what is said of weights that are not the published ones."""
+    code, _, errors = here(*arguments)
+    assert code == 1, errors
+    line = errors.strip().splitlines()[-1]
+    assert line.startswith("ddfast evaluate: error: ")
+    assert words in line
+
+
 def test_a_text_student_and_its_images(here, generators, files, tmp_path, transformers):
     student = ("--student", generators / "text", "--captions", files / "coco.json", "--count", 3)
     clip = ("--clip", files / "clip")
@@ -101,8 +110,6 @@ def test_a_text_student_and_its_images(here, generators, files, tmp_path, transf
     with np.load(tmp_path / "drawn.npz") as arrays:
         pixels = arrays["arr_0"]
         assert arrays["arr_1"].tolist() == [0, 1, 2]
-    from PIL import Image
-
     sized = np.stack([np.asarray(Image.fromarray(one).resize((8, 8), Image.Resampling.BICUBIC)) for one in pixels])
     colours = sized.mean((1, 2)) / 255
     colours = (colours - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
@@ -112,7 +119,7 @@ def test_a_text_student_and_its_images(here, generators, files, tmp_path, transf
     # Another model's scores, or those of other captions, share no table.
     (tmp_path / "texts").write_text("a\nb\nc\n")
     other = ("--images", tmp_path / "drawn.npz", "--captions", tmp_path / "texts", *clip)
-    refused_here(here, "was measured with the CLIP captions of SHA-256", *judging(files, *other, *beside[:2]))
+    refused(here, "was measured with the CLIP captions of SHA-256", *judging(files, *other, *beside[:2]))
 
 
 def test_features_in_place_of_a_model(here, files, tmp_path):
@@ -151,9 +158,9 @@ def test_what_is_refused(here, generators, files, tmp_path, transformers, words,
     call = judging(files, *given)
     if any(argument.startswith("--make-reference") for argument in given):
         call = ("evaluate", "--protocol", "clean", "--inception", files / "weights.pth", *given)
-    refused_here(here, words.format(**places), *call)
+    refused(here, words.format(**places), *call)
 
 
 def test_a_score_needs_an_instrument_beside_it(here, files, generators):
     student = ("--student", generators / "text", "--clip", files / "clip")
-    refused_here(here, "--clip: has no effect: it is for --protocol", "evaluate", *student)
+    refused(here, "--clip: has no effect: it is for --protocol", "evaluate", *student)
