@@ -9,8 +9,10 @@ Dimensions: B batch, M images, D features.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,20 +53,21 @@ class Clip:
         try:
             from transformers import AutoTokenizer, CLIPModel
         except ImportError as error:
-            raise DDFastError("the CLIP score needs transformers: pip install 'ddfast[text]'") from error
+            raise DDFastError(
+                f"--clip: needs transformers ({first_line(error)}): pip install 'ddfast[text]'"
+            ) from error
         try:
-            settings: dict[str, Any] = {"local_files_only": True}
             model: Any
-            model, found = CLIPModel.from_pretrained(folder, output_loading_info=True, **settings)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **settings)
+            with _without_warnings("transformers"):
+                model, found = CLIPModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+                self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise DDFastError(f"--clip {folder}: cannot load the CLIP model: {first_line(error)}") from error
         # transformers only warns of weights that it draws anew, and makes a tokenizer of nothing.
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
-            raise DDFastError(
-                f"--clip {folder}: weights of no CLIP model: {len(missing)} are missing, {missing[0]} first"
-            )
+            what = f"{len(missing)} weights of a CLIP model are missing"
+            raise DDFastError(f"--clip {folder}: {what}, such as {missing[0]}")
         text = model.config.text_config
         if len(self.tokenizer) != text.vocab_size:
             got = f"{len(self.tokenizer)} tokens, its model {text.vocab_size}"
@@ -90,6 +93,18 @@ class Clip:
         texts = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         made = self.model(pixel_values=images, **texts)
         return cosines(made.image_embeds, made.text_embeds)
+
+
+@contextlib.contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """Within, a logger keeps to errors: of missing weights it would print a table."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _weights_sha256(folder: Path) -> str:

@@ -55,9 +55,7 @@ def read_texts(path: Path) -> list[str]:
         _, config = read_checkpoint(path)  # the features themselves stay in the file
         texts = config.get("captions")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise DDFastError(
-                f"{path} holds features without their texts; save_captions(..., captions=TEXTS) keeps them"
-            )
+            raise DDFastError(f"{path} holds features without their texts: give save_captions the texts too")
         return texts
     if path.stat().st_size > _LARGEST_FILE:
         raise DDFastError(f"{path} has {path.stat().st_size / 2**30:.1f} GB, expected captions: at most 1 GB of text")

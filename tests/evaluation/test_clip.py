@@ -1,5 +1,6 @@
 """The CLIP score, on a tiny random model of transformers' where that is installed, and on a stand-in for it."""
 
+import contextlib
 import json
 import math
 import sys
@@ -43,6 +44,8 @@ def batches(sizes, seed=0, side=48):
 def folder(tmp_path_factory):
     """A CLIP of two small layers, with the letters as its tokens."""
     transformers = pytest.importorskip("transformers")
+    with contextlib.suppress(ImportError):
+        import inceptions  # noqa: F401  transformers imports torchvision where it is, also where it does not fit
     folder = tmp_path_factory.mktemp("clip")
     letters = [chr(ord("a") + number) for number in range(26)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -246,7 +249,7 @@ def test_processes_share_the_pictures(stand_in):
 def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DDFastError, match=r"^the CLIP score needs transformers: pip install 'ddfast\[text\]'$"):
+    with pytest.raises(DDFastError, match=r"^--clip: needs transformers \(.*\): pip install 'ddfast\[text\]'$"):
         Clip(tmp_path)
 
 
@@ -271,7 +274,7 @@ def test_features_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "problem"),
     [
-        ({"features": torch.zeros(2, 3)}, "holds features, expected image_features and text_features"),
+        ({"features": torch.zeros(2, 3)}, "features, expected image_features and text_features"),
         ({"image_features": torch.zeros(2, 3), "text_features": torch.zeros(3, 3)}, r"features \[2, 3\] of torch"),
         (
             {"image_features": torch.zeros(3, 3), "text_features": torch.zeros(3, 3)},
