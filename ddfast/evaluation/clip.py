@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ddfast import processes
@@ -31,6 +32,10 @@ from ddfast.models.checkpoint import load_tensors
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels that OpenAI's and OpenCLIP's models were trained with, where a folder does not say others."""
+
+
+_WRONG_FILES = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError)
+"""What transformers raises for files that are damaged, missing, or another model's."""
 
 
 class Clip:
@@ -61,7 +66,7 @@ class Clip:
             with _without_warnings("transformers"):
                 model, found = CLIPModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
                 self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except (*_WRONG_FILES, ImportError) as error:
             raise DDFastError(f"--clip {folder}: cannot load the CLIP model: {first_line(error)}") from error
         # transformers only warns of weights that it draws anew, and makes a tokenizer of nothing.
         if found["missing_keys"]:
