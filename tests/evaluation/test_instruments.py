@@ -17,7 +17,7 @@ import torch_fidelity
 from inceptions import channels_last, pictures
 from launching import launch
 from PIL import Image
-from test_frechet import by_singular_values
+from test_frechet import by_singular_values, features
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -27,7 +27,7 @@ from ddfast.evaluation.images import Batch, open_images
 from ddfast.evaluation.inception import LOGITS, POOL, SPATIAL, Inception
 from ddfast.evaluation.instruments import Adm, Classifier, Dd1, InceptionScore, Reference, Sums
 from ddfast.evaluation.references import ReferenceFile, write_reference
-from ddfast.frechet import Gaussian
+from ddfast.frechet import Gaussian, frechet_distance
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,19 @@ def test_figures_of_features():
     ]  # fmt: skip
     assert figures["count"] == 400
     assert 0 < figures["fid_error"] < figures["fid"]
+
+
+@pytest.mark.parametrize(("count", "other"), [(400, 300), (20, 30)])
+def test_the_distance_is_nearer_to_the_truth_than_by_eigenvalues_of_the_product(count, other):
+    """torch-fidelity's way: where covariances are singular, its eigenvalues of rounding have roots."""
+    x, y = features(count, 64, 1), features(other, 64, 2)
+    truth = by_singular_values(x, y)
+    ours = frechet_distance(Gaussian.of(x), Gaussian.of(y))
+    statistics = [fid_features_to_statistics(one) for one in (x, y)]
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert theirs == pytest.approx(truth, rel=1e-5)
+    assert ours == pytest.approx(truth, rel=1e-11)
+    assert abs(ours - truth) <= abs(theirs - truth) + 1e-12 * truth
 
 
 @pytest.mark.parametrize(("count", "split"), [(300, 100), (250, 100), (99, 100), (101, 100)])
