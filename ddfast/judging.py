@@ -27,6 +27,8 @@ from ddfast.pictures import stream_pictures
 from ddfast.presets import get_preset
 from ddfast.progress import ProgressBar
 from ddfast.report import machine
+from ddfast.runs import read_json
+from ddfast.saving import SETTINGS
 
 _SUFFIXES = {"adm": ".npz", "dd1": ".pth", "clean": ".npz"}
 """Of a reference's file."""
@@ -125,7 +127,6 @@ def judge(options: EvaluateOptions, progress_bar: ProgressBar) -> list[str]:
         figures={},
         inception=inception,
         reference=_said(path),
-        preset=options.preset,
         versions={**machine(), "torch-fidelity": importlib.metadata.version("torch-fidelity")},
         **made,
     )
@@ -150,10 +151,15 @@ def _of_images(options: EvaluateOptions, progress_bar: ProgressBar) -> tuple[Ite
     """Pictures that are there, and what a judgement says of them."""
     assert options.images is not None
     images = _opened(options.images, "--images", progress_bar)
-    labels = options.labels or (get_preset(options.preset).labels if options.preset else None)
-    settings = {"labels": labels} if labels else {}
-    made = {"source": str(images.path), "count": images.count, "size": list(images.size), "settings": settings}
-    return images.batches(), made
+    beside = images.path / SETTINGS
+    settings = read_json(beside) if beside.is_file() else {}  # `ddfast sample` made them
+    preset = options.preset or settings.get("preset", "")
+    if options.preset:
+        settings["labels"] = get_preset(preset).labels
+    if options.labels:
+        settings["labels"] = options.labels
+    made = {"source": str(images.path), "count": images.count, "size": list(images.size)}
+    return images.batches(), made | {"preset": preset, "settings": settings}
 
 
 def _of_student(options: EvaluateOptions, progress_bar: ProgressBar) -> tuple[Iterable[Pictured], dict[str, Any]]:
@@ -176,7 +182,8 @@ def _of_student(options: EvaluateOptions, progress_bar: ProgressBar) -> tuple[It
     by = "the teacher" if asked.steps == 0 else f"{asked.steps} step{'s' if asked.steps > 1 else ''}"
     if asked.steps and asked.teacher_steps:
         by += f" and {asked.teacher_steps} of the teacher"
-    return pictures, {"source": f"{asked.student}, {by}", "count": chosen.count, "size": size, "settings": settings}
+    made = {"source": f"{asked.student}, {by}", "count": chosen.count, "size": size}
+    return pictures, made | {"preset": asked.preset, "settings": settings}
 
 
 def _make_reference(options: EvaluateOptions, path: Path, progress_bar: ProgressBar) -> list[str]:

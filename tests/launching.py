@@ -12,6 +12,7 @@ import pickle
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# A function of the tests is one of a module below `tests`, which a process shall find here: torch-fidelity installs a
+# package of that name beside its own.
+sys.modules["tests"] = types.ModuleType("tests")
+sys.modules["tests"].__path__ = [str(Path(__file__).parent)]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pytest", "torch.distributed", "ddfast.sample", "ddfast.evaluate", "ddfast.train"])

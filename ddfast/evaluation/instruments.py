@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -212,20 +212,19 @@ class InceptionScore:
 
 
 class OfInception(Instrument):
-    """An instrument that looks through Inception.
-
-    Attributes:
-        prepare: makes of pixels what its first layer takes.
-    """
-
-    prepare: ClassVar[Callable[[Tensor], Tensor]]
+    """An instrument that looks through Inception."""
 
     def __init__(self, network: Inception) -> None:
         self.network, self.device = network, network.device
 
+    @staticmethod
+    @abstractmethod
+    def prepare(pixels: Tensor) -> Tensor:
+        """Pixels uint8 [B, 3, H, W] as the network's first layer gets them."""
+
     def look(self, images: Tensor) -> dict[str, Tensor]:
         """What Inception sees in pixels uint8 [B, 3, H, W]."""
-        return self.network.look(images, type(self).prepare)
+        return self.network.look(images, self.prepare)
 
 
 class Adm(OfInception):

@@ -102,7 +102,7 @@ class ReferenceFile:
         if not {"m", "s"} <= set(content):
             there = ", ".join(map(str, content))[:80]
             raise DDFastError(f"--reference {self.path}: --protocol dd1 takes m and s, not {there}")
-        self.gaussians["fid"] = Gaussian(*(_tensor(content[name]) for name in ("m", "s")))
+        self.gaussians["fid"] = Gaussian(_tensor(content["m"]), _tensor(content["s"]))
 
 
 def write_reference(path: Path, instrument: str, reference: Reference, images: Images, seed: int = 0) -> int:

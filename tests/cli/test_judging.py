@@ -5,8 +5,8 @@ import json
 import inceptions
 import numpy as np
 import pytest
-from inceptions import channels_last, pictures
 from PIL import Image
+from pixels import channels_last, pictures
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import inceptions
 import numpy as np
 import pytest
 import torch
-from inceptions import channels_last, pictures
 from PIL import Image
+from pixels import channels_last, pictures
 from safetensors.torch import save_file
 
 SAID = [(7, "two dogs"), (5, "a red bird on a branch"), (7, "a pair of dogs"), (9, "x")]

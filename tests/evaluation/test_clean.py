@@ -9,8 +9,8 @@ import inceptions
 import numpy as np
 import pytest
 import torch
-from inceptions import channels_last, pictures
 from PIL import Image
+from pixels import channels_last, pictures
 from test_frechet import by_singular_values
 
 from ddfast.errors import DDFastError
@@ -73,9 +73,8 @@ def test_it_is_clean_fid(tmp_path, network, plain, cleanfid, photos):
     there = open_images(photos, "--make-reference", any_size=True)
     assert write_reference(tmp_path / "real.npz", "clean", instrument.see(there.batches()).reference(), there) == 0
     file = ReferenceFile(tmp_path / "real.npz", "clean")
-    figures = instrument.figures(
-        [Batch(ours[:4], torch.arange(4)), Batch(ours[4:], torch.arange(4, 9))], file.seen_by(instrument)
-    )
+    batches = [Batch(ours[rows], rows) for rows in torch.arange(5).split(3)]
+    figures = instrument.figures(batches, file.seen_by(instrument))
     seen = theirs(cleanfid, plain, written(tmp_path / "ours", ours))
     torch.testing.assert_close(instrument.look(ours)[POOL], torch.from_numpy(seen), rtol=1e-5, atol=1e-5)
     real = theirs(cleanfid, plain, photos)

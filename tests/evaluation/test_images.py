@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from inceptions import channels_last, pictures
 from launching import launch
 from PIL import Image
+from pixels import channels_last, pictures
 
 from ddfast import processes
 from ddfast.errors import DDFastError

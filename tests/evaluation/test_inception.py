@@ -9,7 +9,7 @@ import inceptions
 import numpy as np
 import pytest
 import torch
-from inceptions import channels_last, pictures
+from pixels import channels_last, pictures
 
 from ddfast.errors import DDFastError
 from ddfast.evaluation.images import open_images

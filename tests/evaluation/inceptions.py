@@ -1,4 +1,4 @@
-"""Inception of the published layout with random weights, small images, and torchvision beside a PyTorch for CPUs.
+"""Inception of the published layout with random weights, and torchvision beside a PyTorch for CPUs.
 
 torchvision of PyPI holds operators for PyTorch with CUDA; beside another one, its import ends at two of them that are
 not there. Here, and nowhere else, they are defined without a body: nothing that is tested calls them.
@@ -11,9 +11,9 @@ import importlib
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from pixels import pictures
 from torch import Tensor, nn
 
 _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
@@ -34,21 +34,6 @@ def import_torchvision() -> None:
 
 
 import_torchvision()
-
-
-def pictures(count: int, seed: int, size: int = 32) -> Tensor:
-    """Images uint8 [count, 3, size, size] of blots in colours, that differ as pictures do."""
-    generator = torch.Generator().manual_seed(seed)
-    blots = torch.randn(count, 3, 4, 4, generator=generator)
-    colour = torch.randn(count, 3, 1, 1, generator=generator)
-    fine = torch.randn(count, 3, size, size, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
-    smooth = F.interpolate(blots, (size, size), mode="bicubic")
-    return (128 + 45 * (smooth + colour + fine)).clamp(0, 255).to(torch.uint8)
-
-
-def channels_last(images: Tensor) -> np.ndarray:
-    """As npz files hold them."""
-    return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 @functools.cache
