@@ -124,8 +124,8 @@ def write_reference(path: Path, instrument: str, reference: Reference, images: I
         return 0
     if instrument == "clean":
         fitted = reference.gaussians["fid"]
-        arrays = {"mu": fitted.mean.numpy(), "sigma": fitted.covariance.numpy(), CLEAN: np.array(fitted.count)}
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+        mean, covariance, count = fitted.mean.numpy(), fitted.covariance.numpy(), np.array(fitted.count)
+        write_atomically(path, lambda file: np.savez(file, mu=mean, sigma=covariance, clean=count))
         return 0
     kept = min(images.count, MOST_IMAGES)
     chosen = torch.arange(images.count, dtype=torch.int64)

@@ -36,7 +36,7 @@ def clean_resize(pixels: Tensor) -> Tensor:
     for image, channels in zip(resized, pixels.cpu().numpy(), strict=True):
         for channel, plane in zip(image, channels, strict=True):
             floats = Image.fromarray(plane.astype(np.float32))
-            channel[:] = floats.resize((CLEAN_SIZE, CLEAN_SIZE), Image.Resampling.BICUBIC)
+            channel[:] = np.asarray(floats.resize((CLEAN_SIZE, CLEAN_SIZE), Image.Resampling.BICUBIC))
     return torch.from_numpy(resized).clamp_(0, 255)
 
 
@@ -63,7 +63,7 @@ def clip_resize(pixels: Tensor, size: int) -> Tensor:
     resized = np.empty((len(pixels), size, size, 3), dtype=np.uint8)
     for made, image in zip(resized, pixels.cpu().permute(0, 2, 3, 1).numpy(), strict=True):
         picture = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BICUBIC)
-        made[:] = picture.crop((left, top, left + size, top + size))
+        made[:] = np.asarray(picture.crop((left, top, left + size, top + size)))
     return torch.from_numpy(resized).permute(0, 3, 1, 2)
 
 
