@@ -304,7 +304,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         flat = tensor.detach().reshape(-1)
         some = flat[:: max(1, len(flat) // 1000)].cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(some.view(torch.uint8).numpy())
+        digest.update(some.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
 
 
@@ -316,7 +316,7 @@ def _guidance(options: SampleOptions, teacher: Teacher, decodes: bool) -> Guidan
     preset.check(teacher)
     if not decodes:
         return options.guidance
-    guidance, usual = preset.guidance(teacher, options.guidance), vars(preset.teacher(teacher) or Guidance())
+    guidance, usual = preset.guidance(teacher, options.guidance), vars(preset.teacher(teacher))
     for name, value in options.guidance.given().items():
         _say_taken(f"guidance.{name}", value, usual[name], preset)
     return guidance
@@ -325,8 +325,8 @@ def _guidance(options: SampleOptions, teacher: Teacher, decodes: bool) -> Guidan
 def _say_taken(name: str, value: object, usual: object, preset: Preset) -> None:
     """Say where the user's choice takes the place of a preset's."""
     if value != usual:
-        has = "leaves it to the teacher" if usual is None else f"has {usual}"
-        say(f"--{name.replace('_', '-')} {value} is taken; the preset {preset.name} {has}")
+        has = "none" if usual is None else usual
+        say(f"--{name.replace('_', '-')} {value} is taken; the preset {preset.name} has {has}")
 
 
 def _say_uneven(chosen: Choices, conditions: int, kind: str) -> None:

@@ -160,7 +160,8 @@ def frechet_distance(samples: Gaussian | Moments, reference: Gaussian | Moments)
         raise ValueError(f"reference: got {len(y.mean)} features of a sample, expected {len(x.mean)} as of the samples")
     values = torch.linalg.eigvalsh(y.root.T @ x.covariance @ y.root).flip(0)
     root = values[: x.count - 1 if x.count else None].clamp_min(0).sqrt().sum()
-    return float((x.mean - y.mean).square().sum() + x.covariance.trace() + y.covariance.trace() - 2 * root)
+    distance = (x.mean - y.mean).square().sum() + x.covariance.trace() + y.covariance.trace() - 2 * root
+    return float(distance.clamp_min(0))  # of equal sets, rounding has a sign
 
 
 def frechet_error(samples: Moments, reference: Gaussian) -> float | None:

@@ -25,7 +25,8 @@ class Preset:
         name: of the preset.
         instrument: adm (OpenAI's evaluator) or dd1 (pytorch-fid).
         families: of teachers that it is for, by name.
-        teacher: settings of a teacher of theirs where it takes part; None: its size has none that are published.
+        teacher: settings of a teacher of theirs where it takes part. Filters without a scale: for its size, none is
+            published.
         labels: uniform (as many of every class, in turn) or random.
         quantise: how values become 8 bits (`ddfast.pictures.pixels`).
         size: side in pixels that images are resized to; 0: as the teacher makes them.
@@ -35,7 +36,7 @@ class Preset:
     name: str
     instrument: str
     families: tuple[str, ...]
-    teacher: Callable[[Teacher], Guidance | None]
+    teacher: Callable[[Teacher], Guidance]
     labels: str
     quantise: str
     size: int = 0
@@ -57,33 +58,25 @@ class Preset:
         (`ddfast.sampling.teacher_takes_part`).
 
         Raises:
-            DDFastError: the preset is for other teachers, or nothing is published for this one's size.
+            DDFastError: the preset is for other teachers, or no scale is published for this one's size.
         """
         self.check(teacher)
         given, published = given or Guidance(), self.teacher(teacher)
-        if published is None:
-            if given.cfg_scale is None:
-                what = "nothing is published for a teacher of this size"
-                raise DDFastError(f"--preset {self.name}: {what}; give --guidance.cfg-scale")
-            published = _everything(given.cfg_scale)
+        if published.top_k is not None and published.cfg_scale is None and given.cfg_scale is None:
+            what = "no scale of guidance is published for a teacher of this size"
+            raise DDFastError(f"--preset {self.name}: {what}; give --guidance.cfg-scale")
         return dataclasses.replace(published, **given.given())
-
-
-def _everything(cfg_scale: float | None) -> Guidance:
-    """All codes, by their probabilities."""
-    return Guidance(cfg_scale=cfg_scale, temperature=1.0, top_k=0, top_p=1.0)
 
 
 _LLAMAGEN_SCALES = {"B": 2.0, "L": 2.0, "XL": 1.75, "XXL": 1.75, "3B": 1.65}
 
 
-def _llamagen(teacher: Teacher) -> Guidance | None:
+def _llamagen(teacher: Teacher) -> Guidance:
+    """Every code that the teacher has, by its probability."""
     assert isinstance(teacher, LlamaGenTeacher)
-    sizes = (teacher.sizes.dim, teacher.sizes.n_layer)
-    for name, scale in _LLAMAGEN_SCALES.items():
-        if (LLAMAGEN_SIZES[name].dim, LLAMAGEN_SIZES[name].n_layer) == sizes:
-            return _everything(scale)
-    return None
+    own = (teacher.sizes.dim, teacher.sizes.n_layer)
+    scales = {(LLAMAGEN_SIZES[n].dim, LLAMAGEN_SIZES[n].n_layer): scale for n, scale in _LLAMAGEN_SCALES.items()}
+    return Guidance(cfg_scale=scales.get(own), temperature=1.0, top_k=0, top_p=1.0)
 
 
 def _var(name: str, cfg_scale: float) -> Preset:

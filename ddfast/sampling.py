@@ -206,8 +206,17 @@ def stream_student(
         def make(request: Request) -> Tensor:
             return request.by_student(**settings)
 
-    stream = {"count": count, "seed": seed, "classes": classes, "batch_size": batch_size}
-    return batches(lambda: make, teacher, student, labels=labels, skip=skip, **stream)
+    return batches(
+        lambda: make,
+        teacher,
+        student,
+        count=count,
+        seed=seed,
+        classes=classes,
+        labels=labels,
+        batch_size=batch_size,
+        skip=skip,
+    )
 
 
 def _settings(teacher: Teacher, student: Student, steps: int, teacher_steps: int, guidance: Guidance) -> dict[str, Any]:

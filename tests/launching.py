@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A function of the tests is one of a module below `tests`, which a process shall find here: torch-fidelity installs a
-# package of that name beside its own.
-sys.modules["tests"] = types.ModuleType("tests")
-sys.modules["tests"].__path__ = [str(Path(__file__).parent)]
+if "tests" not in sys.modules:
+    # Functions travel by their modules' names, and a library (torch-fidelity) has installed a `tests` of its own.
+    sys.modules["tests"] = types.ModuleType("tests")
+    sys.modules["tests"].__path__ = [str(Path(__file__).parent)]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pytest", "torch.distributed", "ddfast.sample", "ddfast.evaluate", "ddfast.train"])

@@ -142,7 +142,7 @@ def write_reference(path: Path, instrument: str, reference: Reference, images: I
             with archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as entry:
                 shape = (kept, *images.size, 3)
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(entry, header)  # type: ignore[arg-type]
+                np.lib.format.write_array_header_1_0(entry, header)
                 for pixels in images.read(range(number, number + 1) for number in chosen.tolist()):
                     entry.write(pixels.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 

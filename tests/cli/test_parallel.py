@@ -58,7 +58,7 @@ def test_any_number_of_processes_makes_the_same(cache, generators, tmp_path):
     (whole,) = launch(1, everything, cache, generators / "digits", tmp_path / "one")
     ended = launch(3, everything, cache, generators / "digits", tmp_path / "many")
     one, many = contents(tmp_path / "one"), contents(tmp_path / "many")
-    assert len(one) == 23 + 5
+    assert len(one) == 23 + 6
     assert figures(tmp_path / "one") == figures(tmp_path / "many")
     assert {**one, "figures.json": b""} == {**many, "figures.json": b""}
     for end in ended:

@@ -39,7 +39,7 @@ def test_llamagen_by_size(size, scale):
 
 def test_llamagen_of_a_size_without_a_table_needs_its_scale():
     preset, teacher = PRESETS["llamagen"], llamagen_teacher_like()
-    with pytest.raises(DDFastError, match=r"nothing is published .* give --guidance.cfg-scale"):
+    with pytest.raises(DDFastError, match=r"no scale of guidance is published .* give --guidance.cfg-scale"):
         preset.guidance(teacher)
     assert settings(preset.guidance(teacher, Guidance(cfg_scale=3.0))) == (3.0, 0, 1.0)
 
@@ -109,7 +109,7 @@ def test_it_is_its_settings(here, generators, tmp_path, name, steps):
 
 def test_a_flag_beside_it_wins_and_is_said(here, generators, tmp_path):
     common = ("sample", "--student", generators / "llamagen", "--steps=0", "--count=6", "--to", tmp_path / "x")
-    refused_here(here, "--preset llamagen: nothing is published", *common, "--preset=llamagen")
+    refused_here(here, "--preset llamagen: no scale of guidance is published", *common, "--preset=llamagen")
     given = ("--preset=llamagen", "--guidance.cfg-scale=3", "--guidance.top-k=4", "--resize=12", "--labels=uniform")
     code, out, _ = here(*common, *given)
     assert code == 0
@@ -118,6 +118,7 @@ def test_a_flag_beside_it_wins_and_is_said(here, generators, tmp_path):
         "--labels uniform is taken; the preset llamagen has random",
         "--resize 12 is taken; the preset llamagen has 256",
         "--guidance.top-k 4 is taken; the preset llamagen has 0",
+        "--guidance.cfg-scale 3.0 is taken; the preset llamagen has none",
     ):
         assert words in out
     made = arrays(tmp_path / "x.npz")

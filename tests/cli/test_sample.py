@@ -369,7 +369,7 @@ def test_a_text_student_is_sampled_from_caption_features(here, generators, tmp_p
     arguments = ("sample", "--student", folder, "--captions", captions, "--count=5")
     assert here(*arguments, "--format=files", "--to", tmp_path / "x")[0] == 0
     names = [f"0000{i}-caption{i % 3}.png" for i in range(5)]
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "x").glob("*.png")) == names
     assert here(*arguments, "--format=codes", "--classes=2,0", "--steps=2", "--to", tmp_path / "y")[0] == 0
     made = load_file(tmp_path / "y.safetensors")
     assert made["condition"].tolist() == [2, 0, 2, 0, 2]

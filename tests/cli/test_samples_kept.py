@@ -125,10 +125,7 @@ def test_random_labels_depend_on_seed_and_number_alone():
     for seed in (8, 2**32 + 7, 2**64 - 1):
         assert (conditions_of(number, classes, "random", seed) == whole).float().mean() < 0.005
     # They stay what they are: published samples rest on it.
-    assert whole[:8].tolist() == PINNED
-
-
-PINNED: list[int] = []
+    assert whole[:8].tolist() == [802, 629, 704, 325, 1, 513, 85, 44]
 
 
 def test_random_labels_are_as_likely_and_independent():
@@ -312,7 +309,7 @@ def test_what_is_damaged_while_it_is_put_together_is_an_error(here, generators, 
 
     def damaging(form):
         first = form.kept.parts()[0]
-        first.write_bytes(first.read_bytes()[:-1])
+        first.write_bytes(first.read_bytes()[:-1] + b"!")
         finish(form)
 
     call = sample(generators / "var", "npz", tmp_path)
