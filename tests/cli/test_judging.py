@@ -127,7 +127,7 @@ def test_a_student_is_sampled_and_judged(here, references, generators, tmp_path)
     [
         (("--protocol", "adm", "--images", "{ours}"), "--inception: missing; give the network's weights"),
         (("--protocol", "adm", "--images", "{ours}", "--inception", "{weights}"), "--reference: missing"),
-        (("--images", "{ours}"), "--protocol: missing; give adm or dd1"),
+        (("--images", "{ours}"), "--protocol: missing; give adm, dd1 or clean"),
         (("--protocol", "adm"), "--protocol: has no effect: there are neither --images nor a --student"),
         ((), "--student: missing"),
         (("--student", "x", "--count", "5"), "--count: has no effect: it is for --protocol"),

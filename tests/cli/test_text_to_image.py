@@ -1,16 +1,21 @@
-"""`ddfast evaluate --protocol clean --captions FILE --clip FOLDER`: from COCO's captions to a table."""
+"""`ddfast evaluate --protocol clean --captions FILE --clip FOLDER`: from COCO's captions to a table.
+
+In place of Inception and CLIP networks of a few features look on: tests/evaluation has the true ones.
+"""
 
 import json
 import sys
 import types
 
-import inceptions
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pixels import channels_last, pictures
 from safetensors.torch import save_file
+from test_judging import WIDTH, Little
+
+from ddfast.evaluation.inception import POOL
 
 SAID = [(7, "two dogs"), (5, "a red bird on a branch"), (7, "a pair of dogs"), (9, "x")]
 CAPTIONS = ["a red bird on a branch", "two dogs", "x"]
@@ -54,17 +59,20 @@ def transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", library)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Weights, a reference, COCO's captions and a folder of a CLIP."""
-    from ddfast.cli import main
+@pytest.fixture(autouse=True)
+def little(monkeypatch):
+    monkeypatch.setattr("ddfast.judging.Inception", Little)
+    monkeypatch.setattr("ddfast.evaluation.references.WIDTHS", {POOL: WIDTH})
 
+
+@pytest.fixture
+def files(tmp_path_factory, here):
+    """Weights, a reference, COCO's captions and a folder of a CLIP."""
     folder = tmp_path_factory.mktemp("judged")
-    inceptions.write_weights(folder / "weights.pth")
+    (folder / "weights.pth").write_bytes(b"weights")
     np.savez(folder / "real.npz", channels_last(pictures(5, 1, size=16)))
     made = ("--make-reference", folder / "real.npz", "--to", folder / "reference.npz")
-    judge = ("evaluate", "--protocol", "clean", "--inception", folder / "weights.pth")
-    assert main([str(argument) for argument in (*judge, *made)]) == 0
+    assert here("evaluate", "--protocol", "clean", "--inception", folder / "weights.pth", *made)[0] == 0
     annotations = [{"image_id": image, "id": number, "caption": text} for number, (image, text) in enumerate(SAID)]
     coco = {"images": [{"id": image} for image in (5, 7, 9)], "annotations": annotations}
     (folder / "coco.json").write_text(json.dumps(coco))
