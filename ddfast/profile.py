@@ -32,7 +32,7 @@ class ProfileOptions(TrainConfig):
 
     Attributes:
         student: folder of a training run.
-        captions: for a text student of `ddfast convert`: file with features, or with a caption in every line.
+        captions: for a text student of `ddfast convert`: file with features or texts, as `ddfast sample` takes it.
         random_weights: time untrained networks of the recipe's sizes instead.
         rounds: repetitions of every measurement; fewer of what takes more than 20 seconds in all.
     """

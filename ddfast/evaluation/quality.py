@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ddfast import processes, seeds
 from ddfast.config import TrainConfig
+from ddfast.evaluation.instruments import Classifier, Reference, Sums
 from ddfast.evaluation.sources import stream
-from ddfast.frechet import frechet_distance
+from ddfast.frechet import Gaussian
 from ddfast.models import families
 from ddfast.models.family import FeatureNetwork
 from ddfast.models.protocol import Teacher
@@ -49,16 +50,17 @@ class Evaluator:
       but without top-k and top-p, so that every code has a finite likelihood.
     - pair_tv: `pair_table_distance` to fresh samples of the teacher; its floor is the teacher's own row. Only where the
       codebook is small enough for tables of pairs.
-    - frechet: distance, in the classifier's features, to real images (`Family.real_images`).
+    - frechet: distance, in the classifier's features, to real images (`Family.real_images`), and its standard error
+      `frechet_error`; precision and recall in the same features.
     - class_accuracy: share of samples whose class the classifier recognises.
+    - count: of samples.
 
     Args:
         config: evaluation settings; the classifier is trained on first use and cached.
         teacher: of the samples.
         progress: called as progress(done, total, text) while the classifier trains.
 
-    Several processes measure their shares of the batches; the first one has all that is compared, and computes the
-    figures.
+    Several processes measure their shares of the batches; what is compared as a whole, the first one has and compares.
     """
 
     def __init__(self, config: TrainConfig, teacher: Teacher, progress: Progress | None = None) -> None:
@@ -70,10 +72,11 @@ class Evaluator:
         if teacher.has_decoder:
             self.classifier = processes.first_then_all(lambda: family.feature_network(progress))
         self.paired = teacher.num_codes <= _LARGEST_PAIRED
-        self.reference_features: Tensor | None = None
+        self.reference = Reference(gaussians={})
         self.reference_codes: Tensor | None = None
         if self.classifier is not None and processes.rank() == 0:
-            self.reference_features = self.classifier.features(family.real_images(max(count, 5000), config.seed))
+            features = self.classifier.features(family.real_images(max(count, 5000), config.seed))
+            self.reference = Reference(gaussians={"frechet": Gaussian.of(features)}, features=features)
         if self.paired:
             # A seed of its own: the reference's draws are never those of the samples measured.
             seed = seeds.derived(config.seed, 1_000_003)
@@ -92,30 +95,37 @@ class Evaluator:
             The same figures at every process.
         """
         parts = processes.share(samples.split(self.batch_size)) if isinstance(samples, Samples) else samples
-        measured = processes.collected([self._measured(batch) for batch in parts])
-        return processes.first_does(lambda: self._figures(measured))
+        seen = Sums(Classifier(self.classifier)) if self.classifier is not None else None
+        kept = []
+        for batch in parts:
+            likelihoods = self._likelihoods(batch)
+            recognised = 0 if seen is None else self._see(batch, seen)
+            row = [likelihoods.sum(), likelihoods.numel(), recognised, len(batch.codes)]
+            kept.append((torch.tensor(row, dtype=torch.float64), batch.codes.cpu() if self.paired else None))
+        figures = {} if seen is None else seen.figures(self.reference)
+        collected = processes.collected(kept)
+        return processes.first_does(lambda: figures | self._figures(collected))
 
-    def _measured(self, batch: Samples) -> dict[str, Tensor]:
-        """What the figures need of a batch, on the CPU."""
+    def _likelihoods(self, batch: Samples) -> Tensor:
+        """Log-likelihoods float64 [B, N] under the teacher."""
         teacher = self.teacher
         with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
-            likelihoods = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
-            kept = {"log_probs": likelihoods.gather(-1, batch.codes[..., None]).cpu()}
-        if self.classifier is not None:
-            kept["features"] = self.classifier.features(teacher.decode(batch.embeddings).cpu())
-            kept["recognised"] = self.classifier.logits(kept["features"]).argmax(-1) == batch.condition.cpu()
-        if self.paired:
-            kept["codes"] = batch.codes.cpu()
-        return kept
+            table = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
+            return table.gather(-1, batch.codes[..., None]).cpu().double()
 
-    def _figures(self, measured: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Of all batches, in their order."""
-        kept = {name: torch.cat([batch[name] for batch in measured]) for name in measured[0]}
-        result = {}
-        if self.reference_features is not None:
-            result["frechet"] = frechet_distance(kept["features"], self.reference_features)
-            result["class_accuracy"] = float(kept["recognised"].double().mean())
-        result["teacher_nll"] = -float(kept["log_probs"].double().mean())
+    def _see(self, batch: Samples, sums: Sums) -> int:
+        """Add what the classifier sees in the images; how many of them it recognises."""
+        assert self.classifier is not None
+        seen = sums.instrument.look(self.teacher.decode(batch.embeddings).cpu())
+        sums.add(seen, batch.number)
+        return int((self.classifier.logits(seen["features"]).argmax(-1) == batch.condition.cpu()).sum())
+
+    def _figures(self, measured: list[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+        """Of all batches, in their order: of each, log-likelihood, tokens, recognised samples, samples; and codes."""
+        rows, codes = zip(*measured, strict=True)
+        log_likelihood, tokens, recognised, count = torch.stack(rows).sum(0).tolist()
+        result = {} if self.classifier is None else {"class_accuracy": recognised / count}
+        result |= {"teacher_nll": -log_likelihood / tokens, "count": int(count)}
         if self.reference_codes is not None:
-            result["pair_tv"] = pair_table_distance(kept["codes"], self.reference_codes, self.teacher.num_codes)
+            result["pair_tv"] = pair_table_distance(torch.cat(codes), self.reference_codes, self.teacher.num_codes)
         return result

@@ -3,11 +3,22 @@ import types
 
 import pytest
 import torch
+from official import llamagen_teacher_like
 from safetensors.torch import save_file
 
 from ddfast.errors import DDFastError
 from ddfast.models.checkpoint import load_tensors
-from ddfast.models.llamagen.captions import encode_captions, left_padded, load_captions, random_captions, save_captions
+from ddfast.models.llamagen.captions import (
+    CaptionEncoder,
+    EncodedOnDemand,
+    captions_for,
+    encode_captions,
+    give_captions,
+    left_padded,
+    load_captions,
+    random_captions,
+    save_captions,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
@@ -210,11 +221,47 @@ class IdEncoder(torch.nn.Module):
         return types.SimpleNamespace(last_hidden_state=hidden)
 
 
-def test_encoding_without_the_library_itself(monkeypatch):
-    stand_in = types.ModuleType("transformers")
-    stand_in.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda model: WordTokenizer())
-    stand_in.T5EncoderModel = types.SimpleNamespace(from_pretrained=lambda model: IdEncoder())
-    monkeypatch.setitem(sys.modules, "transformers", stand_in)
+@pytest.fixture
+def stand_in(monkeypatch):
+    library = types.ModuleType("transformers")
+    library.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda model: WordTokenizer())
+    library.T5EncoderModel = types.SimpleNamespace(from_pretrained=lambda model: IdEncoder())
+    monkeypatch.setitem(sys.modules, "transformers", library)
+
+
+def test_encoding_without_the_library_itself(stand_in):
     features, mask = encode_captions(["a small cat", "dog", "one two three four five six"], length=4, batch_size=2)
     assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
     assert features[..., 0].tolist() == [[0, 1, 5, 3], [0, 0, 0, 3], [3, 3, 5, 4]]
+
+
+def test_on_demand_each_caption_of_a_batch_is_encoded_once(stand_in):
+    texts = ["a", "two dogs", "three small cats"]
+    asked = []
+    encoder = CaptionEncoder(length=4)
+    many = EncodedOnDemand(texts, lambda asked_for: asked.append(asked_for) or encoder(asked_for))
+    features, mask = many.encoded(torch.tensor([2, 0, 2]))
+    assert (len(many), asked) == (3, [["a", "three small cats"]])
+    expected = encode_captions(texts, length=4)
+    assert all(torch.equal(made, whole[[2, 0, 2]]) for made, whole in zip((features, mask), expected, strict=True))
+    assert [len(part) for part in many.encoded(torch.empty(0, dtype=torch.int64))] == [0, 0]
+
+
+def test_many_texts_are_not_encoded_before_a_batch_asks_for_them(stand_in, monkeypatch, tmp_path):
+    monkeypatch.setattr("ddfast.models.llamagen.captions._HELD", 3)
+    teacher = llamagen_teacher_like(model_type="t2i", cls_token_num=4, caption_dim=2)
+    path = tmp_path / "captions.txt"
+    path.write_text("a\nsmall cat\ntwo big dogs\n")
+    give_captions(teacher, path)
+    assert isinstance(teacher.captions, tuple)
+    path.write_text("a\nsmall cat\ntwo big dogs\nx\n")
+    give_captions(teacher, path)
+    assert isinstance(teacher.captions, EncodedOnDemand)
+    assert teacher.num_conditions == 4
+    index = torch.tensor([3, 1, 1])
+    expected = captions_for(teacher, path)
+    made = teacher.condition_of(index)
+    assert all(torch.equal(part, whole[index]) for part, whole in zip(made, expected, strict=True))
+    narrow = llamagen_teacher_like(model_type="t2i", cls_token_num=4, caption_dim=3)
+    with pytest.raises(DDFastError, match=r"captions\.txt: got \[1, 4, 2\] and \[1, 4\], expected features"):
+        give_captions(narrow, path)

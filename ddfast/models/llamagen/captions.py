@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddfast import seeds
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import read_text
+from ddfast.models.caption_files import holds_features, read_texts
 from ddfast.models.checkpoint import load_tensors, save_tensors
 from ddfast.models.llamagen.network import LlamaGenTeacher
 from ddfast.models.protocol import Teacher
@@ -43,67 +43,106 @@ def left_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return features.masked_fill((mask == 0)[..., None], 0), mask
 
 
-@torch.no_grad()
-def encode_captions(
-    captions: list[str],
-    *,
-    model: str = "google/flan-t5-xl",
-    length: int = 120,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """Features of captions by the encoder of a T5, which `transformers` loads (and downloads, the first time).
+class CaptionEncoder:
+    """The encoder of a T5, which `transformers` loads (and downloads, the first time).
 
     Args:
-        captions: M texts, at least one; tokens beyond `length` are cut off.
         model: name or folder of the T5.
         length: C, tokens per caption, the end token included.
         device: where the encoder runs.
         dtype: in which it runs; bfloat16 halves its memory, float16 overflows in the larger T5s.
         batch_size: captions at a time.
 
+    Raises:
+        DDFastError: transformers is not installed, or cannot load the model.
+        ValueError: the batch size is below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "google/flan-t5-xl",
+        length: int = 120,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+        except ImportError as error:
+            raise DDFastError(
+                "captions: the T5 encoder needs transformers; pip install 'ddfast[text]', or give precomputed features"
+            ) from error
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            encoder: Any = T5EncoderModel.from_pretrained(model)
+        except (OSError, ValueError, ImportError) as error:
+            raise DDFastError(f"captions: cannot load the T5 encoder {model}: {first_line(error)}") from error
+        # By .to, not an argument of from_pretrained: that one's name depends on the version of transformers.
+        self.encoder = encoder.to(device=device, dtype=dtype).eval()
+        self.length, self.device, self.batch_size = length, device, batch_size
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features float32 [M, C, dim] and mask int64 [M, C] of M texts, padded on the left, on the CPU."""
+        features, masks = [], []
+        for start in range(0, len(captions), self.batch_size):
+            tokens = self.tokenizer(
+                list(captions[start : start + self.batch_size]),
+                padding="max_length",
+                max_length=self.length,
+                truncation=True,
+                add_special_tokens=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            valid = tokens["attention_mask"].to(self.device)
+            hidden = self.encoder(input_ids=tokens["input_ids"].to(self.device), attention_mask=valid).last_hidden_state
+            # To the CPU batch by batch: a caption of flan-t5-xl takes a megabyte.
+            features.append(hidden.float().cpu())
+            masks.append(valid.cpu())
+        return left_padded(torch.cat(features), torch.cat(masks))
+
+
+def encode_captions(captions: list[str], **encoding: Any) -> tuple[Tensor, Tensor]:
+    """Features of captions by the encoder of a T5.
+
+    Args:
+        captions: M texts, at least one; tokens beyond the encoder's length are cut off.
+        encoding: as of `CaptionEncoder`; errors too.
+
     Returns:
         Features float32 [M, C, dim] and mask int64 [M, C], padded on the left, on the CPU.
 
     Raises:
-        DDFastError: transformers is not installed, or cannot load the model.
-        ValueError: there is no caption, or the batch size is below 1.
+        ValueError: there is no caption.
     """
     if not captions:
         raise ValueError("captions: got none, expected at least one")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    try:
-        from transformers import AutoTokenizer, T5EncoderModel
-    except ImportError as error:
-        raise DDFastError(
-            "captions: the T5 encoder needs transformers; pip install 'ddfast[text]', or give precomputed features"
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        encoder = T5EncoderModel.from_pretrained(model)
-    except (OSError, ValueError, ImportError) as error:
-        raise DDFastError(f"captions: cannot load the T5 encoder {model}: {first_line(error)}") from error
-    # By .to, not an argument of from_pretrained: that one's name depends on the version of transformers.
-    encoder = encoder.to(device=device, dtype=dtype).eval()
-    features, masks = [], []
-    for start in range(0, len(captions), batch_size):
-        tokens = tokenizer(
-            captions[start : start + batch_size],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        valid = tokens["attention_mask"].to(device)
-        hidden = encoder(input_ids=tokens["input_ids"].to(device), attention_mask=valid).last_hidden_state
-        # To the CPU batch by batch: a caption of flan-t5-xl takes a megabyte.
-        features.append(hidden.float().cpu())
-        masks.append(valid.cpu())
-    return left_padded(torch.cat(features), torch.cat(masks))
+    return CaptionEncoder(**encoding)(captions)
+
+
+class EncodedOnDemand:
+    """Captions as texts, of which those of a batch are encoded when the batch is made.
+
+    The features of COCO's 30,000 captions would take 29 GB.
+    """
+
+    def __init__(self, texts: Sequence[str], encoder: CaptionEncoder) -> None:
+        self.texts, self.encoder = texts, encoder
+
+    def __len__(self) -> int:
+        """How many captions there are."""
+        return len(self.texts)
+
+    def encoded(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, C, dim] and mask [B, C] of the captions with the numbers int64 [B], each encoded once."""
+        numbers, place = index.cpu().unique(return_inverse=True)
+        asked = [self.texts[number] for number in numbers.tolist()]
+        features, mask = self.encoder(asked or self.texts[:1])  # an empty batch has their shape too
+        return features[place], mask[place]
 
 
 def save_captions(path: Path, features: Tensor, mask: Tensor, captions: Sequence[str] | None = None) -> None:
@@ -147,26 +186,16 @@ def load_captions(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def read_captions(path: Path, **encoding: Any) -> tuple[Tensor, Tensor]:
-    """Captions of a file with features, or of a text file with one in a line, which are encoded.
+    """Captions of a file with features, or of one with texts, which are encoded.
 
     Args:
-        path: what `save_captions` wrote, or text.
-        encoding: as of `encode_captions`.
+        path: what `save_captions` wrote, or what `read_texts` reads: lines, or COCO's annotations.
+        encoding: as of `CaptionEncoder`.
 
     Raises:
         DDFastError: the file is neither, or `encode_captions` fails.
     """
-    try:
-        with path.open("rb") as file:
-            stored = file.read(9)[8:] == b"{"  # how safetensors begin, behind their header's length
-    except OSError as error:
-        raise DDFastError(f"cannot read {path}: {error.strerror}") from error
-    if stored:
-        return load_captions(path)
-    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not texts:
-        raise DDFastError(f"{path} holds no captions: expected features, or text with a caption in every line")
-    return encode_captions(texts, **encoding)
+    return load_captions(path) if holds_features(path) else encode_captions(read_texts(path), **encoding)
 
 
 def random_captions(count: int, length: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -211,9 +240,16 @@ def _problem(features: Tensor, mask: Tensor) -> str:
     return _shape_problem(features, mask)
 
 
+_HELD = 1024
+"""Captions that are encoded at once and kept, a gigabyte of flan-t5-xl's features; of more texts, batch by batch."""
+
+
 def give_captions(teacher: Teacher, captions: Path | Sequence[str], **encoding: Any) -> None:
-    """Set the captions that the samples of a text teacher cycle through; arguments and errors as of `captions_for`."""
-    made = captions_for(teacher, captions, **encoding)
+    """Set the captions that the samples of a text teacher cycle through; arguments and errors as of `captions_for`.
+
+    Of more than a thousand texts, those of a batch are encoded when the batch is made.
+    """
+    made = _made(teacher, captions, **encoding, held=_HELD)
     assert isinstance(teacher, LlamaGenTeacher)
     teacher.captions = made
 
@@ -225,7 +261,7 @@ def captions_for(
 
     Args:
         teacher: a text-conditional one.
-        captions: a file of features or of lines of text, or texts.
+        captions: a file of features, of lines of text or of COCO's annotations (`read_texts`), or texts.
         encoder: name or folder of the T5 that encodes texts; empty: the one that LlamaGen was trained with.
         device: where it runs.
 
@@ -233,18 +269,36 @@ def captions_for(
         DDFastError: the teacher takes class labels, a file cannot be read, the encoder is not there, or the features
             are not this teacher's.
     """
+    made = _made(teacher, captions, encoder=encoder, device=device)
+    assert isinstance(made, tuple)
+    return made
+
+
+def _made(
+    teacher: Teacher,
+    captions: Path | Sequence[str],
+    *,
+    encoder: str = "",
+    device: torch.device | str = "cpu",
+    held: int | None = None,
+) -> tuple[Tensor, Tensor] | EncodedOnDemand:
+    """As `captions_for`; of more texts than are `held`, what encodes them."""
     if not isinstance(teacher, LlamaGenTeacher) or teacher.num_classes:
         expected = f"class labels, 0..{teacher.num_classes - 1}"
         raise DDFastError(f"captions: have no effect: this {type(teacher).__name__} is conditioned on {expected}")
     encoding: dict[str, Any] = {"length": teacher.sizes.cls_token_num, "device": device}
     if encoder:
         encoding["model"] = encoder
-    if isinstance(captions, Path):
-        made = read_captions(captions, **encoding)
+    made: tuple[Tensor, Tensor] | EncodedOnDemand
+    if isinstance(captions, Path) and holds_features(captions):
+        made = load_captions(captions)
     else:
-        made = encode_captions([captions] if isinstance(captions, str) else list(captions), **encoding)
+        texts = read_texts(captions) if isinstance(captions, Path) else captions
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        many = held is not None and len(texts) > held
+        made = EncodedOnDemand(texts, CaptionEncoder(**encoding)) if many else encode_captions(texts, **encoding)
     try:
-        teacher.check_condition(made)
+        teacher.check_condition(made if isinstance(made, tuple) else made.encoded(torch.zeros(1, dtype=torch.int64)))
     except (TypeError, ValueError) as error:
         source = captions if isinstance(captions, Path) else "captions"
         raise DDFastError(f"{source}: {str(error).removeprefix('condition: ')}") from error

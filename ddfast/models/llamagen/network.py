@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -349,6 +349,14 @@ class LlamaGenState:
     guided: bool
 
 
+class _OnDemand(Protocol):
+    """Captions whose features are made when a batch asks for them."""
+
+    def __len__(self) -> int: ...
+
+    def encoded(self, index: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
     """LlamaGen's GPT: one token per step, conditioned on a class or on a caption.
 
@@ -362,12 +370,13 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         defaults: sampling settings.
 
     Attributes:
-        captions: features [M, C, dim] and masks [M, C] that training pairs of a text teacher cycle through.
+        captions: features [M, C, dim] and masks [M, C] that training pairs of a text teacher cycle through; or what
+            makes them of a batch (`captions.EncodedOnDemand`).
     """
 
     graphable = True
     tokenizer: LlamaGenTokenizer
-    captions: tuple[Tensor, Tensor] | None = None
+    captions: tuple[Tensor, Tensor] | _OnDemand | None = None
 
     def __init__(
         self, tokenizer: LlamaGenTokenizer, sizes: LlamaGenSizes, *, defaults: SamplingDefaults | None = None
@@ -395,13 +404,18 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
     def num_conditions(self) -> int:
         if self.sizes.model_type == "c2i":
             return self.num_classes
-        return 0 if self.captions is None else len(self.captions[0])
+        if self.captions is None:
+            return 0
+        return len(self.captions[0] if isinstance(self.captions, tuple) else self.captions)
 
     def condition_of(self, index: Tensor) -> Condition:
         if self.sizes.model_type == "c2i":
             return index
         if self.captions is None:
             raise ValueError("captions: got None, expected features and masks: set the teacher's `captions` first")
+        if not isinstance(self.captions, tuple):
+            features, valid = self.captions.encoded(index)
+            return features.to(index.device), valid.to(index.device)
         features, valid = self.captions
         where = index.to(features.device)
         return features[where].to(index.device), valid[where].to(index.device)
