@@ -27,19 +27,24 @@ def evaluate(config: TrainConfig, teacher: Teacher, student: Student, progress: 
     rows: dict[str, dict[str, Any]] = {}
     sources = [source.name for source in sources_for(teacher, student) if source.name in MEASURED]
     settings: dict[str, Any] = {"count": config.evaluation.samples, "batch_size": config.evaluation.batch_size}
-    settings |= {"seed": seeds.derived(config.seed, 2_000_003)}
+    settings |= {"seed": sample_seed(config)}
     for done, source in enumerate(sources):
         progress(done, len(sources) + 1, source)
         with span(f"evaluate {source}"):
-            rows[source] = dict(evaluator.measure(stream(source, teacher, student, **settings)))
+            rows[source] = dict(evaluator.measure(stream(source, teacher, student, **settings), details=True))
     if processes.first_does((config.out / TUNED_FILE).exists):
         tuned = new_network(config, teacher)
         load_state(tuned, load_tensors(config.out / TUNED_FILE)[0], config.out / TUNED_FILE)
-        rows["ar_diffusion"] = dict(evaluator.measure(stream("ar_diffusion", teacher, tuned, **settings)))
+        rows["ar_diffusion"] = dict(evaluator.measure(stream("ar_diffusion", teacher, tuned, **settings), details=True))
     progress(len(sources), len(sources) + 1, "speed")
     add_speed(rows, config, teacher, student)
     progress(len(sources) + 1, len(sources) + 1, "done")
     return {"method": student.method, "recipe": config.recipe, "num_groups": len(teacher.groups), **rows}
+
+
+def sample_seed(config: TrainConfig) -> int:
+    """Of the samples that the figures are of."""
+    return seeds.derived(config.seed, 2_000_003)
 
 
 def add_speed(rows: dict[str, dict[str, Any]], config: TrainConfig, teacher: Teacher, student: Student) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from ddfast.trajectories.memory import fitting
 
 _LARGEST_PAIRED = 512
 """Codes up to which tables of pairs [V, V] are filled by a few thousand samples."""
+
+_LEAST_LIKELY = 12
+"""Samples that are told one by one, for people to look at."""
 
 
 def pair_table_distance(codes: Tensor, reference: Tensor, num_codes: int) -> float:
@@ -82,18 +86,20 @@ class Evaluator:
             self.reference_codes = torch.cat(codes) if codes else None
 
     @torch.no_grad()
-    def measure(self, samples: Samples | Iterable[Samples]) -> dict[str, float]:
+    def measure(self, samples: Samples | Iterable[Samples], *, details: bool = False) -> dict[str, Any]:
         """The figures of one set of samples; of batches, each is measured and forgotten before the next one is made.
 
         Args:
             samples: all, or batches of them: this process's share, as streams make it.
+            details: also tables: `by_class` {figure: {class: mean}}, for the figures that are means over samples, where
+                there are classes, and `least_likely` {"number", "teacher_nll": of the dozen that the teacher finds so}.
 
         Returns:
             The same figures at every process.
         """
         parts = processes.share(samples.split(self.batch_size)) if isinstance(samples, Samples) else samples
         measured = processes.collected([self._measured(batch) for batch in parts])
-        return processes.first_does(lambda: self._figures(measured))
+        return processes.first_does(lambda: self._figures(measured) | (self._details(measured) if details else {}))
 
     def _measured(self, batch: Samples) -> dict[str, Tensor]:
         """What the figures need of a batch, on the CPU."""
@@ -101,6 +107,7 @@ class Evaluator:
         with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
             likelihoods = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
             kept = {"log_probs": likelihoods.gather(-1, batch.codes[..., None]).cpu()}
+        kept |= {"number": batch.number, "condition": batch.condition.cpu()}
         if self.classifier is not None:
             kept["features"] = self.classifier.features(teacher.decode(batch.embeddings).cpu())
             kept["recognised"] = self.classifier.logits(kept["features"]).argmax(-1) == batch.condition.cpu()
@@ -119,3 +126,30 @@ class Evaluator:
         if self.reference_codes is not None:
             result["pair_tv"] = pair_table_distance(kept["codes"], self.reference_codes, self.teacher.num_codes)
         return result
+
+    def _details(self, measured: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """Of all batches: figures by class, and the samples of the lowest likelihood."""
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([batch[name] for batch in measured]).double()
+
+        by_sample = {"teacher_nll": -joined("log_probs").flatten(1).mean(1)}
+        if self.classifier is not None:
+            by_sample["class_accuracy"] = joined("recognised")
+        found: dict[str, Any] = {}
+        if self.teacher.num_classes:
+            condition = joined("condition").long()
+            found["by_class"] = {name: _by_class(values, condition) for name, values in by_sample.items()}
+        worst = by_sample["teacher_nll"].argsort(descending=True, stable=True)[:_LEAST_LIKELY]
+        found["least_likely"] = {
+            "number": joined("number").long()[worst].tolist(),
+            "teacher_nll": by_sample["teacher_nll"][worst].tolist(),
+        }
+        return found
+
+
+def _by_class(values: Tensor, condition: Tensor) -> dict[str, float]:
+    """Means of values [B] over each of the labels [B] that there are."""
+    labels, place, counts = condition.unique(return_inverse=True, return_counts=True)
+    means = torch.zeros(len(labels), dtype=torch.float64).index_add_(0, place, values) / counts
+    return dict(zip(map(str, labels.tolist()), means.tolist(), strict=True))

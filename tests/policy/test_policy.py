@@ -28,7 +28,7 @@ LAYERS = [
     {"sampling"},
     {"recipes", "runs"},
     {"evaluation"},
-    {"pictures", "report", "pipeline", "planning", "drawing", "diagnosis"},
+    {"pictures", "report", "page", "tables", "charts", "gallery", "pipeline", "planning", "drawing", "diagnosis"},
     {"hub"},
     {
         "cli",
