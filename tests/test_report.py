@@ -19,13 +19,13 @@ HOSTILE = '</style><script>alert(1)</script><img src=x onerror="y"> & "q" | {{ 7
 
 
 def test_what_a_user_names_is_never_markup():
-    image = data_uri(torch.zeros(3, 4, 4, dtype=torch.uint8))
+    strip = Strip(name=HOSTILE, images=2 * [data_uri(torch.zeros(3, 4, 4, dtype=torch.uint8))], told=HOSTILE)
     chart = charts.training(HOSTILE, [{"step": 1, HOSTILE: 2.0, "$x$_loss": 1.0, "_loss": 1.0}], {})
     blocks = [
         Text(text=HOSTILE), Code(text=HOSTILE), Code(text=HOSTILE, title=HOSTILE), Facts(facts={HOSTILE: HOSTILE}),
         Table(head=[HOSTILE, HOSTILE], rows=[[HOSTILE, HOSTILE]], title=HOSTILE, notes=HOSTILE),
         Charts(charts=chart, title=HOSTILE),
-        Galleries(galleries=[Gallery(title=HOSTILE, strips=[Strip(name=HOSTILE, images=[image, image], told=HOSTILE)])]),
+        Galleries(galleries=[Gallery(title=HOSTILE, strips=[strip])]),
     ]  # fmt: skip
     card = Card(name=HOSTILE, value=HOSTILE, beside=HOSTILE)
     page = Page(
