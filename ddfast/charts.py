@@ -35,6 +35,9 @@ _LARGEST_CURVE = 240
 _MARKED_CURVE = 24
 """Points up to which a curve shows them."""
 
+_INFINITE = 1e30
+"""What no axis reaches; NaN is not below it either."""
+
 _DECADES = 10.0
 """The largest value over the smallest from which on an axis is logarithmic."""
 
@@ -112,9 +115,9 @@ _Curve: TypeAlias = tuple[str, list[tuple[float, float]], float | None]
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[tuple[float, float]], int, int]:
-    """Steps and values of a figure, how many were not finite, and how many lines a point is of."""
+    """Steps and values of a figure, how many cannot be drawn, and how many lines a point is of."""
     told = [(float(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), (int, float))]
-    finite = [(step, value) for step, value in told if math.isfinite(value)]
+    finite = [(step, value) for step, value in told if abs(value) < _INFINITE]
     each = -(-len(finite) // _LARGEST_CURVE) or 1
     parts = [finite[first : first + each] for first in range(0, len(finite), each)]
     points = [(part[-1][0], math.fsum(value for _, value in part) / len(part)) for part in parts]
@@ -245,18 +248,19 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> list
     made = []
     for x, y, text in points:
         label = axes.annotate(
-            text, (x, y), textcoords="offset points", color=_COLOURS["ink"], fontsize=10.5, annotation_clip=False,
+            text, (x, y), xytext=(0, 0), textcoords="offset points", color=_COLOURS["ink"], fontsize=10.5,
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": _COLOURS["soft"], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
         )  # fmt: skip
         for dx, dy, across, along in _places():
             label.set_position((dx, dy))
             label.set(ha=across, va=along)
-            box = label.get_window_extent(renderer) if label.arrow_patch is None else _text_box(label, renderer)
+            box = _text_box(label, renderer)
             fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
             if fits and not any(box.overlaps(other) for other in taken):
                 break
-        if math.hypot(dx, dy) < 14 and label.arrow_patch is not None:
-            label.arrow_patch.set_visible(False)
+        assert label.arrow_patch is not None
+        label.arrow_patch.set_visible(math.hypot(dx, dy) > 14)
         taken.append(box)
         made.append(label)
     return made
@@ -347,7 +351,8 @@ def _scale(axes: Axes, which: str, values: Sequence[float], is_log: bool, margin
         ratio = max(high / low, 1.05)
         low, high = low / ratio**margin, high * ratio**margin
         subs = (1.0,) if high / low > 1e3 else (1.0, 2.0, 5.0)
-        axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
+        few = ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+        axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8) if high / low > 4 else few)
         axis.set_minor_locator(ticker.NullLocator())
     else:
         room = (high - low) * margin or abs(high) * 0.1 or 1.0
@@ -407,7 +412,7 @@ def _for_a_page(svg: str) -> str:
     svg = svg.replace("xlink:href", "href")
     wanted = set(re.findall(r"#([\w.-]+)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in wanted else "", svg)
-    svg = re.sub(r"(\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)  # a hundredth of a pixel does
     for name, colour in _COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return " ".join(svg.split())

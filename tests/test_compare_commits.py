@@ -61,7 +61,7 @@ def differences(before: Path, after: Path, *allowed: str) -> list[str]:
 def test_times_and_the_commit_do_not_matter(before, after):
     found = compare(before, after)
     assert [one.differences for one in found.values()] == [[]] * len(found)
-    assert found["file names"].count == 9
+    assert found["file names"].count == 10
     assert found["safetensors tensors"].count == 2
     assert found["metrics.jsonl"].count == 8
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from pages import read_page
 from ddfast import charts, tables
 from ddfast.distill.tracking import read_log
 from ddfast.gallery import data_uri
-from ddfast.models.loading import start_student
 from ddfast.models.toy import ToyTeacher
 from ddfast.page import Card, Charts, Code, Facts, Galleries, Gallery, Page, Section, Strip, Table, Text, html, markdown
 from ddfast.recipes import get_recipe
@@ -77,7 +77,7 @@ def test_curves_of_dd1():
     assert [title for title, chart in made.items() if chart.timed] == ["Pace"]
     loss = made["Loss"]
     assert loss.told == "Loss of distillation, steps 1 to 99: loss from 3 to 0.0303."
-    for words in ("step of distillation", "loss (log)", "var(--s1)", "var(--ink)"):
+    for words in ("step of distillation", "loss (log)", "var(--s1)", "var(--soft)"):
         assert words in loss.svg
     assert "learning rate" in made["Learning rate"].svg
     assert "cross entropy" in made["Parts of the loss"].svg
@@ -110,7 +110,7 @@ def test_curves_of_dd2():
 def test_any_value_is_drawn_or_counted(value):
     for lines in ([{"step": 1, "loss": value}], [{"step": 1, "loss": value}, {"step": 2, "loss": 1.0}]):
         made = charts.training("distillation", lines, {})
-        if math.isfinite(value):
+        if abs(value) < 1e30:
             assert made[0].notes == ""
         elif len(lines) == 1:
             assert made == []
@@ -147,6 +147,9 @@ def test_a_resumed_log_is_one(tmp_path):
     assert [(line["step"], line["loss"]) for line in read["tuning"]] == [(5, 9.0), (7, 6.0), (10, 7.0)]
 
 
+STUDENT = SimpleNamespace(method="dd1", two_steps="2")
+
+
 def metrics(**rows: dict) -> dict:
     own = {"teacher_nll": 1.5, "seconds_per_image": {"1": 0.01, "64": 0.001}}
     speed = {"speedup_vs_ar": {"1": 10.0, "64": 3.0}}
@@ -157,7 +160,7 @@ def metrics(**rows: dict) -> dict:
 def told(**rows: dict) -> Table:
     config = get_recipe("digits")
     config.evaluation.batch_sizes = (1, 64)
-    return tables.quality(config, metrics(**rows), start_student(ToyTeacher()))
+    return tables.quality(config, metrics(**rows), STUDENT)
 
 
 def test_a_table_shows_what_the_rows_hold():
@@ -174,23 +177,22 @@ def test_a_table_shows_what_the_rows_hold():
 
 
 def test_cards_say_what_matters_most():
-    student = start_student(ToyTeacher())
-    nll, speed = tables.cards(metrics(independent_marginals={"teacher_nll": 6.0}), student)
+    nll, speed = tables.cards(metrics(independent_marginals={"teacher_nll": 6.0}), STUDENT)
     assert (nll.value, nll.beside) == ("2.500", "teacher's own 1.500, independent marginals 6.000")
     assert (speed.value, speed.timed) == ("10.0x", True)
     assert speed.beside == "at batch 1, 3.0x at batch 64; 16 steps became 1"
     better = {"teacher_nll": 2.0, "frechet": 5.0, "frechet_error": 0.25}
-    names = [card.name for card in tables.cards(metrics(teacher=better, student_1step=better), student)]
+    names = [card.name for card in tables.cards(metrics(teacher=better, student_1step=better), STUDENT)]
     assert names == ["Fréchet distance, one step", "negative log-likelihood, nats per token, one step"]
 
 
 @pytest.mark.parametrize("count", [1, 20, 21, 1000])
 def test_few_classes_are_all_told_and_of_many_the_ends(count):
-    values = {str(label): float((label * 7) % count) for label in range(count)}
+    values = {str(label): float((label * 11) % count) for label in range(count)}
     teacher, config = ToyTeacher(), get_recipe("digits")
     teacher.num_classes = count
     row = {"by_class": {"teacher_nll": values, "class_accuracy": {"0": 1.0}}}
-    made = tables.classes(config, metrics(student_1step=row), teacher, start_student(ToyTeacher()))
+    made = tables.classes(config, metrics(student_1step=row), teacher, STUDENT)
     labels = [cells[0] for cells in made.rows]
     if count <= 20:
         assert labels == [str(label) for label in range(count)]
@@ -200,7 +202,7 @@ def test_few_classes_are_all_told_and_of_many_the_ends(count):
         assert set(labels) == {*order[:10], *order[-10:]}
         assert values[labels[0]] == count - 1
         assert f"Of {count} classes the 10 worst" in made.notes
-    names = tables.names_of(metrics(), start_student(ToyTeacher()))
+    names = tables.names_of(metrics(), STUDENT)
     nll, accuracy = charts.classes(metrics(student_1step=row), names)
     assert "nats per token" in nll.svg
     assert accuracy.told.startswith("accuracy by class: DD1, 1 step from 1 (class 0)")
@@ -208,13 +210,12 @@ def test_few_classes_are_all_told_and_of_many_the_ends(count):
 
 def test_nothing_by_class_where_there_is_none():
     teacher = ToyTeacher()
-    assert tables.classes(get_recipe("digits"), metrics(), teacher, start_student(teacher)) is None
+    assert tables.classes(get_recipe("digits"), metrics(), teacher, STUDENT) is None
     assert charts.classes(metrics(), {}) == []
 
 
 def test_quality_against_speed_has_every_timed_source():
-    student = start_student(ToyTeacher())
-    names = tables.names_of(metrics(), student)
+    names = tables.names_of(metrics(), STUDENT)
     found = charts.quality_against_speed(metrics(skip_last={"teacher_nll": 3.0}), names)
     assert [chart.title for chart in found] == [f"NLL, nats per token against time, batch {batch}" for batch in (1, 64)]
     assert found[0].told.endswith("DD1, 1 step 2.5 in 10 ms; the teacher's own is 1.5.")

@@ -12,7 +12,7 @@ from ddfast import gallery, processes, report
 from ddfast.config import TrainConfig
 from ddfast.evaluation import protocol
 from ddfast.models.llamagen.captions import give_captions
-from ddfast.models.loading import start_student
+from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.runs import open_student
 
@@ -33,7 +33,7 @@ def opened(root: Path, name: str) -> tuple:
     """Settings, teacher and student, with a handful of samples to measure."""
     if name == "toy":
         teacher = ToyTeacher()
-        student = start_student(teacher).eval()
+        student = TransformerStudent(teacher, width=16, depth=1, heads=2).eval()
         student.point = 2
         config = TrainConfig(recipe="toy")
     else:
