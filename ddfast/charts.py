@@ -84,7 +84,7 @@ def training(stage: str, lines: Sequence[Mapping[str, Any]], targets: Mapping[st
     Args:
         stage: its name.
         lines: of the log, by step; figures that are not finite are left out, and counted.
-        targets: figure of the log -> the teacher's own, drawn as a line.
+        targets: figure of the log, measured on the student's samples -> the teacher's own, drawn as a line.
     """
     names = dict.fromkeys(
         name
@@ -104,7 +104,7 @@ def training(stage: str, lines: Sequence[Mapping[str, Any]], targets: Mapping[st
             label = found[1] or name
             label = f"t = {label}" if name.startswith("score_discrepancy_t") else label.replace("_", " ")
             if points:
-                curves.append((label, points, targets.get(name)))
+                curves.append(("the student's samples" if name in targets else label, points, targets.get(name)))
         if curves:
             charts.append(_training_chart(stage, group, curves, lost, each))
     return charts
@@ -217,7 +217,7 @@ def _speed_chart(axis: str, batch: str, points: list[_Point], target: float | No
         _scale(axes, "y", values, is_log, margin=0.14)
         axes.set_xlabel("ms per image (log), image decoding left out")
         axes.set_ylabel(f"{axis}{' (log)' if is_log else ''}, lower is better")
-        place_labels(axes, [(x, y, label) for x, y, label, _ in points])
+        place_labels(axes, [(x, y, label) for x, y, label, _ in points], target)
 
     title = f"{axis} against time, batch {batch}"
     told = [f"{label} {y:.3g} in {x:.3g} ms" for x, y, label, _ in points]
@@ -229,11 +229,11 @@ def _speed_chart(axis: str, batch: str, points: list[_Point], target: float | No
     )
 
 
-def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> list[Any]:
+def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: float | None = None) -> list[Any]:
     """Write a label beside each point (x, y, text), none over another, over a point, or outside; returns the texts.
 
-    Each takes the nearest free place, with a line to its point where that is not beside it; the drawing's size and
-    scales are fixed from then on.
+    Nor over a horizontal line, where there is one. Each takes the nearest free place, with a line to its point where
+    that is not beside it; the drawing's size and scales are fixed from then on.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
@@ -245,6 +245,9 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> list
     renderer, inside = canvas.get_renderer(), axes.get_window_extent()
     centres = [axes.transData.transform((x, y)) for x, y, _ in points]
     taken = [Bbox.from_bounds(cx - 6, cy - 6, 12, 12) for cx, cy in centres]
+    if line is not None:
+        height = axes.transData.transform((points[0][0], line))[1]
+        taken.append(Bbox.from_extents(inside.x0, height - 1, inside.x1, height + 1))
     made = []
     for x, y, text in points:
         label = axes.annotate(
@@ -387,7 +390,7 @@ def _drawn(draw: Callable[[Axes], None], salt: str, size: tuple[float, float] = 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Drawing
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 11,
         "text.color": _COLOURS["ink"], "axes.labelcolor": _COLOURS["soft"], "axes.edgecolor": _COLOURS["line"],
         "xtick.color": _COLOURS["line"], "ytick.color": _COLOURS["line"], "xtick.labelcolor": _COLOURS["soft"],

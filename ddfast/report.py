@@ -143,12 +143,10 @@ def _samples(config: TrainConfig, teacher: Teacher, shown: Shown | None) -> Sect
         section.blocks = [Text(text=told)]
     else:
         told = (
-            "In a column of a group, all start from the same noise: the teacher's flow, whose end the student learns,"
+            "What stands in a column of a group began with the same noise: the teacher's flow, whose end the student "
+            "learns, and the student in one and in two steps. Nothing was picked."
         )
-        section.blocks = [
-            Text(text=f"{told} and the student in one and in two steps. None was chosen."),
-            gallery.by_condition(teacher, *shown),
-        ]
+        section.blocks = [Text(text=told), gallery.by_condition(teacher, *shown)]
     return section
 
 

@@ -151,25 +151,22 @@ def cards(metrics: Mapping[str, Any], student: Student) -> list[Card]:
     """What matters most: how good one step is beside the teacher, how fast, and how likely."""
     one, teacher = metrics["student_1step"], metrics["teacher"]
     baseline = metrics.get("independent_marginals", {})
-    made = []
+    made: list[Card] = []
     best = next((name for name in FIGURES if FIGURES[name].target and name in one and name in teacher), "")
-    for name, title in ((best, ""), ("teacher_nll", "negative log-likelihood, nats per token")):
-        if name not in one or (made and name == best):
+    for name in dict.fromkeys((best, "teacher_nll")):
+        if name not in one:
             continue
         form = FIGURES[name].form
         beside = f"teacher's own {cell(teacher, name, form)}"
         if name in baseline:
             beside += f", independent marginals {cell(baseline, name, form)}"
-        title = title if name == "teacher_nll" else FIGURES[name].axis
-        made.append(Card(name=f"{title}, one step", value=cell(one, name, form), beside=beside))
+        made.append(Card(name=f"{FIGURES[name].axis}, one step", value=cell(one, name, form), beside=beside))
     speed = {batch: f"{value:.1f}x" for batch, value in one.get("speedup_vs_ar", {}).items()}
     if speed:
         (batch, value), *others = speed.items()
         beside = ", ".join([f"at batch {batch}", *(f"{other} at batch {at}" for at, other in others)])
-        name = "speed-up over AR, one step"
-        made.insert(
-            1, Card(name=name, value=value, beside=f"{beside}; {metrics['num_groups']} steps became 1", timed=True)
-        )
+        beside += f"; {metrics['num_groups']} steps became 1"
+        made.insert(1, Card(name="speed-up over AR, one step", value=value, beside=beside, timed=True))
     return made
 
 
