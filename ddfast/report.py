@@ -85,7 +85,7 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any], student: Student
         row = metrics.get(source.name, {})
         if not source.label or not row:
             continue
-        cells = [source.label.format(**names), source.steps.format(**names)]
+        cells = [source.label.format(**names), source.steps.format(**names, **row)]
         forms = {"frechet": ".2f", "class_accuracy": ".3f", "teacher_nll": ".3f", "pair_tv": ".3f"}
         cells += [format(row[name], form) if name in row else "" for name, form in forms.items()]
         for timing, scale, form in (

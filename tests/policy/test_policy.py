@@ -26,9 +26,9 @@ LAYERS = [
     {"trajectories"},
     {"distill"},
     {"sampling"},
-    {"recipes", "runs"},
+    {"recipes", "runs", "pictures"},
     {"evaluation"},
-    {"pictures", "report", "pipeline", "planning", "drawing", "diagnosis"},
+    {"report", "pipeline", "planning", "drawing", "diagnosis"},
     {"hub"},
     {
         "cli",
