@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,7 +216,7 @@ class _TeacherForced(_Network):
         return self.window(nothing, nothing[:, 0], 1)
 
     def window(self, codes: Tensor, first: Tensor, size: int) -> Tensor:
-        position, guidance = window_positions(first, size), {}
+        position, guidance = window_positions(first, size), dict[str, Any]()
         logits = self.teacher.logits(self.condition, codes)[_rows(codes), position]
         if self.guided:
             uncond = self.teacher.logits(self.condition, codes, unconditional=True)[_rows(codes), position]

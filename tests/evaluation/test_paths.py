@@ -7,16 +7,14 @@ import pytest
 import torch
 from launching import launch
 from lpips_files import write_lpips
+from measured_paths import SETTINGS, SQUARED, Plain, lengths, shared_lengths
 from official import digits_like
-from torch import Tensor
 
-from ddfast import processes
-from ddfast.config import EvaluationConfig, ParallelConfig
+from ddfast.config import EvaluationConfig
 from ddfast.distill.lpips import LPIPS
 from ddfast.evaluation import paths
 from ddfast.evaluation.paths import (
     STEP,
-    Distance,
     clipped,
     interpolate,
     path_distance,
@@ -30,18 +28,6 @@ from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.ops import noise
 from ddfast.pictures import pixels
-
-SETTINGS = {"count": 40, "seed": 3, "batch_size": 16}
-
-
-class Plain(ToyTeacher):
-    """Its images are its embeddings, as they are."""
-
-    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
-        return codes[:, None]
-
-
-SQUARED = Distance(name="squared", between=lambda one, other: (one - other).double().square().sum((1, 2, 3)))
 
 
 def students():
@@ -92,15 +78,6 @@ def test_lengths_depend_on_neither_batch_size_nor_processes():
     assert torch.allclose(whole, parts, rtol=1e-6)
     first, other = launch(2, shared_lengths)
     assert torch.equal(first, parts) and len(other) == 0
-
-
-def lengths(**other: int) -> Tensor:
-    return path_lengths(lambda _, eps: eps.sin(), Plain(num_tokens=6), SQUARED, **{**SETTINGS, **other})
-
-
-def shared_lengths() -> Tensor:
-    with processes.together("cpu", ParallelConfig().timeout):
-        return lengths(batch_size=7)
 
 
 def test_clipping():
