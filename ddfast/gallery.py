@@ -43,9 +43,7 @@ def same_noise(
     Returns:
         The conditions, evenly spread over all, and uint8 [columns x conditions, 3, H, W] by title, conditions in turn.
     """
-    count = teacher.num_conditions
-    shown = [number * count // min(count, rows) for number in range(min(count, rows))]
-    found = {}
+    shown, found = spread(teacher, rows), {}
     for source in _COMPARED:
         batches = stream(
             source,
@@ -59,6 +57,12 @@ def same_noise(
         made = processes.collected([decoded(batch, teacher) for batch in batches])
         found[_title(source, student)] = torch.cat(made) if made else torch.empty(0, dtype=torch.uint8)
     return shown, found
+
+
+def spread(teacher: Teacher, most: int) -> list[int]:
+    """Up to so many of a teacher's conditions, evenly spread over all."""
+    count = teacher.num_conditions
+    return [number * count // min(count, most) for number in range(min(count, most))]
 
 
 def by_condition(teacher: Teacher, shown: Sequence[int], found: Mapping[str, Tensor]) -> Galleries:
@@ -118,21 +122,20 @@ def _as_codes(
     return Table(head=head, rows=rows)
 
 
-def paths(teacher: Teacher, made: Mapping[str, Tensor], conditions: Sequence[int]) -> Galleries:
-    """Interpolations in noise: uint8 [count, frames, 3, H, W] by title, a gallery per path."""
-    small = _are_small(made.values())
-    return Galleries(
-        galleries=[
-            Gallery(
-                title=_name(teacher, condition),
-                strips=[
-                    Strip(name=title, images=[data_uri(frame) for frame in own[place]]) for title, own in made.items()
-                ],
-                pixelated=small,
+def paths(student: Student, made: Mapping[Student | None, Tensor], conditions: Sequence[int]) -> Galleries:
+    """Interpolations uint8 [count, frames, 3, H, W] of the teacher (None) and the student, a gallery per path."""
+    galleries = []
+    for place, condition in enumerate(conditions):
+        strips = [
+            Strip(
+                name=_title("ode_pairs" if who is None else "student_1step", student),
+                images=[data_uri(frame) for frame in frames[place]],
             )
-            for place, condition in enumerate(conditions)
+            for who, frames in made.items()
         ]
-    )
+        title = _name(student.teacher, condition)
+        galleries.append(Gallery(title=title, strips=strips, pixelated=_are_small(made.values())))
+    return Galleries(galleries=galleries)
 
 
 def data_uri(image: Tensor) -> str:

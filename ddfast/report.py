@@ -18,6 +18,7 @@ import ddfast
 from ddfast import charts, env, gallery, page, processes, seeds, tables
 from ddfast.config import TrainConfig, plain
 from ddfast.distill.tracking import METRICS, read_log
+from ddfast.evaluation.paths import interpolate
 from ddfast.evaluation.sources import sources_for, stream
 from ddfast.files import write_atomically
 from ddfast.models import families
@@ -114,6 +115,7 @@ def _page(
     sections = [
         Section(title="Quality and speed", blocks=[tables.quality(config, metrics, student)]),
         _samples(config, teacher, shown),
+        _paths(config, metrics, student),
         _failures(config, metrics, student),
         _classes(config, metrics, teacher, student),
         _training(config, metrics),
@@ -147,6 +149,27 @@ def _samples(config: TrainConfig, teacher: Teacher, shown: Shown | None) -> Sect
             "learns, and the student in one and in two steps. Nothing was picked."
         )
         section.blocks = [Text(text=told), gallery.by_condition(teacher, *shown)]
+    return section
+
+
+_PATHS, _FRAMES = 4, 8
+
+
+def _paths(config: TrainConfig, metrics: dict[str, Any], student: Student) -> Section:
+    """What lies between two noises, and how far images move there."""
+    teacher, table = student.teacher, tables.paths(metrics, student)
+    section = Section(title="Interpolations in noise", blocks=[])
+    if teacher.has_decoder:
+        conditions = gallery.spread(teacher, _PATHS)
+        settings: dict[str, Any] = {"count": len(conditions), "frames": _FRAMES, "classes": conditions}
+        settings |= {"seed": seeds.derived(config.seed, 6_000_003)}
+        told = "From one noise to another, along the arc between them: the teacher's flow, and the student's one step."
+        section.blocks += [
+            Text(text=told),
+            gallery.paths(student, {who: interpolate(teacher, who, **settings) for who in (None, student)}, conditions),
+        ]
+    if table is not None:
+        section.blocks.append(table)
     return section
 
 

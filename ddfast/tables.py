@@ -40,7 +40,7 @@ FIGURES = {
     "class_accuracy": Figure(label="accuracy", form=".3f"),
     "teacher_nll": Figure(label="NLL/token", form=".3f", axis="NLL, nats per token", target=True),
     "pair_tv": Figure(label="pair TV", form=".3f", axis="pair TV", target=True),
-    "path_length": Figure(label="path length", form=".4g"),
+    "path_length": Figure(label="path length", form=".5g"),
     "passes": Figure(label="passes", form=".4g"),
     "accepted_per_pass": Figure(label="accepted per pass", form=".3g"),
 }
@@ -71,11 +71,16 @@ def names_of(metrics: Mapping[str, Any], student: Student) -> dict[str, Any]:
 
 
 def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Figure]:
-    """The figures that are numbers in any row, known ones first; spreads (`x_error`) go with what they are of."""
+    """The figures that are numbers in any row, known ones first; spreads (`x_error`) go with what they are of.
+
+    What is told of paths beside their length has a table of its own.
+    """
     found: dict[str, None] = {}
     for row in rows:
         found |= {name: None for name, value in row.items() if isinstance(value, (int, float))}
-    spreads = {name for name in found if name.removesuffix("_error") in found and name.endswith("_error")}
+    for name in [name for name in found if name.startswith("path_length_")]:
+        del found[name]
+    spreads = {name for name in found if name.endswith("_error") and name.removesuffix("_error") in found}
     order = [*(name for name in FIGURES if name in found), *(name for name in found if name not in FIGURES)]
     return {
         name: FIGURES.get(name) or Figure(label=name.replace("_", " "), form=".4g")
@@ -89,7 +94,12 @@ def cell(row: Mapping[str, Any], name: str, form: str) -> str:
     if name not in row:
         return ""
     spread = row.get(f"{name}_error")
-    return format(row[name], form) + (f" ± {spread:.2g}" if spread is not None else "")
+    return format(row[name], form) + ("" if spread is None else f" ± {_spread(spread)}")
+
+
+def _spread(value: float) -> str:
+    """Two digits, and no power of ten."""
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
 def quality(config: TrainConfig, metrics: Mapping[str, Any], student: Student) -> Table:
@@ -138,6 +148,8 @@ def _notes(config: TrainConfig, metrics: Mapping[str, Any], figures: Mapping[str
     notes.append("NLL: nats under the teacher with its guidance, unfiltered.")
     if "pair_tv" in figures:
         notes.append("Pair TV: to fresh samples of the teacher, whose own row is the floor.")
+    if "path_length" in figures:
+        notes.append(f"Path length: {_PATH_DISTANCES.get(metrics.get('path_distance', ''), 'perceptual')}.")
     notes.append("Times: medians, all sources in turn in one run; AR decoding is this package's KV-cached decoder with")
     notes.append("guidance.")
     plain = metrics.get("teacher_plain", {}).get("seconds_per_image", {})
@@ -145,6 +157,30 @@ def _notes(config: TrainConfig, metrics: Mapping[str, Any], figures: Mapping[str
         each = (f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches if batch in plain)
         notes.append("The same in plain PyTorch takes " + ", ".join(each) + ".")
     return " ".join(notes)
+
+
+_PATH_DISTANCES = {
+    "lpips": "perceptual (PPL), by LPIPS",
+    "features": "as PPL, by the squared distance of a small classifier's features instead of LPIPS",
+}
+"""What `path_distance` of metrics.json stands for."""
+
+
+def paths(metrics: Mapping[str, Any], student: Student) -> Table | None:
+    """How far images move along paths in noise: mean, and clipped mean as StyleGAN has it; None: not measured."""
+    names, rows = names_of(metrics, student), []
+    for source, row in rows_of(metrics).items():
+        title = SOURCES[source].label.format(**names)
+        steps = SOURCES[source].steps.format(**{**row, **names})
+        for figure, what in (("path_length", ""), ("path_length_continuous", ", before codes are taken")):
+            if figure in row:
+                clipped = f"{figure}_clipped"
+                rows.append([f"{title}{what}", steps, cell(row, figure, ".5g"), cell(row, clipped, ".5g")])
+    if not rows:
+        return None
+    notes = [f"Path length: {_PATH_DISTANCES.get(metrics.get('path_distance', ''), 'perceptual')} (docs/method.md)."]
+    notes.append("A map to codes moves in jumps, which few of the short steps meet: hence its spread.")
+    return Table(head=["model", "steps", "path length", "path length, clipped"], rows=rows, notes=" ".join(notes))
 
 
 def cards(metrics: Mapping[str, Any], student: Student) -> list[Card]:

@@ -55,6 +55,8 @@ class Evaluator:
       codebook is small enough for tables of pairs.
     - frechet: distance, in the classifier's features, to real images (`Family.real_images`).
     - class_accuracy: share of samples whose class the classifier recognises.
+    - passes: mean number of passes of the network that a sample took, one after another, and accepted_per_pass: tokens
+      that a pass decided. Only of sources that count them (speculative decoding).
 
     Args:
         config: evaluation settings; the classifier is trained on first use and cached.
@@ -113,6 +115,7 @@ class Evaluator:
             kept["recognised"] = self.classifier.logits(kept["features"]).argmax(-1) == batch.condition.cpu()
         if self.paired:
             kept["codes"] = batch.codes.cpu()
+        kept["passes"] = batch.passes
         return kept
 
     def _figures(self, measured: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -125,6 +128,9 @@ class Evaluator:
         result["teacher_nll"] = -float(kept["log_probs"].double().mean())
         if self.reference_codes is not None:
             result["pair_tv"] = pair_table_distance(kept["codes"], self.reference_codes, self.teacher.num_codes)
+        if bool(kept["passes"].any()):
+            result["passes"] = float(kept["passes"].double().mean())
+            result["accepted_per_pass"] = self.teacher.num_tokens / result["passes"]
         return result
 
     def _details(self, measured: list[dict[str, Tensor]]) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.runs import open_student
 
-ALWAYS = {"Quality and speed", "Samples from the same noise", "Failures", "Training", "What produced it"}
+ALWAYS = {
+    "Quality and speed", "Samples from the same noise", "Interpolations in noise", "Failures", "Training",
+    "What produced it",
+}  # fmt: skip
 SPEEDS = ("teacher", "teacher_plain", "student_1step", "student_2step", "independent_marginals", "image_decoder")
 
 LOG = {
@@ -41,6 +44,7 @@ def opened(root: Path, name: str) -> tuple:
     if name == "text":
         give_captions(teacher, root / "captions.safetensors", device="cpu")
     config.evaluation.samples, config.evaluation.batch_size, config.evaluation.batch_sizes = 30, 8, (1,)
+    config.evaluation.paths = 4
     return config, teacher, student
 
 
@@ -70,18 +74,21 @@ def test_all_of_it(cache, generators, tmp_path, name):
     sections = {text for text in read.texts if text in {*ALWAYS, "Class by class"}}
     wanted = ALWAYS | {"Class by class"}
     wanted -= {"Training"} if name not in LOG else set()
+    wanted -= {"Interpolations in noise"} if name == "toy" else set()
     wanted -= {"Class by class"} if name == "text" else set()
     assert sections == wanted
     assert len(html) < 1_500_000
     teacher = opened(generators, name)[1]
     groups = min(teacher.num_conditions, 10)
-    failures = 12 * 2 if teacher.has_decoder else 0
-    assert len(read.all("img")) == (groups * 6 * 3 if teacher.has_decoder else 0) + failures
+    pictures = groups * 6 * 3 + min(groups, 4) * 8 * 2 + 12 * 2
+    assert len(read.all("img")) == (pictures if teacher.has_decoder else 0)
     if name == "toy":
         assert "there are no pictures of them" in html
         assert "NLL/token, DD1, 1 step" in html
     if name == "text":
         assert "caption 2" in read.texts
+    if name == "digits":
+        assert {"path length", "DD1 student, before codes are taken"} <= set(read.texts)
     if name == "dd2":
         assert "t = 0.125" in html
         assert "DD2 distilled the var teacher" in html

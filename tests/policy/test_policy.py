@@ -26,9 +26,9 @@ LAYERS = [
     {"trajectories"},
     {"distill"},
     {"sampling"},
-    {"recipes", "runs"},
+    {"recipes", "runs", "pictures"},
     {"evaluation"},
-    {"pictures", "report", "page", "tables", "charts", "gallery", "pipeline", "planning", "drawing", "diagnosis"},
+    {"report", "page", "tables", "charts", "gallery", "pipeline", "planning", "drawing", "diagnosis"},
     {"hub"},
     {
         "cli",
