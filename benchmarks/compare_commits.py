@@ -270,9 +270,16 @@ def lines(path: Path) -> Entries:
     return {f"{path.suffix or 'other'} lines": {f"line {number}": line for number, line in enumerate(made, 1)}}
 
 
+def page(path: Path) -> Entries:
+    """A report, line by line; of a line that measures time, that it is there."""
+    made = untimed(path.read_text()).splitlines()
+    told = enumerate(("a time" if "data-time" in line else line for line in made), 1)
+    return {".html lines": {f"line {number}": line for number, line in told}}
+
+
 READERS: dict[str, Callable[[Path], Entries]] = {
     ".safetensors": tensors, ".pth": pickled, ".png": pixels, ".json": figures, ".jsonl": losses,
-    ".toml": settings,
+    ".toml": settings, ".html": page,
 }  # fmt: skip
 
 

@@ -44,6 +44,12 @@ def _require_positive(config: object, *names: str) -> None:
         _require(getattr(config, name) > 0, name, getattr(config, name), "a positive number")
 
 
+def _require_lpips(config: DD1Config | EvaluationConfig) -> None:
+    both = bool(config.lpips_vgg) == bool(config.lpips_linear)
+    expected = "both of LPIPS's files, lpips_vgg and lpips_linear, or neither"
+    _require(both, "lpips_linear", config.lpips_linear, expected)
+
+
 TRACKERS = ("tensorboard", "wandb")
 """What may get a training's figures beside metrics.jsonl."""
 
@@ -425,10 +431,7 @@ class DD1Config(OptimisationConfig, MethodConfig):
         _require_positive(self, "point")
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
         _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
-        both = bool(self.lpips_vgg) == bool(self.lpips_linear)
-        _require(
-            both, "lpips_linear", self.lpips_linear, "both of LPIPS's files, lpips_vgg and lpips_linear, or neither"
-        )
+        _require_lpips(self)
 
 
 @dataclass(kw_only=True)
@@ -587,11 +590,18 @@ class EvaluationConfig:
         samples: per source.
         batch_size: samples made and measured at a time.
         batch_sizes: that are timed.
+        paths: paths in noise whose lengths are measured, where there is a distance of images; 0: none.
+        lpips_vgg: torchvision's VGG16 weights, for LPIPS as that distance; empty: the features of the family's own
+            network, where it has one (digits).
+        lpips_linear: the lpips package's vgg.pth.
     """
 
     samples: int = 5000
     batch_size: int = 1000
     batch_sizes: tuple[int, ...] = (1, 64)
+    paths: int = 1000
+    lpips_vgg: str = ""
+    lpips_linear: str = ""
 
     def __post_init__(self) -> None:
         # A covariance of 48 features needs more samples than features to mean anything.
@@ -599,6 +609,8 @@ class EvaluationConfig:
         _require_positive(self, "batch_size")
         usable = len(self.batch_sizes) > 0 and min(self.batch_sizes) >= 1
         _require(usable, "batch_sizes", self.batch_sizes, "one or more positive numbers")
+        _require(self.paths == 0 or self.paths >= 2, "paths", self.paths, "at least 2, or 0 for none")
+        _require_lpips(self)
 
 
 @dataclass(kw_only=True)

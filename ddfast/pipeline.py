@@ -32,6 +32,7 @@ from ddfast.runs import (
     ADAPTED_FILE,
     GUIDANCE_FILE,
     METRICS_JSON,
+    PAGE,
     PICTURES,
     REPORT,
     STAGES,
@@ -85,15 +86,20 @@ def _train(config: TrainConfig, progress_bar: ProgressBar) -> dict[str, Any]:
     checkpoints.remove(out)  # also those that a run left that was stopped when it had its student
     if exists(out / METRICS_JSON):
         say(f"evaluation: {out / METRICS_JSON} exists, skipped")
-        return read_json(out / METRICS_JSON)
-    with stages.timed("evaluation"):
-        metrics = evaluate(config, teacher, student, progress_bar("evaluation"))
-    written = {"report": out / REPORT, "log": out / METRICS}
-    if teacher.has_decoder:
-        written["pictures"] = out / PICTURES
-        write_pictures(config, teacher, student, written["pictures"])
-    write_report(config, metrics, student, stages.seconds, written["report"])
-    processes.first_does(lambda: write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n"))
+        metrics = read_json(out / METRICS_JSON)
+    else:
+        with stages.timed("evaluation"):
+            metrics = evaluate(config, teacher, student, progress_bar("evaluation"))
+        processes.first_does(lambda: write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n"))
+    if exists(out / PAGE):
+        say(f"report: {out / PAGE} exists, skipped")
+        return metrics
+    written = {"report": out / PAGE, "the same without curves": out / REPORT, "log": out / METRICS}
+    with stages.timed("report"):
+        if teacher.has_decoder:
+            written["pictures"] = out / PICTURES
+            write_pictures(config, teacher, student, written["pictures"])
+        write_report(config, metrics, student, stages.seconds)
     say("\n".join(["", *quality_table(config, metrics, student), ""]))
     say(", ".join(f"{name}: {path}" for name, path in written.items()))
     return metrics

@@ -1,4 +1,4 @@
-"""What a run leaves for people: report.md and samples.png."""
+"""What a run leaves for people: report.md, report.html and samples.png."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import tomli_w
 import torch
 from torch import Tensor
 
 import ddfast
-from ddfast import env, processes, seeds
-from ddfast.config import TrainConfig
-from ddfast.evaluation.sources import SOURCES, sources_for, stream
+from ddfast import charts, env, gallery, page, processes, seeds, tables
+from ddfast.config import TrainConfig, plain
+from ddfast.distill.tracking import METRICS, read_log
+from ddfast.evaluation.paths import interpolate
+from ddfast.evaluation.sources import sources_for, stream
 from ddfast.files import write_atomically
+from ddfast.models import families
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import native
+from ddfast.page import Block, Charts, Code, Facts, Page, Section, Text
 from ddfast.pictures import decoded, grid
-from ddfast.runs import PICTURES
+from ddfast.runs import PAGE, PICTURES, REPORT
+
+Shown: TypeAlias = tuple[list[int], dict[str, Tensor]]
+"""What `gallery.same_noise` makes."""
 
 
 def machine() -> dict[str, str]:
@@ -74,81 +82,146 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any], student: Student
 
     Its form: docs/method.md section 18 (Published results).
     """
-    batches = [str(batch) for batch in config.evaluation.batch_sizes]
-    head = ["model", "steps", "Fréchet", "accuracy", "NLL/token", "pair TV"]
-    head += [f"ms/image, batch {batch}" for batch in batches]
-    head += [f"with image decoding, batch {batch}" for batch in batches]
-    head += [f"speed-up over AR, batch {batch}" for batch in batches]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    names = {"method": student.method.upper(), "two": student.two_steps, **_steps(metrics["num_groups"])}
-    for source in SOURCES.values():
-        row = metrics.get(source.name, {})
-        if not source.label or not row:
-            continue
-        cells = [source.label.format(**names), source.steps.format(**names)]
-        forms = {"frechet": ".2f", "class_accuracy": ".3f", "teacher_nll": ".3f", "pair_tv": ".3f"}
-        cells += [format(row[name], form) if name in row else "" for name, form in forms.items()]
-        for timing, scale, form in (
-            ("seconds_per_image", 1e3, "{:.3f}"),
-            ("seconds_per_image_decoded", 1e3, "{:.3f}"),
-            ("speedup_vs_ar", 1, "{:.1f}x"),
-        ):
-            cells += [form.format(row[timing][batch] * scale) if timing in row else "" for batch in batches]
-        lines.append("| " + " | ".join(cells) + " |")
-    plain = metrics["teacher_plain"]["seconds_per_image"]
-    measured = metrics["teacher"]
-    notes = [f"Quality from {config.evaluation.samples} samples each."]
-    if "frechet" in measured:
-        notes.append("Fréchet: in the features of a small classifier, to real images of the training split.")
-    notes.append("NLL: nats under the teacher with its guidance, unfiltered.")
-    if "pair_tv" in measured:
-        notes.append("Pair TV: to fresh samples of the teacher, whose own row is the floor.")
-    lines += [
-        "",
-        " ".join(notes) + " Times: medians, all sources in turn in one run; AR "
-        "decoding is this package's KV-cached decoder with guidance. The same in plain PyTorch takes "
-        + ", ".join(f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches)
-        + ".",
-    ]
-    return lines
+    return list(tables.quality(config, metrics, student).markdown())
 
 
-def write_report(
-    config: TrainConfig, metrics: dict[str, Any], student: Student, seconds: dict[str, float], path: Path
-) -> None:
-    """The table, the pictures and what produced them; of several processes, the first one writes it.
+def write_report(config: TrainConfig, metrics: dict[str, Any], student: Student, seconds: dict[str, float]) -> None:
+    """What a run has made, on what, and how it went, as report.md and as report.html in `config.out`.
+
+    Of several processes, all share what is sampled for it, and the first one writes it.
 
     Args:
         config: the run's settings.
         metrics: content of metrics.json.
         student: of the run.
         seconds: duration of every stage.
-        path: the Markdown file.
     """
+    teacher = student.teacher
+    shown = gallery.same_noise(config, teacher, student) if teacher.has_decoder else None
 
     def write() -> None:
-        text = [
-            f"# {student.method.upper()} on the recipe `{config.recipe}`",
-            "",
-            *([f"![samples]({PICTURES})", ""] if student.teacher.has_decoder else []),
-            *quality_table(config, metrics, student),
-            "",
-            "## What produced it",
-            "",
-            f"    {command_line('train')}",
-            "",
-            *[f"- {name}: {value}" for name, value in machine().items()],
-            f"- seed {config.seed}; all settings: config.toml",
-            "- seconds per stage: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
-            "",
-        ]
-        write_atomically(path, "\n".join(text))
+        told = _page(config, metrics, student, seconds, shown)
+        write_atomically(config.out / REPORT, page.markdown(told))
+        write_atomically(config.out / PAGE, page.html(told))
 
     processes.first_does(write)
 
 
-def _steps(groups: int) -> dict[str, int]:
-    return {"n": groups, "quarter": max(groups // 4, 1), "kept": groups - max(groups // 4, 1)}
+def _page(
+    config: TrainConfig, metrics: dict[str, Any], student: Student, seconds: dict[str, float], shown: Shown | None
+) -> Page:
+    """All of the report."""
+    teacher, names = student.teacher, tables.names_of(metrics, student)
+    sections = [
+        Section(title="Quality and speed", blocks=[tables.quality(config, metrics, student)]),
+        _samples(config, teacher, shown),
+        _paths(config, metrics, student),
+        _failures(config, metrics, student),
+        _classes(config, metrics, teacher, student),
+        _training(config, metrics),
+        _origin(config, seconds),
+    ]
+    if against := charts.quality_against_speed(metrics, names):
+        sections[0].blocks.append(Text(text="The dashed line is the teacher: what a student can reach at any speed."))
+        sections[0].blocks.append(Charts(charts=against))
+    steps = f"{metrics['num_groups']} steps, {teacher.num_tokens} tokens of {teacher.num_codes} codes"
+    family = families.of_teacher(teacher).name
+    kind = "an unregistered" if family == "none" else f"the {family}"
+    return Page(
+        title=f"{student.method.upper()} on the recipe",
+        name=config.recipe,
+        lead=f"{student.method.upper()} distilled {kind} teacher ({steps}) into a student of one or two steps.",
+        cards=tables.cards(metrics, student),
+        picture=PICTURES if teacher.has_decoder else "",
+        sections=[section for section in sections if section.blocks],
+    )
+
+
+def _samples(config: TrainConfig, teacher: Teacher, shown: Shown | None) -> Section:
+    """Teacher and student from the same noise."""
+    section = Section(title="Samples from the same noise", blocks=[])
+    if shown is None:
+        told = "This teacher has no image tokenizer: its samples are codes, and there are no pictures of them."
+        section.blocks = [Text(text=told)]
+    else:
+        told = (
+            "What stands in a column of a group began with the same noise: the teacher's flow, whose end the student "
+            "learns, and the student in one and in two steps. Nothing was picked."
+        )
+        section.blocks = [Text(text=told), gallery.by_condition(teacher, *shown)]
+    return section
+
+
+_PATHS, _FRAMES = 4, 8
+
+
+def _paths(config: TrainConfig, metrics: dict[str, Any], student: Student) -> Section:
+    """What lies between two noises, and how far images move there."""
+    teacher, table = student.teacher, tables.paths(metrics, student)
+    section = Section(title="Interpolations in noise", blocks=[])
+    if teacher.has_decoder:
+        conditions = gallery.spread(teacher, _PATHS)
+        settings: dict[str, Any] = {"count": len(conditions), "frames": _FRAMES, "classes": conditions}
+        settings |= {"seed": seeds.derived(config.seed, 6_000_003)}
+        told = "From one noise to another, along the arc between them: the teacher's flow, and the student's one step."
+        section.blocks += [
+            Text(text=told),
+            gallery.paths(student, {who: interpolate(teacher, who, **settings) for who in (None, student)}, conditions),
+        ]
+    if table is not None:
+        section.blocks.append(table)
+    return section
+
+
+def _failures(config: TrainConfig, metrics: dict[str, Any], student: Student) -> Section:
+    """What one step does worst."""
+    found = gallery.failures(config, metrics, student)
+    if found is None:
+        return Section(title="Failures", blocks=[])
+    told = (
+        f"Of the {config.evaluation.samples} one-step samples that the figures are of, those that the teacher finds "
+        "least likely, the worst first, each beside the teacher's own from the same noise. Numbers: negative "
+        "log-likelihood under the teacher, nats per token."
+    )
+    return Section(title="Failures", blocks=[Text(text=told), found])
+
+
+def _classes(config: TrainConfig, metrics: dict[str, Any], teacher: Teacher, student: Student) -> Section:
+    """Where a run has classes: the figures of each."""
+    table = tables.classes(config, metrics, teacher, student)
+    blocks: list[Block] = []
+    if table is not None:
+        blocks = [Charts(charts=charts.classes(metrics, tables.names_of(metrics, student))), table]
+    return Section(title="Class by class", blocks=blocks)
+
+
+def _training(config: TrainConfig, metrics: dict[str, Any]) -> Section:
+    """Curves of every stage that has a log."""
+    section = Section(title="Training", blocks=[])
+    for stage, lines in read_log(config.out / METRICS).items():
+        # What stage 2 of DD2 watches is what the figures measure; stage 0's likelihoods are others.
+        own = metrics["teacher"].get("teacher_nll") if any("diversity" in line for line in lines) else None
+        drawn = charts.training(stage, lines, {} if own is None else {"teacher_nll": own})
+        if drawn:
+            section.blocks.append(Charts(title=stage.capitalize(), charts=drawn))
+    return section
+
+
+def _origin(config: TrainConfig, seconds: dict[str, float]) -> Section:
+    """What produced it."""
+    facts = {
+        **machine(),
+        "seed": f"{config.seed}; all settings: config.toml",
+        "seconds per stage": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+    }
+    return Section(
+        title="What produced it",
+        blocks=[
+            Code(text=command_line("train")),
+            Facts(facts=facts, timed=("seconds per stage",)),
+            Code(title="All settings", text=tomli_w.dumps(plain(config))),
+        ],
+    )
 
 
 def write_pictures(config: TrainConfig, teacher: Teacher, student: Student, path: Path, *, columns: int = 6) -> None:

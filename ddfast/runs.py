@@ -29,7 +29,7 @@ from ddfast.tracing import span
 
 CONFIG, METRICS_JSON, STAGES = "config.toml", "metrics.json", "stages.json"
 THROUGHPUT = "throughput.jsonl"
-REPORT, PICTURES = "report.md", "samples.png"
+REPORT, PAGE, PICTURES = "report.md", "report.html", "samples.png"
 LOCK = ".lock"
 _LEASE_SECONDS = 150.0
 

@@ -34,13 +34,15 @@ from ddfast.trajectories.memory import fitting
 class Samples:
     """Generated images as codes int64 [B, N] and embeddings [B, N, D].
 
-    With them their condition's index int64 [B], and their `number` int64 [B] in the seed's sequence, on the CPU.
+    With them their condition's index int64 [B], and on the CPU their `number` int64 [B] in the seed's sequence and how
+    many `passes` int64 [B] of the network each took, one after another, where its maker counts them (else 0).
     """
 
     codes: Tensor
     embeddings: Tensor
     condition: Tensor
     number: Tensor
+    passes: Tensor
 
     def to(self, device: torch.device) -> Samples:
         """The same on another device."""
@@ -86,13 +88,17 @@ class Guidance(SamplingSettings):
 
 @dataclass(kw_only=True)
 class Request:
-    """One batch to make: samples `number` int64 [B] of a seed, with conditions `index` int64 [B]."""
+    """One batch to make: samples `number` int64 [B] of a seed, with conditions `index` int64 [B].
+
+    A maker whose samples take passes of the network as it happens says how many in `passes` int64 [B].
+    """
 
     teacher: Teacher
     student: Student | None
     seed: int
     number: Tensor
     index: Tensor
+    passes: Tensor | None = None
 
     @cached_property
     def condition(self) -> Condition:
@@ -109,6 +115,12 @@ class Request:
         """Uniform numbers [B, N] of the teacher's draws: what follows the noise in a sample's sequence."""
         count, behind = self.teacher.num_tokens, self.teacher.num_tokens * self.teacher.code_dim
         normal = noise(self.seed, self.number, (behind + count,), self.teacher.codebook.device)[:, behind:]
+        return _uniform(normal).float().clamp_max(_BELOW_ONE)
+
+    def uniform_of(self, turn: int, size: int) -> Tensor:
+        """Uniform numbers [B, size] of the turn 0 .. N of a decoding that draws tokens more than once."""
+        seed, turns = seeds.derived(self.seed, 4_000_003), self.teacher.num_tokens + 1
+        normal = noise(seed, self.number * turns + turn, (size,), self.teacher.codebook.device)
         return _uniform(normal).float().clamp_max(_BELOW_ONE)
 
     def by_student(self, **settings: object) -> Tensor:
@@ -348,7 +360,8 @@ def _batches(
             with torch.no_grad(), fitting(len(number), device, "the batch size"):
                 made = make(request)
                 codes = nearest_code(made, teacher.codebook)
-                samples = Samples(codes=codes, embeddings=made, condition=index, number=number)
+                passes = torch.zeros_like(number) if request.passes is None else request.passes.cpu()
+                samples = Samples(codes=codes, embeddings=made, condition=index, number=number, passes=passes)
             processes.sign()
             yield samples
             del made, codes, samples, request

@@ -37,6 +37,8 @@ def write(folder: Path, ms: float, commit: str) -> Path:
     (folder / "run" / "stages.json").write_text(json.dumps({"teacher": ms}))
     (folder / "run" / "config.toml").write_text("seed = 0\n")
     (folder / "run" / "report.md").write_text(REPORT.format(ms=ms, commit=commit))
+    html = f"<p>3.141</p>\n<td data-time>{ms}x</td>\n<dd>0.1.0, commit {commit}</dd>\n"
+    (folder / "run" / "report.html").write_text(html)
     (folder / "run" / "trace.json").write_text("not compared " + commit)
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "samples.png")
     return folder
@@ -59,7 +61,7 @@ def differences(before: Path, after: Path, *allowed: str) -> list[str]:
 def test_times_and_the_commit_do_not_matter(before, after):
     found = compare(before, after)
     assert [one.differences for one in found.values()] == [[]] * len(found)
-    assert found["file names"].count == 9
+    assert found["file names"].count == 10
     assert found["safetensors tensors"].count == 2
     assert found["metrics.jsonl"].count == 8
 
@@ -104,6 +106,7 @@ def text(name: str, old: str, new: str):
         ]),
         (text("config.toml", "0", "1"), ["run/config.toml: seed: 0 became 1"]),
         (text("report.md", "3.141", "3.142"), ["run/report.md: line 5: "]),
+        (text("report.html", "3.141", "3.142"), ["run/report.html: line 1: "]),
         (lambda folder: (folder / "student.pth").unlink(), ["student.pth: only before"]),
         (lambda folder: (folder / "more.txt").write_text(""), ["more.txt: only after"]),
         (lambda folder: torch.save({"model": {"weight": torch.ones(2, 3).half()}}, folder / "student.pth"),

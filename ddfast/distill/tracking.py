@@ -132,6 +132,20 @@ def json_lines(out: Path, stage: str, step: int, settings: Mapping[str, Any]) ->
     yield sink
 
 
+def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a `metrics.jsonl` by stage and in the order of their steps; of a step's lines, the last counts.
+
+    A line that a killed run left half written is left out, and where there is no file, there is nothing.
+    """
+    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int):
+                stages.setdefault(line["stage"], {})[line["step"]] = line
+    return {stage: [lines[step] for step in sorted(lines)] for stage, lines in stages.items()}
+
+
 @contextlib.contextmanager
 def tensorboard(out: Path, stage: str, step: int, settings: Mapping[str, Any]) -> Iterator[Sink]:
     """Events in `out/tensorboard/STAGE`: a stage has a folder, as what is to be dropped is told by step alone."""

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from ddfast.config import TrainConfig
-from ddfast.evaluation.sources import SOURCES
+from ddfast.evaluation.sources import Source, sources_for
 from ddfast.evaluation.speed import IMAGE_DECODER, measure_speed
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.progress import Progress, silent
 from ddfast.sampling import first_request
 from ddfast.tracing import activities, span, write_trace
+
+_COUNTED = 8
+"""Samples whose passes are counted."""
 
 
 def profile(
@@ -45,7 +48,8 @@ def profile(
         memory) and what to run next.
     """
     batches = config.evaluation.batch_sizes
-    labels = {source.name: source.profile for source in SOURCES.values() if source.profile}
+    sources = [source for source in sources_for(teacher, student) if source.profile]
+    labels = {source.name: source.profile for source in sources}
     seconds = measure_speed(teacher, student, batch_sizes=batches, rounds=rounds, progress=progress)
     decoder = seconds.pop(IMAGE_DECODER, None)
     lines = []
@@ -58,7 +62,9 @@ def profile(
             cells = [f"{value:.3f} ({plain / value:.1f}x, {own / value:.1f}x)" for value in values]
             lines.append(f"{batch:8d}  " + "  ".join(f"{cell:>24s}" for cell in cells))
     device = teacher.codebook.device
-    lines += ["", "(times as fast as plain PyTorch's AR decoding, as ddfast's)", f"peak memory: {_peak_memory(device)}"]
+    lines += ["", "(times as fast as plain PyTorch's AR decoding, as ddfast's)"]
+    lines += [_passes(source, teacher, student) for source in sources if source.counts_passes]
+    lines.append(f"peak memory: {_peak_memory(device)}")
     trace = _trace(teacher, student, batches[-1], out)
     lines += [f"Chrome trace: {trace} (chrome://tracing or ui.perfetto.dev)", "", "With Nsight on a GPU:"]
     command += "" if device.type == "cuda" else " --device cuda"
@@ -66,6 +72,16 @@ def profile(
     include = "--nvtx-include 'student 1 step/'"
     lines.append(f"  ncu --nvtx {include} --set full --export {shlex.quote(f'{out}/ncu')} {command}")
     return lines
+
+
+def _passes(source: Source, teacher: Teacher, student: Student) -> str:
+    """How many passes of the network a few samples of a source take."""
+    request = first_request(teacher, student, _COUNTED)
+    source.maker(teacher, 0)(request)
+    assert request.passes is not None
+    passes = float(request.passes.double().mean())
+    each = f"{passes:.1f} passes for {teacher.num_tokens} tokens, {teacher.num_tokens / passes:.2f} tokens a pass"
+    return f"{source.profile}: {each} (mean of {_COUNTED} samples)"
 
 
 def _trace(teacher: Teacher, student: Student, batch: int, out: Path) -> Path:

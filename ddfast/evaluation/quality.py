@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ from ddfast.trajectories.memory import fitting
 
 _LARGEST_PAIRED = 512
 """Codes up to which tables of pairs [V, V] are filled by a few thousand samples."""
+
+_LEAST_LIKELY = 12
+"""Samples that are told one by one, for people to look at."""
+
+_BY_SAMPLE = ("class_accuracy", "teacher_nll")
+"""Figures that are means over samples."""
 
 
 def pair_table_distance(codes: Tensor, reference: Tensor, num_codes: int) -> float:
@@ -54,6 +61,8 @@ class Evaluator:
       `frechet_error`; precision and recall in the same features.
     - class_accuracy: share of samples whose class the classifier recognises.
     - count: of samples.
+    - passes: mean number of passes of the network that a sample took, one after another, and accepted_per_pass: tokens
+      that a pass decided. Only of sources that count them (speculative decoding).
 
     Args:
         config: evaluation settings; the classifier is trained on first use and cached.
@@ -85,47 +94,70 @@ class Evaluator:
             self.reference_codes = torch.cat(codes) if codes else None
 
     @torch.no_grad()
-    def measure(self, samples: Samples | Iterable[Samples]) -> dict[str, float]:
+    def measure(self, samples: Samples | Iterable[Samples], *, details: bool = False) -> dict[str, Any]:
         """The figures of one set of samples; of batches, each is measured and forgotten before the next one is made.
 
         Args:
             samples: all, or batches of them: this process's share, as streams make it.
+            details: also tables: `by_class` {figure: {class: mean}}, for the figures that are means over samples, where
+                there are classes, and `least_likely` {"number", "teacher_nll": of the dozen that the teacher finds so}.
 
         Returns:
             The same figures at every process.
         """
         parts = processes.share(samples.split(self.batch_size)) if isinstance(samples, Samples) else samples
         seen = Sums(Classifier(self.classifier)) if self.classifier is not None else None
-        kept = []
-        for batch in parts:
-            likelihoods = self._likelihoods(batch)
-            recognised = 0 if seen is None else self._see(batch, seen)
-            row = [likelihoods.sum(), likelihoods.numel(), recognised, len(batch.codes)]
-            kept.append((torch.tensor(row, dtype=torch.float64), batch.codes.cpu() if self.paired else None))
+        measured = [self._measured(batch, seen) for batch in parts]
         figures = {} if seen is None else seen.figures(self.reference)
-        collected = processes.collected(kept)
-        return processes.first_does(lambda: figures | self._figures(collected))
+        collected = processes.collected(measured)
 
-    def _likelihoods(self, batch: Samples) -> Tensor:
-        """Log-likelihoods float64 [B, N] under the teacher."""
+        def compared() -> dict[str, Any]:
+            kept = {name: torch.cat([batch[name] for batch in collected]) for name in collected[0]}
+            return figures | self._figures(kept) | (self._details(kept) if details else {})
+
+        return processes.first_does(compared)
+
+    def _measured(self, batch: Samples, seen: Sums | None) -> dict[str, Tensor]:
+        """Of every sample what the figures need, on the CPU; what the classifier sees is added to its sums."""
         teacher = self.teacher
         with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
             table = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
-            return table.gather(-1, batch.codes[..., None]).cpu().double()
+            log_probs = table.gather(-1, batch.codes[..., None])[..., 0].double()
+        kept = {"teacher_nll": -log_probs.mean(1), "number": batch.number, "condition": batch.condition}
+        kept["passes"] = batch.passes
+        if self.classifier is not None and seen is not None:
+            sights = seen.instrument.look(teacher.decode(batch.embeddings).cpu())
+            seen.add(sights, batch.number)
+            recognised = self.classifier.logits(sights["features"]).argmax(-1) == batch.condition.cpu()
+            kept["class_accuracy"] = recognised.double()
+        if self.paired:
+            kept["codes"] = batch.codes
+        return {name: values.cpu() for name, values in kept.items()}
 
-    def _see(self, batch: Samples, sums: Sums) -> int:
-        """Add what the classifier sees in the images; how many of them it recognises."""
-        assert self.classifier is not None
-        seen = sums.instrument.look(self.teacher.decode(batch.embeddings).cpu())
-        sums.add(seen, batch.number)
-        return int((self.classifier.logits(seen["features"]).argmax(-1) == batch.condition.cpu()).sum())
-
-    def _figures(self, measured: list[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
-        """Of all batches, in their order: of each, log-likelihood, tokens, recognised samples, samples; and codes."""
-        rows, codes = zip(*measured, strict=True)
-        log_likelihood, tokens, recognised, count = torch.stack(rows).sum(0).tolist()
-        result = {} if self.classifier is None else {"class_accuracy": recognised / count}
-        result |= {"teacher_nll": -log_likelihood / tokens, "count": int(count)}
+    def _figures(self, kept: dict[str, Tensor]) -> dict[str, float]:
+        """Of all samples."""
+        result = {name: float(kept[name].mean()) for name in _BY_SAMPLE if name in kept}
+        result["count"] = len(kept["number"])
         if self.reference_codes is not None:
-            result["pair_tv"] = pair_table_distance(torch.cat(codes), self.reference_codes, self.teacher.num_codes)
+            result["pair_tv"] = pair_table_distance(kept["codes"], self.reference_codes, self.teacher.num_codes)
+        if bool(kept["passes"].any()):
+            result["passes"] = float(kept["passes"].double().mean())
+            result["accepted_per_pass"] = self.teacher.num_tokens / result["passes"]
         return result
+
+    def _details(self, kept: dict[str, Tensor]) -> dict[str, Any]:
+        """Of all samples: figures by class, and those of the lowest likelihood."""
+        found: dict[str, Any] = {}
+        if self.teacher.num_classes:
+            by_class = {name: _by_class(kept[name], kept["condition"]) for name in _BY_SAMPLE if name in kept}
+            found["by_class"] = by_class
+        worst = kept["teacher_nll"].argsort(descending=True, stable=True)[:_LEAST_LIKELY]
+        found["least_likely"] = {name: kept[name][worst].tolist() for name in ("number", "teacher_nll")}
+        return found
+
+
+def _by_class(values: Tensor, condition: Tensor) -> dict[str, float]:
+    """Means of values [B] over each of the labels [B] that there are."""
+    labels, place, counts = condition.unique(return_inverse=True, return_counts=True)
+    means = torch.zeros(len(labels), dtype=torch.float64).index_add_(0, place, values) / counts
+    return dict(zip(map(str, labels.tolist()), means.tolist(), strict=True))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddfast import processes, seeds
 from ddfast.evaluation.plain_decoding import plain_decoder
+from ddfast.evaluation.speculative_jacobi import speculative_jacobi
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -29,7 +30,9 @@ Make: TypeAlias = Callable[[Request], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source of samples, and what is told of it; texts may hold {method}, {two}, {n}, {quarter} and {kept}.
+    """A source of samples, and what is told of it.
+
+    Texts may hold {method}, {two}, {n}, {quarter} and {kept}; the steps of one that counts its passes, {passes} too.
 
     Attributes:
         name: its key in metrics.json.
@@ -41,6 +44,7 @@ class Source:
         timed: its speed is measured.
         profile: its column in `ddfast profile`; empty: it has none.
         by_student: it takes a student.
+        counts_passes: its samples take as many passes of the network as it happens, and say how many.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Source:
     timed: bool = False
     profile: str = ""
     by_student: bool = False
+    counts_passes: bool = False
 
     def maker(self, teacher: Teacher, seed: int, samples_per_class: int = 4000) -> Make:
         """What makes its batches."""
@@ -103,6 +108,16 @@ def _skip_last(request: Request) -> Tensor:
     codes = teacher.generate(request.condition, uniform=request.uniform, stop=stop)
     rest = nearest_code(request.noise[:, stop:], teacher.codebook)
     return teacher.embed(torch.cat((codes, rest), dim=1))
+
+
+def _speculative_jacobi(request: Request) -> Tensor:
+    """Training-free parallel decoding, which draws from the teacher's own distribution; every sample says its passes.
+
+    A teacher whose groups have many tokens decodes these in parallel already, and drafts of whole groups would all have
+    to be kept at once.
+    """
+    codes, request.passes = speculative_jacobi(request.teacher, request.condition, request.uniform_of)
+    return request.teacher.embed(codes)
 
 
 def marginal_tables(teacher: Teacher, generator: torch.Generator, *, samples_per_class: int = 4000) -> Tensor:
@@ -158,6 +173,10 @@ SOURCES: dict[str, Source] = {
             name="ode_pairs", make=_ode_pairs, label="teacher, flow from noise (the training pairs)", steps="{n}",
         ),
         Source(
+            name="speculative_jacobi", make=_speculative_jacobi, label="teacher, speculative Jacobi decoding",
+            steps="{passes:.1f}", timed=True, profile="speculative Jacobi", counts_passes=True,
+        ),
+        Source(
             name="ar_diffusion", make=_ar_diffusion, label="AR-diffusion model (stage 1)", steps="{n} x 10",
             by_student=True,
         ),
@@ -173,10 +192,14 @@ SOURCES: dict[str, Source] = {
             name="teacher_involved", make=_teacher_involved, label="{method} student, teacher-involved",
             steps="2 + {quarter} AR", by_student=True,
         ),
-        Source(name="skip_last", make=_skip_last, label="baseline skip-last", steps="{kept} AR"),
+        Source(
+            name="skip_last", make=_skip_last, label="baseline skip-last", steps="{kept} AR", timed=True,
+            profile="skip-last",
+        ),
         Source(
             name="independent_marginals", prepare=_independent_marginals,
             label="baseline onestep* (independent marginals)", steps="1", picture="independent marginals", timed=True,
+            profile="independent marginals",
         ),
     )
 }  # fmt: skip
@@ -191,11 +214,14 @@ _LARGEST_TABLE = 2**18
 def sources_for(teacher: Teacher, student: Student | None = None) -> list[Source]:
     """The sources that can be had of this teacher and student (None: any).
 
-    All but the marginals where their tables are too large, DD2's first stage, which is another network's, and a middle
-    part by the teacher where the student cannot finish what it began: DD2's starts from noise alone.
+    All but the marginals where their tables are too large, speculative decoding of groups of many tokens, DD2's first
+    stage, which is another network's, and a middle part by the teacher where the student cannot finish what it began:
+    DD2's starts from noise alone.
     """
     entries = teacher.num_conditions * teacher.num_tokens * teacher.num_codes
     without = {"ar_diffusion"} | ({"independent_marginals"} if entries > _LARGEST_TABLE else set())
+    if not teacher.one_by_one:
+        without.add("speculative_jacobi")
     if student is not None and not student.starts_anywhere:
         without.add("teacher_involved")
     return [source for source in SOURCES.values() if source.name not in without]

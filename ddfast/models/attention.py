@@ -51,6 +51,12 @@ def level_mask(groups: tuple[int, ...], device: torch.device | str = "cpu") -> T
     return (mask & ~mask.T) | torch.eye(len(mask), dtype=torch.bool, device=device)
 
 
+def window_positions(first: Tensor, size: int, *, twice: bool = False) -> Tensor:
+    """Positions int64 [B, S] of windows that begin at `first` [B]; `twice`: [2 B, S], for both streams of guidance."""
+    position = first[:, None] + torch.arange(size, dtype=torch.int64, device=first.device)
+    return torch.cat((position, position)) if twice else position
+
+
 class Attend(Protocol):
     """Mixes values for one layer: (layer, query, key, value, scale) -> [R, H, S, K], all [R, H, S, K].
 
@@ -114,7 +120,7 @@ class KVCache:
     def __init__(self, depth: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
         shape = (depth, rows, heads, length, head_dim)
         self.keys, self.values = like.new_empty(shape).unbind(), like.new_empty(shape).unbind()
-        self.length = 0
+        self.length, self.cleared = 0, False
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -127,6 +133,19 @@ class KVCache:
         """Count positions that every layer has stored."""
         self.length += count
         self.position += count
+
+    def place(self, layer: int, keys: Tensor, values: Tensor, position: Tensor) -> None:
+        """Store one layer's new [R, G, S, K] at positions int64 [R, S], which are each row's own."""
+        where = position[:, None, :, None].expand_as(keys)
+        self.keys[layer].scatter_(2, where, keys)
+        self.values[layer].scatter_(2, where, values)
+
+    def clear(self) -> None:
+        """Put zeros where nothing was written yet, once: it may be NaN, which a mask lets through."""
+        if not self.cleared:
+            for tensor in (*self.keys, *self.values):
+                tensor[:, :, self.length :] = 0
+        self.cleared = True
 
 
 class CachedAttention:
@@ -152,6 +171,32 @@ class CachedAttention:
         return attention(query, keys, values, mask=self.mask, causal=self.causal, scale=scale)
 
 
+class WindowAttention:
+    """Attention of new positions over a cache that they join, every row's at a place of its own.
+
+    A position sees what its row holds up to itself. What was stored behind, for a window of before, is written over
+    before anything sees it.
+
+    Args:
+        cache: takes the new keys and values.
+        position: int64 [R, S], where they are.
+        first: int64 [R], the first position that a row may look at; None: 0.
+    """
+
+    def __init__(self, cache: KVCache, position: Tensor, first: Tensor | None = None) -> None:
+        cache.clear()
+        self.cache, self.position = cache, position
+        column = torch.arange(cache.keys[0].shape[2], dtype=torch.int64, device=position.device)
+        mask = column <= position[..., None]
+        if first is not None:
+            mask = mask & (column >= first[:, None, None])
+        self.mask = mask[:, None]
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        self.cache.place(layer, key, value, self.position)
+        return attention(query, self.cache.keys[layer], self.cache.values[layer], mask=self.mask, scale=scale)
+
+
 class Mix(Protocol):
     """What stands between a layer's two projections: (layer, qkv [R, S, (H + 2 G) K]) -> [R, S, H K].
 
@@ -169,14 +214,14 @@ class SequenceMix:
         attend: of the whole sequence, or of new positions over a cache.
         head_dim: K.
         kv_heads: G; None: as many as query heads.
-        rope: float32 [S, K / 2, 2], the angles of these positions.
+        rope: float32 [S, K / 2, 2], the angles of these positions, or [R, S, K / 2, 2], each row's own.
     """
 
     def __init__(
         self, attend: Attend, head_dim: int, *, kv_heads: int | None = None, rope: Tensor | None = None
     ) -> None:
         self.attend, self.head_dim, self.kv_heads = attend, head_dim, kv_heads
-        self.rope = None if rope is None else rope[:, None]
+        self.rope = None if rope is None else rope.unsqueeze(-3)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         heads = qkv.unflatten(-1, (-1, self.head_dim))

@@ -106,6 +106,28 @@ class AutoRegressive(nn.Module, ABC):
             [R, G, V] of any floating type, unguided; hidden states [R, G, W] where `read_out` is overridden.
         """
 
+    def advance_window(self, state: Any, codes: Tensor, token: Tensor) -> Tensor:
+        """What `advance` returns, of S tokens of every row at once, at a place of its own: were the codes before right.
+
+        For decoders that guess ahead. A model whose groups have one token each may override it; without, such decoders
+        run teacher-forced passes (`Teacher.logits`).
+
+        Args:
+            state: what `begin` returned, after one `advance` without codes; what it holds of tokens behind a row's
+                window is given up.
+            codes: int64 [B, S], each the code right before one of the tokens: of the tokens `token - 1` and following.
+            token: int64 [B], number of the first of a row's tokens, 1 .. N - S; what is before `token - 1` was given.
+
+        Returns:
+            [R, S, V] or [R, S, W], as `advance`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no windows")
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether `advance_window` is overridden."""
+        return type(self).advance_window is not AutoRegressive.advance_window
+
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         """The ops with kernels that `advance` runs for R rows of G new tokens, and the sizes that each is asked of.
 

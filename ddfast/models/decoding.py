@@ -123,13 +123,8 @@ class Decoding:
         if not teacher.graphable:  # which promises to keep no codes: these are overwritten
             new = new.clone()
         hidden = teacher.advance(self.state, new)
-        hidden, uncond = hidden[: plan.batch], hidden[plan.batch :]
-        arguments, scale = dict(plan.filters), plan.scale(group)
-        if scale != 1.0 and teacher.has_linear_head:
-            hidden = torch.lerp(uncond, hidden, scale)  # uncond + scale (hidden - uncond)
-        elif scale != 1.0:
-            arguments.update(uncond=uncond, cfg_scale=scale)
-        logits = teacher.read_out(hidden)
+        logits, guidance = read_guided(teacher, hidden, plan.batch, plan.scale(group))
+        arguments = dict(plan.filters) | guidance
         chance = self._chance(group)
         if chance is None:
             codes = draw_codes(logits, logits.new_zeros(logits.shape[:-1]), **{**arguments, "top_k": 1})
@@ -163,6 +158,37 @@ class Decoding:
         for group in self.plan.groups:
             self.step(group)
         return self.codes
+
+
+def check_decoded(codes: Tensor) -> None:
+    """Raise `ValueError` where a kernel on a GPU marked a code [B, N] that it could not draw, and went on."""
+    if bool((codes < 0).any()):
+        image, token = (codes < 0).nonzero()[0].tolist()
+        what = "its logits or noise hold NaN or infinite values; check the teacher's weights and precision"
+        raise ValueError(f"token {token} of image {image} has no code: {what}")
+
+
+def read_guided(
+    teacher: AutoRegressive, hidden: Tensor, batch: int, scale: float | Tensor
+) -> tuple[Tensor, dict[str, Any]]:
+    """Logits [B, G, V] of what a teacher's pass returned for R rows, and the guidance that is left to `filter_logits`.
+
+    Args:
+        teacher: whose pass it was.
+        hidden: [R, G, W], or logits [R, G, V]; the first B rows have the condition.
+        batch: B.
+        scale: of guidance; 1: none; a tensor [B, G]: each token's own.
+    """
+    hidden, uncond = hidden[:batch], hidden[batch:]
+    if not isinstance(scale, Tensor):
+        if scale == 1.0:
+            return teacher.read_out(hidden), {}
+        if teacher.has_linear_head:  # uncond + scale (hidden - uncond)
+            return teacher.read_out(torch.lerp(uncond, hidden, scale)), {}
+    elif teacher.has_linear_head:
+        mixed = torch.lerp(uncond.float(), hidden.float(), scale[..., None])
+        return teacher.read_out(mixed.type_as(hidden)), {}
+    return teacher.read_out(hidden), {"uncond": uncond, "cfg_scale": scale}
 
 
 class CudaGraphs:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddfast.models.attention import group_levels
 from ddfast.models.autoregressive import AutoRegressive, Condition, SamplingDefaults, condition_size, on_device
-from ddfast.models.decoding import Inputs, Plan, Sampler, decode
+from ddfast.models.decoding import Inputs, Plan, Sampler, check_decoded, decode
 from ddfast.models.inputs import (
     as_codes,
     as_embeddings,
@@ -256,9 +256,5 @@ class Teacher(AutoRegressive):
                 chance = torch.rand(batch, self.num_tokens, generator=generator, dtype=torch.float32, device=device)
             inputs = Inputs(condition=condition, prefix=prefix, chance=chance)
             codes = inputs.prefix if last == first else decode(self, plan, inputs, graph=graph)
-            # A kernel on a GPU marks what it cannot use and goes on: looked at once, when all is decoded.
-            if bool((codes < 0).any()):
-                image, token = (codes < 0).nonzero()[0].tolist()
-                what = "its logits or noise hold NaN or infinite values; check the teacher's weights and precision"
-                raise ValueError(f"token {token} of image {image} has no code: {what}")
+            check_decoded(codes)
         return codes.clone()  # outside inference mode, so that the codes can enter a training graph

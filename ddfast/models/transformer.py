@@ -19,9 +19,11 @@ from ddfast.models.attention import (
     Mix,
     SequenceMix,
     StepMix,
+    WindowAttention,
     block_mask,
     group_levels,
     group_starts,
+    window_positions,
 )
 from ddfast.models.autoregressive import Condition, SamplingDefaults
 from ddfast.models.layers import Embedding, LayerNorm, Linear, norm_layer, plain_layer, twice_embedded
@@ -223,6 +225,13 @@ class TransformerTeacher(TransformerNetwork, Teacher):
         hidden = self.body.run(tokens, mix)
         cache.extend(tokens.shape[1])
         return hidden[:, -self.groups[last] :]
+
+    def advance_window(self, state: DecodeState, codes: Tensor, token: Tensor) -> Tensor:
+        guided, cache = len(state.labels) != len(codes), state.cache
+        embeddings = twice_embedded(self.codebook, codes) if guided else self.codebook[codes]
+        position = window_positions(token, codes.shape[1], twice=guided)
+        tokens = self.input(embeddings) + self.position_embedding[position]
+        return self.body.run(tokens, SequenceMix(WindowAttention(cache, position), self.body.head_dim))
 
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         body, tokens = self.body, rows * size

@@ -35,8 +35,8 @@ def finished(cache, tmp_path_factory) -> Path:
 def test_train_writes_everything(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {
-        "config.toml", "metrics.jsonl", "metrics.json", "student.safetensors", "report.md", "samples.png",
-        "trajectories",
+        "config.toml", "metrics.jsonl", "metrics.json", "student.safetensors", "report.md", "report.html",
+        "samples.png", "trajectories",
     }  # fmt: skip
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["method"] == "dd1"
@@ -58,7 +58,7 @@ def test_train_writes_everything(finished):
 def test_a_finished_run_is_not_repeated(run, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     done = run("train", "--out", finished, *SIZES)
-    assert done.stdout.count("skipped") == 3
+    assert done.stdout.count("skipped") == 4
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
 
 

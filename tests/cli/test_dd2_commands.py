@@ -36,7 +36,7 @@ def test_train_writes_everything(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {
         "config.toml", "metrics.jsonl", "metrics.json", "student.safetensors", "guidance.safetensors",
-        "ar-diffusion.safetensors", "report.md", "samples.png",
+        "ar-diffusion.safetensors", "report.md", "report.html", "samples.png",
     }  # fmt: skip
     assert "checkpoints" not in names
     metrics = json.loads((finished / "metrics.json").read_text())

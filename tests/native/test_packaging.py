@@ -43,6 +43,6 @@ def test_pure_wheel(source: Path, tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "ddfast/py.typed" in names
+    assert {"ddfast/py.typed", "ddfast/page.html"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ddfast", "ddfast_kernels"}
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h", ".cu"))]

@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddfast.models.attention import Attend, CachedAttention, KVCache, MaskedAttention, Mix, SequenceMix, StepMix
+from ddfast.models.attention import (
+    Attend,
+    CachedAttention,
+    KVCache,
+    MaskedAttention,
+    Mix,
+    SequenceMix,
+    StepMix,
+    WindowAttention,
+    window_positions,
+)
 from ddfast.models.autoregressive import Condition, SamplingDefaults, condition_size
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.inputs import as_codes, known
@@ -468,6 +478,15 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         x, branch = self._run(x, mix)
         cache.extend(length)
         return self.norm.add(x[:, -1:], branch[:, -1:])[1]
+
+    def advance_window(self, state: LlamaGenState, codes: Tensor, token: Tensor) -> Tensor:
+        sizes = self.sizes
+        x = twice_embedded(self.tok_embeddings.weight, codes) if state.guided else self.tok_embeddings(codes)
+        position = window_positions(token + sizes.cls_token_num - 1, codes.shape[1], twice=state.guided)
+        attend = WindowAttention(state.cache, position, state.first)
+        head_dim = sizes.dim // sizes.n_head
+        mix = SequenceMix(attend, head_dim, kv_heads=sizes.n_kv_head, rope=self.rope[position])
+        return self.norm.add(*self._run(x, mix))[1]
 
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         sizes = self.sizes

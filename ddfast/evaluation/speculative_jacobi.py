@@ -1,0 +1,224 @@
+"""Speculative Jacobi decoding: training-free parallel decoding that keeps the teacher's distribution.
+
+A pass of the network reads a window of drafts at once and gives the distribution of each of their tokens. Drafts are
+kept from the left on by the rule of speculative sampling, with the distribution that they were drawn from in the pass
+before; the first that is not is drawn from what is left of the new distribution, and those behind it are drawn anew, as
+drafts for the next pass. A token behind the last window, which nothing was drawn for yet, is drafted uniformly.
+
+Source: Teng et al., arXiv 2410.01699 (ICLR 2025). There a uniform draft counts as drawn with probability 1; here, with
+1 / V: both keep the distribution, and this keeps more drafts. There a batch keeps what all of its rows keep; here every
+row goes on at its own pace.
+
+Dimensions: B batch, R rows (B, or 2B with guidance), S window, N tokens, V codes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddfast.models.attention import window_positions
+from ddfast.models.autoregressive import Condition, condition_size
+from ddfast.models.decoding import check_decoded, read_guided
+from ddfast.models.protocol import Teacher
+from ddfast.ops import draw_codes, filter_logits
+
+WINDOW = 16
+"""Tokens of a window: the published setting."""
+
+
+def speculative_jacobi(
+    teacher: Teacher,
+    condition: Condition,
+    uniform: Callable[[int, int], Tensor],
+    *,
+    window: int = WINDOW,
+    cached: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw images from the same distribution as `Teacher.generate` with the teacher's defaults, in fewer passes.
+
+    Args:
+        teacher: one whose groups have one token each.
+        condition: int64 [B], or text.
+        uniform: the chance of every pass: of its number 0, 1, ... and a count m, numbers [B, m] in [0, 1). A sample
+            whose numbers depend on itself alone does so too, whatever its batch.
+        window: S, tokens that a pass reads; 1 is ordinary decoding.
+        cached: with a KV cache of what is decided, or in teacher-forced passes over the whole sequence; None: cached
+            where the teacher can (`has_windows`).
+
+    Returns:
+        codes int64 [B, N], and int64 [B] after how many passes each sample was complete. The batch ends with its last.
+
+    Memory: two windows of log-probabilities, float32 [B, S, V].
+    Raises:
+        ValueError: the teacher has groups of more tokens; `window` is below 1; labels are out of range.
+    """
+    if not teacher.one_by_one:
+        raise ValueError(f"teacher: got groups of {max(teacher.groups)} tokens, expected one token per group")
+    if window < 1:
+        raise ValueError(f"window: got {window}, expected at least 1")
+    count, device = teacher.num_tokens, teacher.codebook.device
+    size = min(window, max(count - 1, 1))
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        cached = teacher.has_windows if cached is None else cached
+        network = (_Cached if cached else _TeacherForced)(teacher, teacher.accepted(condition))
+        chance = uniform(0, count)
+        drafts = (chance[:, 1:].double() * teacher.num_codes).long()
+        codes = torch.cat((draw_codes(network.first(), chance[:, :1]), drafts), dim=1)
+        check_decoded(codes)
+        decided = torch.ones(len(codes), dtype=torch.int64, device=device)
+        passes, turn = torch.ones_like(decided), 0
+        before, first_before = None, decided - size  # the last window's log-probabilities, and its first token: none
+        while bool((decided < count).any()):
+            turn, passes = turn + 1, passes + (decided < count)
+            first = decided.clamp_max(count - size)  # near the end, what is decided already is read again
+            log_probs = network.window(codes, first, size)
+            drawn_from = _Drawn(log_probs if before is None else before, first - first_before)
+            decided = verify(codes, decided, log_probs, first, drawn_from, uniform(turn, 2 * size))
+            check_decoded(codes)
+            before, first_before = log_probs, first
+    return codes.clone(), passes.clone()  # outside inference mode, so that the codes can enter a training graph
+
+
+@dataclass
+class _Drawn:
+    """What the drafts of a window were drawn from: the last window's log-probabilities [B, S, V], `shift` int64 [B]
+    tokens further on, and behind these the uniform distribution."""
+
+    log_probs: Tensor
+    shift: Tensor
+
+    def at(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Of places int64 [B, m] in the window: theirs in the last one, and whether they were in it."""
+        there = place + self.shift[:, None]
+        size = self.log_probs.shape[1]
+        return there.clamp_max(size - 1), there < size
+
+    def probability(self, codes: Tensor) -> Tensor:
+        """With which each of the window's codes int64 [B, S] was drawn."""
+        rows, place = _rows(codes), torch.arange(codes.shape[1], dtype=torch.int64, device=codes.device)
+        there, known = self.at(place.expand_as(codes))
+        drawn = self.log_probs[rows, there, codes].exp()
+        return torch.where(known, drawn, 1 / self.log_probs.shape[-1])
+
+    def distribution(self, place: Tensor) -> Tensor:
+        """Of one place int64 [B] of every row: [B, V]."""
+        there, known = self.at(place[:, None])
+        drawn = self.log_probs[_rows(there), there][:, 0].exp()
+        return torch.where(known, drawn, 1 / drawn.shape[-1])
+
+
+def verify(
+    codes: Tensor, decided: Tensor, log_probs: Tensor, first: Tensor, drawn_from: _Drawn, uniform: Tensor
+) -> Tensor:
+    """Keep the drafts of a window as far as they can be, and draw the others.
+
+    Args:
+        codes: int64 [B, N], the first `decided` of them final, the others drafts; written in place.
+        decided: int64 [B].
+        log_probs: float32 [B, S, V], the teacher's of the window's tokens, given the codes before each; where a draft
+            is rejected, what is left of it is written there.
+        first: int64 [B], the window's first token.
+        drawn_from: distributions of the drafts.
+        uniform: [B, 2 S] in [0, 1).
+
+    Returns:
+        int64 [B], how many codes are final now: at least one more of every row that was not complete.
+    """
+    size = log_probs.shape[1]
+    window, rows = window_positions(first, size), torch.arange(len(codes), dtype=torch.int64, device=codes.device)
+    drafts = codes.gather(1, window)
+    to_keep, to_draw = uniform.split(size, dim=1)
+    kept = to_keep * drawn_from.probability(drafts) < log_probs.gather(-1, drafts[..., None])[..., 0].exp()
+    kept[:, -1] = False  # no draft: the pass read the codes before it alone
+    kept |= window < decided[:, None]
+    run = kept.long().cumprod(1).sum(1)
+    place = run.clamp_max(size - 1)
+    own = log_probs[rows, place]
+    rejected = (place < size - 1)[:, None]
+    log_probs[rows, place] = torch.where(rejected, left_over(own, drawn_from.distribution(place)), own)
+    drawn = draw_codes(log_probs, to_draw)
+    codes.scatter_(1, window, torch.where(window < (first + run)[:, None], drafts, drawn))
+    return (first + run + 1).clamp_max(codes.shape[1])
+
+
+def left_over(log_probs: Tensor, drawn_from: Tensor) -> Tensor:
+    """log max(0, p - q), not normalised, of log p and q [B, V]: the distribution of a token whose draft was rejected.
+
+    log p where nothing is left: p and q are then the same up to rounding.
+    """
+    rest = (log_probs.exp() - drawn_from).clamp_min(0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest.log(), log_probs)
+
+
+def _rows(like: Tensor) -> Tensor:
+    """Number of every row, int64 [B, 1]."""
+    return torch.arange(len(like), dtype=torch.int64, device=like.device)[:, None]
+
+
+class _Network(ABC):
+    """A teacher's passes over windows, guided and filtered as its defaults say."""
+
+    def __init__(self, teacher: Teacher, condition: Condition) -> None:
+        self.teacher, self.condition, self.batch = teacher, condition, condition_size(condition)
+        defaults = teacher.defaults
+        self.filters = teacher.filters(temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p)
+        self.scales = [teacher.group_cfg_scale(defaults.cfg_scale, group) for group in range(teacher.num_tokens)]
+        self.guided = any(scale != 1.0 for scale in self.scales)
+
+    @abstractmethod
+    def first(self) -> Tensor:
+        """Log-probabilities [B, 1, V] of the first token."""
+
+    @abstractmethod
+    def window(self, codes: Tensor, first: Tensor, size: int) -> Tensor:
+        """Log-probabilities [B, S, V] of tokens `first` int64 [B] and following, given those before in codes [B, N]."""
+
+    def scale(self, position: Tensor) -> float | Tensor:
+        """Of guidance, of tokens int64 [B, S]."""
+        if len(set(self.scales)) == 1:
+            return self.scales[0]
+        return torch.tensor(self.scales, dtype=torch.float32, device=position.device)[position]
+
+
+class _Cached(_Network):
+    """A KV cache of what is decided; a window overwrites what the last one left behind that."""
+
+    def __init__(self, teacher: Teacher, condition: Condition) -> None:
+        super().__init__(teacher, condition)
+        self.state = teacher.begin(condition, guided=self.guided)
+
+    def first(self) -> Tensor:
+        nothing = torch.empty(self.batch, 0, dtype=torch.int64, device=self.teacher.codebook.device)
+        return self._log_probs(self.teacher.advance(self.state, nothing), self.scales[0])
+
+    def window(self, codes: Tensor, first: Tensor, size: int) -> Tensor:
+        hidden = self.teacher.advance_window(self.state, codes.gather(1, window_positions(first - 1, size)), first)
+        return self._log_probs(hidden, self.scale(window_positions(first, size)))
+
+    def _log_probs(self, hidden: Tensor, scale: float | Tensor) -> Tensor:
+        logits, guidance = read_guided(self.teacher, hidden, self.batch, scale)
+        return filter_logits(logits, **self.filters, **guidance)
+
+
+class _TeacherForced(_Network):
+    """The whole sequence in every pass: for any teacher."""
+
+    def first(self) -> Tensor:
+        nothing = torch.zeros(
+            self.batch, self.teacher.num_tokens, dtype=torch.int64, device=self.teacher.codebook.device
+        )
+        return self.window(nothing, nothing[:, 0], 1)
+
+    def window(self, codes: Tensor, first: Tensor, size: int) -> Tensor:
+        position, guidance = window_positions(first, size), dict[str, Any]()
+        logits = self.teacher.logits(self.condition, codes)[_rows(codes), position]
+        if self.guided:
+            uncond = self.teacher.logits(self.condition, codes, unconditional=True)[_rows(codes), position]
+            guidance = {"uncond": uncond, "cfg_scale": self.scale(position)}
+        return filter_logits(logits, **self.filters, **guidance)
