@@ -36,6 +36,14 @@ def gaussian(covariance, mean=None):
     return Gaussian(mean, covariance)
 
 
+def test_samples_of_known_gaussians():
+    """|m|^2 + sum (s1 - s2)^2 for diagonal covariances."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.0, 2.0, 0.5])
+    y = torch.randn(200_000, 3, generator=generator) * torch.tensor([2.0, 2.0, 1.0]) + torch.tensor([1.0, 0.0, -2.0])
+    assert frechet_distance(Gaussian.of(x), Gaussian.of(y)) == pytest.approx(1 + 4 + 1 + 0.25, rel=0.02)
+
+
 def test_two_by_two():
     """tr (S1 S2)^(1/2) = (tr S1 S2 + 2 (det S1 det S2)^(1/2))^(1/2)."""
     one, two = [[2.0, 0.5], [0.5, 1.0]], [[1.0, -0.3], [-0.3, 3.0]]

@@ -45,10 +45,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def figures(folder: Path) -> dict:
-    """Of every source, and the names of its timings."""
+    """Of every source, and the names of its timings; Fréchet distances and errors up to the rounding of their sums."""
     rows = json.loads((folder / "figures.json").read_text())
     return {
-        source: {name: (name if name in SPEEDS else value) for name, value in row.items()}
+        source: {
+            name: name if name in SPEEDS else round(value, 6) if name.startswith("frechet") else value
+            for name, value in row.items()
+        }
         for source, row in rows.items()
         if isinstance(row, dict)
     }
