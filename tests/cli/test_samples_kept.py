@@ -93,24 +93,24 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def peaks(folder: Path, side: int, counts: tuple[int, ...]) -> list[float]:
+def peaks(folder: Path, side: int, size: int, counts: tuple[int, ...]) -> list[float]:
     teacher, most = Painter(side=side), []
     for count in counts:
-        save_samples(some(count, teacher, batch_size=4), teacher, "npz", folder / str(count), count=count)
+        save_samples(some(count, teacher, batch_size=size), teacher, "npz", folder / str(count), count=count)
         most.append(peak())
     return most
 
 
 def test_memory_of_an_npz_does_not_grow_with_the_count(tmp_path):
     """An image takes 192 KiB in the file."""
-    ((few, many),) = launch(1, peaks, tmp_path, 256, (8, 400))
+    ((few, many),) = launch(1, peaks, tmp_path, 256, 4, (8, 400))
     assert (tmp_path / "400.npz").stat().st_size > 75 * 2**20
     assert many - few < 25, "MiB more for 392 images, which are 73.5 MiB"
 
 
 @pytest.mark.full
 def test_memory_of_an_npz_of_twenty_thousand_images(tmp_path):
-    ((few, many),) = launch(1, peaks, tmp_path, 64, (2000, 20_000))
+    ((few, many),) = launch(1, peaks, tmp_path, 64, 100, (2000, 20_000))
     assert many < 1.05 * few
 
 
