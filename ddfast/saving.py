@@ -363,20 +363,19 @@ class _Npz(_Parts):
         return {"pixels": rearrange(self.decode(batch), "b c h w -> b h w c").contiguous()}
 
     def assemble(self, path: Path, parts: Sequence[Path]) -> None:
-        shapes = [tuple(read_checkpoint(part)[0]["pixels"].shape) for part in parts]
-        header = {"descr": "|u1", "fortran_order": False, "shape": (sum(shape[0] for shape in shapes), *shapes[0][1:])}
+        # Before the pixels: what is kept between them would break the memory that they leave behind into pieces.
+        conditions = torch.cat([read_checkpoint(part)[0]["condition"].read() for part in parts]).numpy()
+        image = read_checkpoint(parts[0])[0]["pixels"].shape[1:]
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(conditions), *image)}
 
         def write(file: BinaryIO) -> None:
-            conditions = []
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array_header_1_0(member, header)
                     for part in parts:
-                        batch = self.read(part)
-                        member.write(batch["pixels"].numpy().data)
-                        conditions.append(batch["condition"])
+                        member.write(self.read(part)["pixels"].numpy().data)
                 with archive.open("arr_1.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, torch.cat(conditions).numpy(), version=(1, 0), allow_pickle=False)
+                    np.lib.format.write_array(member, conditions, version=(1, 0), allow_pickle=False)
                 comment = json.dumps(self.kept.settings or {}).encode()
                 archive.comment = comment if len(comment) <= zipfile.ZIP_MAX_COMMENT else b""
 
