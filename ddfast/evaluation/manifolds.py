@@ -18,7 +18,7 @@ from ddfast.progress import Progress, silent
 NEIGHBOUR = 3
 """k, as everybody has it."""
 
-_BLOCK = 2**24
+_BLOCK = 2**22
 """Distances held at a time."""
 
 
@@ -33,7 +33,7 @@ def precision_and_recall(
         progress: called as progress(done, total, text) after every block of distances.
 
     Numerics: distances in float64, so that none is decided by rounding.
-    Memory: both sets in float64, and 2^24 distances.
+    Memory: both sets in float64, and 2^22 distances.
 
     Raises:
         ValueError: a set has not more than k features.

@@ -196,10 +196,6 @@ def away(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
 
 
-def test_adm_on_a_few_images(tmp_path, network):
-    check_adm(tmp_path, network, 9, 8)
-
-
 @pytest.mark.full
 def test_adm_is_torch_fidelity(tmp_path, network, weights):
     """What torch-fidelity's own command computes of the same images."""
