@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ddfast import cli, processes
-from ddfast.config import EvaluationConfig, ParallelConfig
+from ddfast.config import ParallelConfig
+from ddfast.errors import DDFastError
 from ddfast.evaluation.protocol import evaluate
 from ddfast.files import check_new, write_atomically
+from ddfast.judging import EvaluateOptions, judge, without_effect
 from ddfast.messages import say
 from ddfast.models.llamagen.captions import give_captions
 from ddfast.progress import progress_bar
@@ -19,35 +19,24 @@ from ddfast.report import quality_table
 from ddfast.runs import check_device, open_student
 
 EXAMPLES = """  python -m ddfast.evaluate --student runs/digits
-  python -m ddfast.evaluate --student runs/digits --evaluation.samples 20000 --json evaluation.json"""
-
-
-@dataclasses.dataclass(kw_only=True)
-class EvaluateOptions:
-    """What to measure.
-
-    Attributes:
-        student: folder of a training run.
-        evaluation: how many samples, and which batch sizes are timed; default: the run's.
-        captions: for a text model: file with features, or with a caption in every line.
-        json: file for the figures, in the form of metrics.json.
-        device: where to run.
-    """
-
-    student: Path
-    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    captions: Path | None = None
-    json: Path | None = None
-    device: str = "cpu"
+  python -m ddfast.evaluate --student runs/digits --evaluation.samples 20000 --json evaluation.json
+  python -m ddfast.evaluate --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --inception weights.pth \\
+    --student var-d16 --preset var-readme --json var-d16.json
+  python -m ddfast.evaluate --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --inception weights.pth \\
+    --images samples.npz --beside var-d16.json
+  python -m ddfast.evaluate --protocol adm --inception weights.pth --make-reference photos --to photos.npz"""
 
 
 def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
-    target = options.json
+    target, folder = options.json, options.student
+    if folder is None:
+        raise DDFastError("--student: missing; give the folder of a run, or --protocol with --images")
     if target:
         processes.first_does(lambda: check_new(target, "--json"))
-    config, teacher, student = open_student(options.student, options.device, progress_bar("teacher"))
-    if options.captions:
-        give_captions(teacher, options.captions, device=options.device)
+    config, teacher, student = open_student(folder, options.device, progress_bar("teacher"))
+    texts = options.captions or options.caption
+    if texts:
+        give_captions(teacher, texts, encoder=options.text_encoder, device=options.device)
     cli.overlay(config.evaluation, options.evaluation, "evaluation", arguments)
     metrics = evaluate(config, teacher, student, progress_bar("evaluation"))
     say("\n".join(quality_table(config, metrics, student)))
@@ -60,9 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body(rest: list[str]) -> None:
         options = cli.parse_plain("evaluate", EvaluateOptions, rest, EXAMPLES)
+        cli.check_effect(rest, without_effect(options))
         check_device(options.device)
         with processes.together(options.device, ParallelConfig().timeout):
-            _evaluate(options, rest)
+            if options.judges:
+                say("\n".join(judge(options, progress_bar)))
+            else:
+                _evaluate(options, rest)
 
     return cli.run("evaluate", body, arguments)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -132,10 +132,34 @@ class Request:
 _BELOW_ONE = 1 - 2**-24
 """The largest float32 below 1."""
 
+LABELS = ("uniform", "random")
+"""How samples get their conditions: all in turn, or drawn."""
+
+_LABEL_SEED = 0x9E3779B97F4A7C15
+"""How far the seed of the labels is from that of the noise."""
+
 
 def _uniform(normal: Tensor) -> Tensor:
     """Uniform numbers in [0, 1], float64, of normal ones."""
     return torch.special.ndtr(normal.double())
+
+
+def conditions_of(number: Tensor, conditions: Tensor, labels: str, seed: int) -> Tensor:
+    """Which of the conditions int64 [M] the samples `number` int64 [B] of a seed have: int64 [B], on the CPU.
+
+    Uniform: all of them in turn, so that a multiple of M samples has as many of each. Random: each is as likely, and a
+    sample's own chance decides: whatever the count, the batch and the device.
+    """
+    if labels == "uniform":
+        return conditions[number % len(conditions)]
+    drawn = _uniform(noise(seeds.derived(seed, _LABEL_SEED), number, (1,), "cpu")[:, 0]) * len(conditions)
+    return conditions[drawn.long().clamp_max(len(conditions) - 1)]
+
+
+def batch_ranges(count: int, batch_size: int) -> list[range]:
+    """The numbers of the samples in every batch of a stream: all have one size, at most `batch_size`, but the last."""
+    size = math.ceil(count / math.ceil(count / batch_size))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def sample_student(teacher: Teacher, student: Student | None, **settings: Any) -> Samples:
@@ -153,7 +177,9 @@ def stream_student(
     teacher_steps: int = 0,
     guidance: Guidance | None = None,
     classes: Sequence[int] | None = None,
+    labels: str = "uniform",
     batch_size: int = 1000,
+    skip: Collection[int] = (),
 ) -> Iterator[Samples]:
     """`count` samples, in batches, of a student in a number of steps, or of its teacher; this process's share of them.
 
@@ -164,10 +190,12 @@ def stream_student(
             0: none.
         teacher: of the student.
         student: None: only with `steps=0`.
-        count: how many; sample i has the class i modulo their number and the chance (seed, i).
-        seed: of the noise, and of the teacher's draws.
-        classes: labels to cycle through (text: numbers of captions); None: all.
+        count: how many; sample i has the chance (seed, i).
+        seed: of the noise, of the teacher's draws, and of random labels.
+        classes: labels to choose from (text: numbers of captions); None: all.
+        labels: uniform (sample i has the class i modulo their number) or random (`conditions_of`).
         batch_size: samples made at a time.
+        skip: numbers of batches (`batch_ranges`) that are not made.
 
     Raises:
         ValueError, TypeError: a class is unknown, a number is out of range, a text teacher has no captions, the teacher
@@ -190,7 +218,17 @@ def stream_student(
         def make(request: Request) -> Tensor:
             return request.by_student(**settings)
 
-    return batches(lambda: make, teacher, student, count=count, seed=seed, classes=classes, batch_size=batch_size)
+    return batches(
+        lambda: make,
+        teacher,
+        student,
+        count=count,
+        seed=seed,
+        classes=classes,
+        labels=labels,
+        batch_size=batch_size,
+        skip=skip,
+    )
 
 
 def _settings(teacher: Teacher, student: Student, steps: int, teacher_steps: int, guidance: Guidance) -> dict[str, Any]:
@@ -277,6 +315,8 @@ def batches(
     seed: int,
     classes: Sequence[int] | None,
     batch_size: int,
+    labels: str = "uniform",
+    skip: Collection[int] = (),
 ) -> Iterator[Samples]:
     """What a maker makes of requests, batch by batch; what can be refused is refused at once, before it is prepared.
 
@@ -284,33 +324,38 @@ def batches(
 
     Args:
         prepare: gives the maker, before the first batch.
-        teacher, student, count, seed, classes, batch_size: as in `stream_student`; errors too.
+        teacher, student, count, seed, classes, batch_size, labels, skip: as in `stream_student`; errors too.
     """
-    labels = condition_index(teacher, classes)
+    conditions = condition_index(teacher, classes)
     if count < 1:
         raise ValueError(f"count: got {count}, expected at least 1")
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    if labels not in LABELS:
+        raise ValueError(f"labels: got {labels!r}, expected {' or '.join(LABELS)}")
     seeds.check_seed(seed)
-    return _batches(prepare, teacher, student, count, seed, labels, batch_size)
+    wanted = [numbers for batch, numbers in enumerate(batch_ranges(count, batch_size)) if batch not in skip]
+
+    def condition(number: Tensor) -> Tensor:
+        return conditions_of(number, conditions, labels, seed)
+
+    return _batches(prepare, teacher, student, wanted, seed, condition)
 
 
 def _batches(
     prepare: Callable[[], Callable[[Request], Tensor]],
     teacher: Teacher,
     student: Student | None,
-    count: int,
+    wanted: Sequence[range],
     seed: int,
-    labels: Tensor,
-    batch_size: int,
+    condition: Callable[[Tensor], Tensor],
 ) -> Iterator[Samples]:
     device = teacher.codebook.device
-    size = math.ceil(count / math.ceil(count / batch_size))  # of all but the last
     try:
         make = prepare()
-        for start in processes.share(range(0, count, size)):
-            number = torch.arange(start, min(start + size, count), dtype=torch.int64)
-            index = labels[number % len(labels)].to(device)
+        for numbers in processes.share(wanted):
+            number = torch.arange(numbers.start, numbers.stop, dtype=torch.int64)
+            index = condition(number).to(device)
             request = Request(teacher=teacher, student=student, seed=seed, number=number, index=index)
             with torch.no_grad(), fitting(len(number), device, "the batch size"):
                 made = make(request)

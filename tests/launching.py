@@ -12,6 +12,7 @@ import pickle
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+if "tests" not in sys.modules:
+    # Functions travel by their modules' names, and a library (torch-fidelity) has installed a `tests` of its own.
+    sys.modules["tests"] = types.ModuleType("tests")
+    sys.modules["tests"].__path__ = [str(Path(__file__).parent)]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pytest", "torch.distributed", "ddfast.sample", "ddfast.evaluate", "ddfast.train"])

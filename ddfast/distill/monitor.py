@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddfast import seeds
 from ddfast.distill.method import Call, ExponentialMovingAverage, directly
-from ddfast.frechet import frechet_distance
+from ddfast.frechet import Gaussian, frechet_distance
 from ddfast.models.autoregressive import Condition, take
 from ddfast.models.flow_network import FlowNetwork
 from ddfast.models.protocol import Teacher
@@ -68,10 +68,11 @@ class Watcher:
 
         log_probs = self._by_chunks(likelihoods)
         spread = float(self._features(teacher.embed(self.reference)).var(0).sum())
+        distance = frechet_distance(*(Gaussian.of(self._features(tokens)) for tokens in (live, averaged)))
         seen = {
             "teacher_nll": -float(log_probs.mean()),
             "diversity": _entropy(codes, teacher.num_codes) / _entropy(self.reference, teacher.num_codes),
-            "ema_distance": frechet_distance(self._features(live), self._features(averaged)) / spread,
+            "ema_distance": distance / spread,
         }
         return seen, _alarm(seen)
 

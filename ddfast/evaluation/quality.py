@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ddfast import processes, seeds
 from ddfast.config import TrainConfig
+from ddfast.evaluation.instruments import Classifier, Reference, Sums
 from ddfast.evaluation.sources import stream
-from ddfast.frechet import frechet_distance
+from ddfast.frechet import Gaussian
 from ddfast.models import families
 from ddfast.models.family import FeatureNetwork
 from ddfast.models.protocol import Teacher
@@ -53,18 +54,19 @@ class Evaluator:
       but without top-k and top-p, so that every code has a finite likelihood.
     - pair_tv: `pair_table_distance` to fresh samples of the teacher; its floor is the teacher's own row. Only where the
       codebook is small enough for tables of pairs.
-    - frechet: distance, in the classifier's features, to real images (`Family.real_images`).
+    - frechet: distance, in the classifier's features, to real images (`Family.real_images`), and its standard error
+      `frechet_error`; precision and recall in the same features.
     - class_accuracy: share of samples whose class the classifier recognises.
     - passes: mean number of passes of the network that a sample took, one after another, and accepted_per_pass: tokens
       that a pass decided. Only of sources that count them (speculative decoding).
+    - count: of samples.
 
     Args:
         config: evaluation settings; the classifier is trained on first use and cached.
         teacher: of the samples.
         progress: called as progress(done, total, text) while the classifier trains.
 
-    Several processes measure their shares of the batches; the first one has all that is compared, and computes the
-    figures.
+    Several processes measure their shares of the batches; what is compared as a whole, the first one has and compares.
     """
 
     def __init__(self, config: TrainConfig, teacher: Teacher, progress: Progress | None = None) -> None:
@@ -76,10 +78,11 @@ class Evaluator:
         if teacher.has_decoder:
             self.classifier = processes.first_then_all(lambda: family.feature_network(progress))
         self.paired = teacher.num_codes <= _LARGEST_PAIRED
-        self.reference_features: Tensor | None = None
+        self.reference = Reference(gaussians={})
         self.reference_codes: Tensor | None = None
         if self.classifier is not None and processes.rank() == 0:
-            self.reference_features = self.classifier.features(family.real_images(max(count, 5000), config.seed))
+            features = self.classifier.features(family.real_images(max(count, 5000), config.seed))
+            self.reference = Reference(gaussians={"frechet": Gaussian.of(features)}, features=features)
         if self.paired:
             # A seed of its own: the reference's draws are never those of the samples measured.
             seed = seeds.derived(config.seed, 1_000_003)
@@ -100,55 +103,61 @@ class Evaluator:
             The same figures at every process.
         """
         parts = processes.share(samples.split(self.batch_size)) if isinstance(samples, Samples) else samples
-        measured = processes.collected([self._measured(batch) for batch in parts])
-        return processes.first_does(lambda: self._figures(measured) | (self._details(measured) if details else {}))
+        seen = Sums(Classifier(self.classifier)) if self.classifier is not None else None
+        kept = [self._measured(batch, seen) for batch in parts]
+        figures = {} if seen is None else seen.figures(self.reference)
+        measured = processes.collected(kept)
+        return processes.first_does(lambda: figures | self._figures(measured, details))
 
-    def _measured(self, batch: Samples) -> dict[str, Tensor]:
-        """What the figures need of a batch, on the CPU."""
-        teacher = self.teacher
-        with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
-            likelihoods = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
-            kept = {"log_probs": likelihoods.gather(-1, batch.codes[..., None]).cpu()}
-        kept |= {"number": batch.number, "condition": batch.condition.cpu()}
-        if self.classifier is not None:
-            kept["features"] = self.classifier.features(teacher.decode(batch.embeddings).cpu())
-            kept["recognised"] = self.classifier.logits(kept["features"]).argmax(-1) == batch.condition.cpu()
+    def _measured(self, batch: Samples, seen: Sums | None) -> dict[str, Tensor]:
+        """What is kept of a batch, on the CPU: some numbers of each sample, and where they are compared its codes."""
+        kept = {"number": batch.number, "condition": batch.condition.cpu(), "passes": batch.passes}
+        kept["likelihood"] = self._likelihoods(batch).mean(1)
+        if seen is not None:
+            kept["recognised"] = self._see(batch, seen)
         if self.paired:
             kept["codes"] = batch.codes.cpu()
-        kept["passes"] = batch.passes
         return kept
 
-    def _figures(self, measured: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _likelihoods(self, batch: Samples) -> Tensor:
+        """Log-likelihoods float64 [B, N] under the teacher."""
+        teacher = self.teacher
+        with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
+            table = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
+            return table.gather(-1, batch.codes[..., None])[..., 0].cpu().double()
+
+    def _see(self, batch: Samples, sums: Sums) -> Tensor:
+        """Add what the classifier sees in the images; which of them it recognises: bool [B]."""
+        assert self.classifier is not None
+        seen = sums.instrument.look(self.teacher.decode(batch.embeddings).cpu())
+        sums.add(seen, batch.number)
+        return self.classifier.logits(seen["features"]).argmax(-1) == batch.condition.cpu()
+
+    def _figures(self, measured: list[dict[str, Tensor]], details: bool) -> dict[str, Any]:
         """Of all batches, in their order."""
         kept = {name: torch.cat([batch[name] for batch in measured]) for name in measured[0]}
-        result = {}
-        if self.reference_features is not None:
-            result["frechet"] = frechet_distance(kept["features"], self.reference_features)
+        result: dict[str, Any] = {}
+        if "recognised" in kept:
             result["class_accuracy"] = float(kept["recognised"].double().mean())
-        result["teacher_nll"] = -float(kept["log_probs"].double().mean())
+        result |= {"teacher_nll": -float(kept["likelihood"].mean()), "count": len(kept["number"])}
         if self.reference_codes is not None:
             result["pair_tv"] = pair_table_distance(kept["codes"], self.reference_codes, self.teacher.num_codes)
         if bool(kept["passes"].any()):
             result["passes"] = float(kept["passes"].double().mean())
             result["accepted_per_pass"] = self.teacher.num_tokens / result["passes"]
-        return result
+        return result | (self._details(kept) if details else {})
 
-    def _details(self, measured: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """Of all batches: figures by class, and the samples of the lowest likelihood."""
-
-        def joined(name: str) -> Tensor:
-            return torch.cat([batch[name] for batch in measured]).double()
-
-        by_sample = {"teacher_nll": -joined("log_probs").flatten(1).mean(1)}
-        if self.classifier is not None:
-            by_sample["class_accuracy"] = joined("recognised")
+    def _details(self, kept: dict[str, Tensor]) -> dict[str, Any]:
+        """Figures by class, and the samples of the lowest likelihood."""
+        by_sample = {"teacher_nll": -kept["likelihood"]}
+        if "recognised" in kept:
+            by_sample["class_accuracy"] = kept["recognised"].double()
         found: dict[str, Any] = {}
         if self.teacher.num_classes:
-            condition = joined("condition").long()
-            found["by_class"] = {name: _by_class(values, condition) for name, values in by_sample.items()}
+            found["by_class"] = {name: _by_class(values, kept["condition"]) for name, values in by_sample.items()}
         worst = by_sample["teacher_nll"].argsort(descending=True, stable=True)[:_LEAST_LIKELY]
         found["least_likely"] = {
-            "number": joined("number").long()[worst].tolist(),
+            "number": kept["number"][worst].tolist(),
             "teacher_nll": by_sample["teacher_nll"][worst].tolist(),
         }
         return found

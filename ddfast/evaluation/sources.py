@@ -240,9 +240,10 @@ def stream(
     count: int,
     seed: int,
     classes: Sequence[int] | None = None,
+    labels: str = "uniform",
     batch_size: int = 1000,
 ) -> Iterator[Samples]:
-    """`count` samples of one source in batches; sample i has the class i modulo their number and the chance (seed, i).
+    """`count` samples of one source in batches; sample i has the chance (seed, i).
 
     Of several processes each gets its share of the batches.
 
@@ -250,7 +251,7 @@ def stream(
         source: one of `MEASURED`.
         teacher: makes its own samples, the baselines' and the teacher-involved ones.
         student: needed for the student's sources.
-        count, seed, classes, batch_size: as in `ddfast.sampling.stream_student`.
+        count, seed, classes, labels, batch_size: as in `ddfast.sampling.stream_student`.
 
     Raises:
         ValueError, TypeError, DDFastError: the source is unknown, or needs a student; or as `stream_student`.
@@ -266,5 +267,6 @@ def stream(
         count=count,
         seed=seed,
         classes=classes,
+        labels=labels,
         batch_size=batch_size,
     )

@@ -156,7 +156,7 @@ class TrajectoryStore:
         if self.settings.store_noise:
             assert stored_noise is not None
             tensors["noise"] = stored_noise.contiguous()
-        write_atomically(self.shard_path(shard), save(tensors, {"sha256": _checksum(tensors)}))
+        write_atomically(self.shard_path(shard), save(tensors, {"sha256": checksum(tensors)}))
 
     def read_shard(self, shard: int) -> dict[str, Tensor]:
         """The tensors of one shard, after comparing them with their checksum.
@@ -173,7 +173,7 @@ class TrajectoryStore:
                 written = (file.metadata() or {}).get("sha256")
         except (SafetensorError, ValueError) as error:
             raise DDFastError(f"{path} is damaged ({error}); delete it and run again to remake it") from error
-        if written != _checksum(tensors):
+        if written != checksum(tensors):
             raise DDFastError(f"{path} is damaged (its checksum differs); delete it and run again to remake it")
         return tensors
 
@@ -211,7 +211,8 @@ def _code_dtype(num_codes: int) -> torch.dtype:
     return torch.uint32
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU and their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

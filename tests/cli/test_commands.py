@@ -42,8 +42,8 @@ def test_train_writes_everything(finished):
     assert metrics["method"] == "dd1"
     assert metrics["recipe"] == "digits"
     for row in ("teacher", "student_1step", "student_2step", "independent_marginals"):
-        keys = {"frechet", "class_accuracy", "teacher_nll", "pair_tv", "seconds_per_image"}
-        assert keys <= set(metrics[row])
+        keys = {"frechet", "frechet_error", "precision", "recall", "class_accuracy", "teacher_nll", "pair_tv", "count"}
+        assert keys | {"seconds_per_image"} <= set(metrics[row])
         assert set(metrics[row]["seconds_per_image"]) == {"1", "4"}
         assert ("speedup_vs_ar" in metrics[row]) == row.startswith("student")
     steps = [json.loads(line)["step"] for line in (finished / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ import pytest
 from commands import in_this_process
 from launching import launch, launched
 
-from ddfast import pictures, processes
+from ddfast import processes, saving
 from ddfast.errors import DDFastError
 from ddfast.evaluation import sources
 from ddfast.report import write_pictures
@@ -36,7 +36,7 @@ def everything(cache: Path, student: Path, folder: Path) -> dict:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sources, "_LARGEST_TABLE", 0)  # without marginals
             write_pictures(config, teacher, network, folder / "pictures.png", columns=2)
-        pictures.save_samples(whole, teacher, "codes", folder / "whole")
+        saving.save_samples(whole, teacher, "codes", folder / "whole")
     return {"codes": whole.codes, "number": whole.number}
 
 
@@ -45,10 +45,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def figures(folder: Path) -> dict:
-    """Of every source, and the names of its timings."""
+    """Of every source, and the names of its timings; Fréchet distances and errors up to the rounding of their sums."""
     rows = json.loads((folder / "figures.json").read_text())
     return {
-        source: {name: (name if name in SPEEDS else value) for name, value in row.items()}
+        source: {
+            name: name if name in SPEEDS else round(value, 6) if name.startswith("frechet") else value
+            for name, value in row.items()
+        }
         for source, row in rows.items()
         if isinstance(row, dict)
     }
@@ -58,7 +61,7 @@ def test_any_number_of_processes_makes_the_same(cache, generators, tmp_path):
     (whole,) = launch(1, everything, cache, generators / "digits", tmp_path / "one")
     ended = launch(3, everything, cache, generators / "digits", tmp_path / "many")
     one, many = contents(tmp_path / "one"), contents(tmp_path / "many")
-    assert len(one) == 23 + 5
+    assert len(one) == 23 + 6
     assert figures(tmp_path / "one") == figures(tmp_path / "many")
     assert {**one, "figures.json": b""} == {**many, "figures.json": b""}
     for end in ended:
@@ -91,7 +94,7 @@ def full_disk(cache: Path, *arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_PATIENCE", 1.0)
         if os.environ["RANK"] == "1":
-            patch.setattr(pictures, "write_png", failing)
+            patch.setattr(saving, "write_png", failing)
         command(cache, *arguments)
 
 

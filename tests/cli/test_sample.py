@@ -21,8 +21,9 @@ from ddfast.models.loading import load_student, load_teacher
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.ops import nearest_code, noise
-from ddfast.pictures import new_target, pixels, save_samples
+from ddfast.pictures import pixels
 from ddfast.sampling import Samples, sample_student
+from ddfast.saving import new_target, save_samples
 from ddfast.trajectories import memory
 
 # Pictures ---------------------------------------------------------------------------------------------------------
@@ -37,7 +38,8 @@ class Painter(ToyTeacher):
 
     def decode(self, codes, *, clamp=True):
         image = torch.tensor(self.values).repeat(self.channels * self.side**2)[: self.channels * self.side**2]
-        return image.view(1, self.channels, self.side, self.side).repeat(len(codes), 1, 1, 1)
+        images = image.view(1, self.channels, self.side, self.side).repeat(len(codes), 1, 1, 1)
+        return images if clamp else 2 * images - 1
 
 
 def some(count: int, teacher: ToyTeacher, **settings: int):
@@ -59,14 +61,14 @@ def test_values_are_rounded_to_nearest_in_rgb(tmp_path, channels):
 
 
 def test_out_of_range_values_do_not_wrap():
-    assert pixels(torch.tensor([-0.01, 1.01]).view(1, 1, 1, 2))[0, 0, 0].tolist() == [0, 255]
+    assert pixels(torch.tensor([-1.02, 1.02]).view(1, 1, 1, 2))[0, 0, 0].tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("family", ["var", "llamagen", "digits", "dd2"])
 def test_files_are_what_the_fields_tools_stack(here, generators, tmp_path, family):
     folder, target = generators / family, tmp_path / "images"
     assert here("sample", "--student", folder, "--format=files", "--count=5", "--to", target)[0] == 0
-    files = sorted(target.iterdir())
+    files = sorted(target.glob("*.png"))
     assert [file.name for file in files] == [f"0000{i}-class{i}.png" for i in range(5)]
     stacked = np.stack([np.asarray(Image.open(file)) for file in files])  # as VAR's and LlamaGen's npz builders do
     side = 16 if family == "digits" else 6
@@ -86,6 +88,7 @@ def test_files_are_what_the_fields_tools_stack(here, generators, tmp_path, famil
     [
         ("grid", "x", "x.png"), ("grid", "x.png", "x.png"), ("grid", "x.PNG", "x.PNG"), ("grid", "v1.5", "v1.5.png"),
         ("codes", "x", "x.safetensors"), ("codes", "x.safetensors", "x.safetensors"),
+        ("npz", "x", "x.npz"), ("npz", "x.npz", "x.npz"),
         ("files", "x", "x"), ("files", "v1.5", "v1.5"),
     ],
 )  # fmt: skip
@@ -100,7 +103,7 @@ def test_a_target_is_the_file_itself_or_gets_its_suffix(tmp_path, form, name, wr
     ("form", "name"),
     [
         ("grid", "x.jpg"), ("grid", "x.safetensors"), ("grid", "x.npz"), ("codes", "x.png"), ("codes", "x.pt"),
-        ("files", "x.png"), ("files", "x.safetensors"),
+        ("files", "x.png"), ("files", "x.safetensors"), ("npz", "x.png"), ("npz", "x.npy"),
     ],
 )  # fmt: skip
 def test_a_suffix_of_something_else_is_refused(here, generators, tmp_path, form, name):
@@ -113,7 +116,7 @@ def contents(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("form", ["grid", "files", "codes"])
+@pytest.mark.parametrize("form", ["grid", "files", "npz", "codes"])
 @pytest.mark.parametrize("name", ["x", ""])  # given, and by default
 def test_results_of_another_run_are_refused_before_any_work(here, generators, tmp_path, form, name):
     student = tmp_path / "student"
@@ -122,6 +125,8 @@ def test_results_of_another_run_are_refused_before_any_work(here, generators, tm
     to = ("--to", target) if name else ()
     first = ("sample", "--student", student, "--format", form, "--count=5", *to)
     assert here(*first)[0] == 0
+    if form == "files":  # as of another program
+        next(tmp_path.rglob("samples.json")).unlink()
     before = contents(tmp_path)
     words = "holds 5 images already, such as 00000-class0.png; choose" if form == "files" else "exists; choose another"
     for again in (first, (*first, "--count=2"), (*first, "--student", tmp_path / "nowhere", "--to", target)):
@@ -141,7 +146,7 @@ def test_a_folder_with_other_things_is_used(tmp_path):
         save_samples(some(2, teacher), teacher, "files", tmp_path / "old")
 
 
-@pytest.mark.parametrize("form", ["grid", "files", "codes"])
+@pytest.mark.parametrize("form", ["grid", "files", "npz", "codes"])
 def test_what_cannot_be_written_is_said_before_any_work(here, tmp_path, form):
     (tmp_path / "file").write_text("")
     arguments = ("sample", "--student", tmp_path / "nowhere", "--format", form, "--to", tmp_path / "file" / "x")
@@ -224,13 +229,14 @@ def test_ended_early_it_leaves_whole_pictures_and_says_how_many(here, generators
     got, _, errors = here("sample", "--student", generators / "var", *flags)
     (line,) = errors.strip().splitlines()
     assert got == code
-    assert line.endswith(f"; 5 images are in {target}, each of them whole")
+    assert line.endswith(f"; 5 images are in {target}, each of them whole: the same command goes on")
     assert ("interrupted" if code == 130 else "No space left on device") in line
-    assert sorted(path.name for path in target.iterdir()) == [f"0000{i}-class{i}.png" for i in range(5)]
-    assert all(Image.open(path).convert("RGB").size == (6, 6) for path in target.iterdir())
+    pictures = [f"0000{i}-class{i}.png" for i in range(5)]
+    assert sorted(path.name for path in target.iterdir()) == [*pictures, "samples.json"]
+    assert all(Image.open(target / name).convert("RGB").size == (6, 6) for name in pictures)
 
 
-@pytest.mark.parametrize("form", ["grid", "codes"])
+@pytest.mark.parametrize("form", ["grid", "npz", "codes"])
 @pytest.mark.parametrize(("ending", "code"), [(KeyboardInterrupt, 130), (FULL, 1)], ids=["interrupt", "full disk"])
 def test_ended_early_there_is_no_half_of_the_one_file(here, generators, tmp_path, monkeypatch, form, ending, code):
     def failing(*_):
@@ -241,7 +247,7 @@ def test_ended_early_there_is_no_half_of_the_one_file(here, generators, tmp_path
     got, _, errors = here("sample", "--student", generators / "var", *flags)
     (line,) = errors.strip().splitlines()
     assert got == code
-    assert line.endswith(f"; {new_target(form, tmp_path / 'x')} was not written")
+    assert form != "grid" or line.endswith(f"; {new_target(form, tmp_path / 'x')} was not written")
     assert not list(tmp_path.iterdir())
 
 
@@ -362,7 +368,7 @@ def test_a_text_student_is_sampled_from_caption_features(here, generators, tmp_p
     arguments = ("sample", "--student", folder, "--captions", captions, "--count=5")
     assert here(*arguments, "--format=files", "--to", tmp_path / "x")[0] == 0
     names = [f"0000{i}-caption{i % 3}.png" for i in range(5)]
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "x").glob("*.png")) == names
     assert here(*arguments, "--format=codes", "--classes=2,0", "--steps=2", "--to", tmp_path / "y")[0] == 0
     made = load_file(tmp_path / "y.safetensors")
     assert made["condition"].tolist() == [2, 0, 2, 0, 2]

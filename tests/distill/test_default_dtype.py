@@ -19,7 +19,7 @@ from ddfast.distill.method import Method, Roles
 from ddfast.distill.trainer import from_noise, optimise
 from ddfast.evaluation.quality import pair_table_distance
 from ddfast.evaluation.sources import draw_marginals, marginal_tables
-from ddfast.frechet import frechet_distance
+from ddfast.frechet import Gaussian, frechet_distance
 from ddfast.models import digits
 from ddfast.models.digits import classifier
 from ddfast.models.flow_network import TransformerFlowNetwork
@@ -88,7 +88,7 @@ def digits_of_nothing(out):
     found = {f"digits.{name}": value for name, value in teacher.state_dict().items()}
     return found | {
         "features": features,
-        "frechet": torch.tensor(frechet_distance(features, reference), dtype=torch.float64),
+        "frechet": torch.tensor(frechet_distance(Gaussian.of(features), Gaussian.of(reference)), dtype=torch.float64),
     }
 
 

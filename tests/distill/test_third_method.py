@@ -14,10 +14,10 @@ from ddfast.models.loading import load_student, save_student
 from ddfast.models.official import STUDENT_FILE
 from ddfast.models.student import TransformerStudent
 from ddfast.models.var.network import VARStudent
-from ddfast.pictures import save_samples
 from ddfast.recipes import get_recipe
 from ddfast.runs import open_student
 from ddfast.sampling import sample_student
+from ddfast.saving import save_samples
 
 
 class DD0Student(VARStudent):

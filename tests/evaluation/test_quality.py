@@ -6,9 +6,10 @@ import torch
 
 from ddfast.evaluation import sources, speed
 from ddfast.evaluation.plain_decoding import PlainDecoder
-from ddfast.evaluation.quality import frechet_distance, pair_table_distance
+from ddfast.evaluation.quality import pair_table_distance
 from ddfast.evaluation.sources import MEASURED, SOURCES, draw_marginals, marginal_tables, sample, sources_for, stream
 from ddfast.evaluation.speed import measure_speed
+from ddfast.frechet import Gaussian, frechet_distance
 from ddfast.models.digits.data import digit_batch
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.loading import untrained_teacher
@@ -16,15 +17,6 @@ from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.recipes import get_recipe
 from ddfast.sampling import sample_student
-
-
-def test_frechet_distance_of_known_gaussians():
-    """|m|^2 + sum (s1 - s2)^2 for diagonal covariances."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.0, 2.0, 0.5])
-    y = torch.randn(200_000, 3, generator=generator) * torch.tensor([2.0, 2.0, 1.0]) + torch.tensor([1.0, 0.0, -2.0])
-    assert frechet_distance(x, y) == pytest.approx(1 + 4 + 1 + 0.25, rel=0.02)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
 
 
 def test_pair_table_distance():
@@ -145,10 +137,13 @@ def test_evaluator_tells_real_from_noise(tmp_path, monkeypatch):
     images, labels = digit_batch("test", 2000, seed=9)
     features = evaluator.classifier.features(images)
     assert (evaluator.classifier.logits(features).argmax(-1) == labels).double().mean() > 0.85
-    assert frechet_distance(features, evaluator.reference_features) < 20
+    assert frechet_distance(Gaussian.of(features), evaluator.reference.gaussians["frechet"]) < 20
     measured = evaluator.measure(sample("teacher", teacher, count=500, seed=5))
-    assert set(measured) == {"frechet", "class_accuracy", "teacher_nll", "pair_tv"}
+    figures = {"frechet", "frechet_error", "precision", "recall", "class_accuracy", "teacher_nll", "pair_tv", "count"}
+    assert set(measured) == figures
     assert measured["frechet"] > 50  # an untrained teacher
+    assert 0 < measured["frechet_error"] < measured["frechet"] / 5
+    assert measured["precision"] < 0.1
     assert 3 < measured["teacher_nll"] < 5  # near log 64
     assert len(list(tmp_path.glob("digits-classifier-*"))) == 1
     assert classifier.load_or_train_classifier(lambda *_: pytest.fail("trained again")) is not None
@@ -163,5 +158,5 @@ def test_measuring_batches_is_measuring_all():
     evaluator = Evaluator(config, teacher)
     settings = {"count": 300, "seed": 4}
     whole = evaluator.measure(sample("teacher", teacher, **settings))
-    assert set(whole) == {"teacher_nll", "pair_tv"}
+    assert set(whole) == {"teacher_nll", "pair_tv", "count"}
     assert evaluator.measure(stream("teacher", teacher, batch_size=7, **settings)) == pytest.approx(whole)

@@ -26,9 +26,21 @@ LAYERS = [
     {"trajectories"},
     {"distill"},
     {"sampling"},
-    {"recipes", "runs", "pictures"},
+    {"presets", "recipes", "runs", "pictures"},
     {"evaluation"},
-    {"report", "page", "tables", "charts", "gallery", "pipeline", "planning", "drawing", "diagnosis"},
+    {
+        "report",
+        "page",
+        "tables",
+        "charts",
+        "gallery",
+        "pipeline",
+        "planning",
+        "saving",
+        "drawing",
+        "judging",
+        "diagnosis",
+    },
     {"hub"},
     {
         "cli",
@@ -121,7 +133,7 @@ def test_a_family_is_a_folder_with_the_same_files(family):
 
 
 def test_what_knows_a_family_is_in_its_folder():
-    """Above, one module lists them, recipes have their sizes, and a baseline decodes them in its own way."""
+    """Above, one module lists them, recipes and presets have what is published, a baseline decodes in its own way."""
     outside = {
         name_of(path)
         for path in MODULES
@@ -130,7 +142,7 @@ def test_what_knows_a_family_is_in_its_folder():
         and not name_of(path).startswith(tuple(f"models.{family}" for family in FAMILIES))
     }
     captions = {"models.captions", "drawing", "evaluate", "hub", "profile"}
-    assert outside == {"evaluation.plain_decoding", "models.families", "recipes", *captions}
+    assert outside == {"evaluation.plain_decoding", "models.families", "presets", "recipes", *captions}
 
 
 def test_one_file_knows_private_names_of_pytorch():

@@ -1,0 +1,211 @@
+"""Images that anyone made, in the two forms that the field's evaluators read, batch by batch.
+
+`arr_0` of an npz file, uint8 [count, H, W, 3], is read without ever being there as a whole, compressed or not; of a
+folder, the PNG and JPG files in the order of their names. What can be refused is refused before the first image is
+decoded.
+
+Dimensions: B batch, H height, W width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ddfast import processes
+from ddfast.errors import DDFastError, first_line
+from ddfast.progress import Progress, silent
+
+ARRAY = "arr_0"
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+_OPAQUE = ("RGB", "L", "P", "1")
+"""Pillow's modes of pictures that have one reading as RGB."""
+
+
+class Pictured(Protocol):
+    """A batch of images: pixels uint8 [B, 3, H, W], and their number int64 [B] in the whole set."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """On the CPU."""
+
+    @property
+    def number(self) -> Tensor:
+        """On the CPU."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as `Pictured`."""
+
+    pixels: Tensor
+    number: Tensor
+
+
+class Images(ABC):
+    """A set of images on disk.
+
+    Attributes:
+        path: of the file or folder.
+        count: how many there are.
+        size: height and width of each.
+    """
+
+    path: Path
+    count: int
+    size: tuple[int, int]
+
+    @abstractmethod
+    def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
+        """Pixels uint8 [B, 3, H, W] of runs of numbers, in ascending order."""
+
+    def batches(self, size: int = 64) -> Iterator[Batch]:
+        """All images in batches; of several processes, each gets its share of them."""
+        runs = [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+        own = processes.share(runs)
+        for run, pixels in zip(own, self.read(iter(own)), strict=True):
+            yield Batch(pixels, torch.tensor(run, dtype=torch.int64))
+
+
+def open_images(path: Path, option: str, progress: Progress = silent) -> Images:
+    """The images of an npz file or a folder, checked by all of their headers.
+
+    Args:
+        path: of the file or folder.
+        option: the command's, for errors.
+        progress: called as progress(done, total, text) while headers are read.
+
+    Raises:
+        DDFastError: it is neither, or holds something else than images of one size in 8-bit RGB or grey.
+    """
+    if path.is_dir():
+        return ImageFolder(path, option, progress)
+    if not path.exists():
+        raise DDFastError(f"{option} {path}: there is no such file or folder")
+    if not zipfile.is_zipfile(path):
+        raise DDFastError(f"{option} {path}: expected an .npz file with {ARRAY}, or a folder with PNG or JPG files")
+    return ImageArray(path, option)
+
+
+class ImageFolder(Images):
+    """The PNG and JPG files of a folder in the order of their names; those with transparency are refused."""
+
+    def __init__(self, path: Path, option: str, progress: Progress = silent) -> None:
+        self.path = path
+        self.files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        self.count = len(self.files)
+        if not self.files:
+            raise DDFastError(f"{option} {path}: no PNG or JPG files there")
+        sizes: dict[tuple[int, int], Path] = {}
+        for done, file in enumerate(self.files, 1):
+            with _picture(file) as picture:
+                if "A" in picture.getbands() or "transparency" in picture.info:
+                    raise DDFastError(
+                        f"{option} {file}: has transparency ({picture.mode}), and nothing says what lies behind it; "
+                        "save the images as RGB"
+                    )
+                if picture.mode not in _OPAQUE:
+                    raise DDFastError(f"{option} {file}: is {picture.mode}, expected 8-bit RGB or grey")
+                sizes.setdefault((picture.height, picture.width), file)
+            if len(sizes) > 1:
+                (one, first), (other, second) = sizes.items()
+                raise DDFastError(
+                    f"{option} {path}: images of several sizes: {_by(one)} ({first.name}) and {_by(other)} "
+                    f"({second.name}); expected one size"
+                )
+            progress(done, self.count, "headers")
+        (self.size,) = sizes
+
+    def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
+        for run in numbers:
+            yield torch.stack([_pixels(self.files[number]) for number in run])
+
+
+class ImageArray(Images):
+    """`arr_0` of an npz file."""
+
+    def __init__(self, path: Path, option: str) -> None:
+        self.path = path
+        with member(path, ARRAY, option) as (file, shape, dtype):
+            self.start = file.tell()
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise DDFastError(f"{option} {path}: {ARRAY} is {dtype} {list(shape)}, expected uint8 [count, H, W, 3]")
+        if not math.prod(shape):
+            raise DDFastError(f"{option} {path}: {ARRAY} is {list(shape)}: there are no images")
+        self.count, self.size = shape[0], (shape[1], shape[2])
+
+    def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
+        height, width = self.size
+        bytes_each = height * width * 3
+        with _reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
+            for run in numbers:
+                file.seek(self.start + run.start * bytes_each)  # of a compressed file, it reads what lies between
+                data = bytearray(file.read(len(run) * bytes_each))
+                if len(data) < len(run) * bytes_each:
+                    raise DDFastError(f"{self.path} is damaged, most likely cut short: copy or make it again")
+                rows = torch.frombuffer(data, dtype=torch.uint8).view(len(run), height, width, 3)
+                yield rows.permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def member(path: Path, name: str, option: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+    """An array of an npz file, open where its values begin, with shape and type.
+
+    Raises:
+        DDFastError: it is not there, or is no array in C's order.
+    """
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        there = [entry.removesuffix(".npy") for entry in archive.namelist()]
+        if name not in there:
+            raise DDFastError(f"{option} {path}: no array {name} there, only {', '.join(there) or 'nothing'}")
+        with archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, in_columns, dtype = read(file)
+            size = file.tell() + math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or in_columns or archive.getinfo(f"{name}.npy").file_size != size:
+                raise DDFastError(f"{option} {path}: {name} is no plain array of numbers in C's order")
+            yield file, shape, dtype
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within, what the system, zip or NumPy say against reading is one line that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DDFastError(f"{path} is damaged or cannot be read: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _picture(file: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as picture:
+            yield picture
+    except UnidentifiedImageError as error:
+        raise DDFastError(f"{file} is damaged or no picture") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DDFastError(f"cannot read {file}: {first_line(error)}") from error
+
+
+def _pixels(file: Path) -> Tensor:
+    """uint8 [3, H, W]."""
+    with _picture(file) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
