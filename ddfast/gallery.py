@@ -95,7 +95,7 @@ def failures(config: TrainConfig, metrics: Mapping[str, Any], student: Student) 
     names = [_name(teacher, condition) for condition in conditions.tolist()]
     if not teacher.has_decoder:
         return _as_codes(numbers, names, list(sources.values()), values, codes)
-    images = [pixels(teacher.decode(one)) for one in made]
+    images = [pixels(teacher.decode(one, clamp=False)) for one in made]
     galleries = []
     for place, name in enumerate(names):
         strips = [

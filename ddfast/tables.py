@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ FIGURES = {
     "class_accuracy": Figure(label="accuracy", form=".3f"),
     "teacher_nll": Figure(label="NLL/token", form=".3f", axis="NLL, nats per token", target=True),
     "pair_tv": Figure(label="pair TV", form=".3f", axis="pair TV", target=True),
+    "count": Figure(label="samples", form="d"),
     "path_length": Figure(label="path length", form=".5g"),
     "passes": Figure(label="passes", form=".4g"),
     "accepted_per_pass": Figure(label="accepted per pass", form=".3g"),
@@ -70,15 +71,16 @@ def names_of(metrics: Mapping[str, Any], student: Student) -> dict[str, Any]:
     return {"method": student.method.upper(), "two": student.two_steps, **steps}
 
 
-def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Figure]:
+def figures_of(rows: Collection[Mapping[str, Any]]) -> dict[str, Figure]:
     """The figures that are numbers in any row, known ones first; spreads (`x_error`) go with what they are of.
 
-    What is told of paths beside their length has a table of its own.
+    What is told of paths beside their length has a table of its own; a count that all have is told below the table.
     """
     found: dict[str, None] = {}
     for row in rows:
         found |= {name: None for name, value in row.items() if isinstance(value, (int, float))}
-    for name in [name for name in found if name.startswith("path_length_")]:
+    counts = {row.get("count") for row in rows}
+    for name in [name for name in found if name.startswith("path_length_") or (name == "count" and len(counts) == 1)]:
         del found[name]
     spreads = {name for name in found if name.endswith("_error") and name.removesuffix("_error") in found}
     order = [*(name for name in FIGURES if name in found), *(name for name in found if name not in FIGURES)]

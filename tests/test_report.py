@@ -174,7 +174,23 @@ def test_a_table_shows_what_the_rows_hold():
     more = {"frechet": 3.14159, "frechet_error": 0.123, "path_length": 7231.9, "of_ones_own": 5, "by_class": {}}
     table = told(teacher=more)
     assert table.head == ["model", "steps", "Fréchet", "NLL/token", "path length", "of ones own", *few.head[3:]]
-    assert table.rows[0] == ["teacher, AR decoding", "16", "3.14 ± 0.12", "", "7232", "5", "", "", "", ""]
+    assert table.rows[0] == ["teacher, AR decoding", "16", "3.14 ± 0.12", "", "7231.9", "5", "", "", "", ""]
+
+
+def test_paths_have_a_table_of_their_own():
+    assert tables.paths(metrics(), STUDENT) is None
+    row = {"path_length": 30.0, "path_length_error": 12.3, "path_length_clipped": 20.0, "teacher_nll": 1.0}
+    row |= {"path_length_continuous": 7.0, "path_length_continuous_error": 0.5}
+    made = metrics(student_1step=row) | {"path_distance": "features"}
+    table = tables.paths(made, STUDENT)
+    assert table.rows == [
+        ["DD1 student", "1", "30 ± 12", "20"],
+        ["DD1 student, before codes are taken", "1", "7 ± 0.5", ""],
+    ]
+    assert "classifier's features" in table.notes
+    quality = told(student_1step=row)
+    assert quality.head[2:4] == ["NLL/token", "path length"]
+    assert not [label for label in quality.head if "continuous" in label or "clipped" in label]
 
 
 def test_cards_say_what_matters_most():

@@ -226,5 +226,5 @@ def interpolate(
         start, end = ends[path[some]].unbind(1)
         condition = teacher.condition_of(conditions[path[some] % len(conditions)].to(device))
         with fitting(len(some), device, "the batch size"):
-            made.append(pixels(teacher.decode(move(condition, slerp(start, end, t[some])))))
+            made.append(pixels(teacher.decode(move(condition, slerp(start, end, t[some])), clamp=False)))
     return torch.cat(made).unflatten(0, (count, frames))

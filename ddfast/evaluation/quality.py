@@ -30,9 +30,6 @@ _LARGEST_PAIRED = 512
 _LEAST_LIKELY = 12
 """Samples that are told one by one, for people to look at."""
 
-_BY_SAMPLE = ("class_accuracy", "teacher_nll")
-"""Figures that are means over samples."""
-
 
 def pair_table_distance(codes: Tensor, reference: Tensor, num_codes: int) -> float:
     """Mean total variation between the pairwise code tables of int64 codes [B, N] and reference [B', N].
@@ -60,9 +57,9 @@ class Evaluator:
     - frechet: distance, in the classifier's features, to real images (`Family.real_images`), and its standard error
       `frechet_error`; precision and recall in the same features.
     - class_accuracy: share of samples whose class the classifier recognises.
-    - count: of samples.
     - passes: mean number of passes of the network that a sample took, one after another, and accepted_per_pass: tokens
       that a pass decided. Only of sources that count them (speculative decoding).
+    - count: of samples.
 
     Args:
         config: evaluation settings; the classifier is trained on first use and cached.
@@ -107,52 +104,62 @@ class Evaluator:
         """
         parts = processes.share(samples.split(self.batch_size)) if isinstance(samples, Samples) else samples
         seen = Sums(Classifier(self.classifier)) if self.classifier is not None else None
-        measured = [self._measured(batch, seen) for batch in parts]
+        kept = [self._measured(batch, seen) for batch in parts]
         figures = {} if seen is None else seen.figures(self.reference)
-        collected = processes.collected(measured)
-
-        def compared() -> dict[str, Any]:
-            kept = {name: torch.cat([batch[name] for batch in collected]) for name in collected[0]}
-            return figures | self._figures(kept) | (self._details(kept) if details else {})
-
-        return processes.first_does(compared)
+        measured = processes.collected(kept)
+        return processes.first_does(lambda: figures | self._figures(measured, details))
 
     def _measured(self, batch: Samples, seen: Sums | None) -> dict[str, Tensor]:
-        """Of every sample what the figures need, on the CPU; what the classifier sees is added to its sums."""
+        """What is kept of a batch, on the CPU: some numbers of each sample, and where they are compared its codes."""
+        kept = {"number": batch.number, "condition": batch.condition.cpu(), "passes": batch.passes}
+        kept["likelihood"] = self._likelihoods(batch).mean(1)
+        if seen is not None:
+            kept["recognised"] = self._see(batch, seen)
+        if self.paired:
+            kept["codes"] = batch.codes.cpu()
+        return kept
+
+    def _likelihoods(self, batch: Samples) -> Tensor:
+        """Log-likelihoods float64 [B, N] under the teacher."""
         teacher = self.teacher
         with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
             table = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
-            log_probs = table.gather(-1, batch.codes[..., None])[..., 0].double()
-        kept = {"teacher_nll": -log_probs.mean(1), "number": batch.number, "condition": batch.condition}
-        kept["passes"] = batch.passes
-        if self.classifier is not None and seen is not None:
-            sights = seen.instrument.look(teacher.decode(batch.embeddings).cpu())
-            seen.add(sights, batch.number)
-            recognised = self.classifier.logits(sights["features"]).argmax(-1) == batch.condition.cpu()
-            kept["class_accuracy"] = recognised.double()
-        if self.paired:
-            kept["codes"] = batch.codes
-        return {name: values.cpu() for name, values in kept.items()}
+            return table.gather(-1, batch.codes[..., None])[..., 0].cpu().double()
 
-    def _figures(self, kept: dict[str, Tensor]) -> dict[str, float]:
-        """Of all samples."""
-        result = {name: float(kept[name].mean()) for name in _BY_SAMPLE if name in kept}
-        result["count"] = len(kept["number"])
+    def _see(self, batch: Samples, sums: Sums) -> Tensor:
+        """Add what the classifier sees in the images; which of them it recognises: bool [B]."""
+        assert self.classifier is not None
+        seen = sums.instrument.look(self.teacher.decode(batch.embeddings).cpu())
+        sums.add(seen, batch.number)
+        return self.classifier.logits(seen["features"]).argmax(-1) == batch.condition.cpu()
+
+    def _figures(self, measured: list[dict[str, Tensor]], details: bool) -> dict[str, Any]:
+        """Of all batches, in their order."""
+        kept = {name: torch.cat([batch[name] for batch in measured]) for name in measured[0]}
+        result: dict[str, Any] = {}
+        if "recognised" in kept:
+            result["class_accuracy"] = float(kept["recognised"].double().mean())
+        result |= {"teacher_nll": -float(kept["likelihood"].mean()), "count": len(kept["number"])}
         if self.reference_codes is not None:
             result["pair_tv"] = pair_table_distance(kept["codes"], self.reference_codes, self.teacher.num_codes)
         if bool(kept["passes"].any()):
             result["passes"] = float(kept["passes"].double().mean())
             result["accepted_per_pass"] = self.teacher.num_tokens / result["passes"]
-        return result
+        return result | (self._details(kept) if details else {})
 
     def _details(self, kept: dict[str, Tensor]) -> dict[str, Any]:
-        """Of all samples: figures by class, and those of the lowest likelihood."""
+        """Figures by class, and the samples of the lowest likelihood."""
+        by_sample = {"teacher_nll": -kept["likelihood"]}
+        if "recognised" in kept:
+            by_sample["class_accuracy"] = kept["recognised"].double()
         found: dict[str, Any] = {}
         if self.teacher.num_classes:
-            by_class = {name: _by_class(kept[name], kept["condition"]) for name in _BY_SAMPLE if name in kept}
-            found["by_class"] = by_class
-        worst = kept["teacher_nll"].argsort(descending=True, stable=True)[:_LEAST_LIKELY]
-        found["least_likely"] = {name: kept[name][worst].tolist() for name in ("number", "teacher_nll")}
+            found["by_class"] = {name: _by_class(values, kept["condition"]) for name, values in by_sample.items()}
+        worst = by_sample["teacher_nll"].argsort(descending=True, stable=True)[:_LEAST_LIKELY]
+        found["least_likely"] = {
+            "number": kept["number"][worst].tolist(),
+            "teacher_nll": by_sample["teacher_nll"][worst].tolist(),
+        }
         return found
 
 

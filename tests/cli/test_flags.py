@@ -65,7 +65,10 @@ OUT = ("--out", "{tmp}/run")
         ("--lr: here it is called --dd1.learning-rate", ["train", *OUT, "--lr", "0.1"]),
         ("--gpt-ckpt: here it is called --teacher.weights", ["train", *OUT, "--gpt-ckpt", "x"]),
         ("--cfg-scale: here it is called --teacher.cfg-scale", ["trajectories", *OUT, "--cfg_scale=4"]),
-        ("--num-fid-samples: here it is called --evaluation.samples", ["evaluate", "--num-fid-samples=9"]),
+        (
+            "--num-fid-samples: here it is called --count of --protocol, or --evaluation.samples",
+            ["evaluate", "--num-fid-samples=9"],
+        ),
     ],
 )
 def test_one_line_and_nothing_written(here, generators, tmp_path, words, arguments):

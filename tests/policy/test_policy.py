@@ -34,9 +34,9 @@ LAYERS = [
         "tables",
         "charts",
         "gallery",
-        "saving",
         "pipeline",
         "planning",
+        "saving",
         "drawing",
         "judging",
         "diagnosis",
@@ -215,7 +215,7 @@ def test_public_names_are_documented(path):
     ]
     # What overrides a documented method (forward, a teacher's interface) says nothing new.
     inherited = {
-        "forward", "begin", "advance", "advance_window", "read_out", "logits", "encode", "decode", "num_tokens", "group_cfg_scale",
+        "forward", "begin", "advance", "read_out", "logits", "encode", "decode", "num_tokens", "group_cfg_scale",
         "condition_of", "num_conditions", "check_condition", "accepted", "filters", "codes_of", "codebook", "config",
         "features", "code_logits", "continuous", "involve_teacher", "settings", "sizes_config", "header", "read_header",
         "untrained", "build", "said", "conditioned", "read", "read_tokenizer", "describe", "student_config",
