@@ -240,7 +240,6 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
     that is not beside it; the drawing's size and scales are fixed from then on.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.path import Path
     from matplotlib.transforms import Bbox
 
     drawing = axes.figure
@@ -256,7 +255,7 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
         taken.append(Bbox.from_extents(inside.x0, height - 1, inside.x1, height + 1))
     texts: list[Any] = []
     made: list[Any] = []
-    lines: list[Path] = []
+    lines: list[Any] = []
     for (x, y, text), centre in zip(points, centres, strict=True):
         label = axes.annotate(
             text, (x, y), xytext=(0, 0), textcoords="offset points", color=_COLOURS["ink"], fontsize=10.5,
@@ -265,24 +264,17 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
         )  # fmt: skip
         others = [box for box in [*marks, *texts] if not box.contains(*centre)]
 
-        def placed(place: tuple[float, float, str, str], label: Any = label, centre: Any = centre) -> tuple[Any, Path]:
-            dx, dy, across, along = place
-            label.set_position((dx, dy))
-            label.set(ha=across, va=along)
-            return _text_box(label, renderer), Path([centre, (centre[0] + dx, centre[1] + dy)])
-
-        def cost(place: tuple[float, float, str, str], placed: Any = placed, others: Any = others) -> float:
-            """An overlap is worse than a crossing, and that than a way; the nearest of the best comes first."""
-            box, lead = placed(place)
+        costs: dict[tuple[float, float, str, str], float] = {}
+        for place in _places():
+            box, lead = _placed(label, centre, place, renderer)
             away = math.hypot(*place[:2])
             outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
             overlaps = outside + sum(box.overlaps(other) for other in taken)
             crossings = sum(line.intersects_bbox(box) for line in lines)
             crossings += sum(lead.intersects_bbox(other) for other in others) if away > _BESIDE else 0
-            return 1e6 * overlaps + 1e3 * crossings + away
-
-        best = min(_places(), key=cost)
-        box, lead = placed(best)
+            costs[place] = 1e6 * overlaps + 1e3 * crossings + away  # an overlap is worse, and a way the least of all
+        best = min(costs, key=costs.__getitem__)
+        box, lead = _placed(label, centre, best, renderer)
         far = math.hypot(*best[:2]) > _BESIDE
         assert label.arrow_patch is not None
         label.arrow_patch.set_visible(far)
@@ -291,6 +283,16 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
         lines += [lead] if far else []
         made.append(label)
     return made
+
+
+def _placed(label: Any, centre: Any, place: tuple[float, float, str, str], renderer: Any) -> tuple[Any, Any]:
+    """What a label takes up in a place, and the line from its point to it."""
+    from matplotlib.path import Path
+
+    dx, dy, across, along = place
+    label.set_position((dx, dy))
+    label.set(ha=across, va=along)
+    return _text_box(label, renderer), Path([centre, (centre[0] + dx, centre[1] + dy)])
 
 
 def _text_box(label: Any, renderer: Any) -> Any:
