@@ -263,14 +263,13 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
             arrowprops={"arrowstyle": "-", "color": _COLOURS["soft"], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
         )  # fmt: skip
         others = [box for box in [*marks, *texts] if not box.contains(*centre)]
-
         costs: dict[tuple[float, float, str, str], float] = {}
         for place in _places():
             box, lead = _placed(label, centre, place, renderer)
             away = math.hypot(*place[:2])
             outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
             overlaps = outside + sum(box.overlaps(other) for other in taken)
-            crossings = sum(line.intersects_bbox(box) for line in lines)
+            crossings = sum(other.intersects_bbox(box) for other in lines)
             crossings += sum(lead.intersects_bbox(other) for other in others) if away > _BESIDE else 0
             costs[place] = 1e6 * overlaps + 1e3 * crossings + away  # an overlap is worse, and a way the least of all
         best = min(costs, key=costs.__getitem__)
