@@ -195,7 +195,7 @@ _Point: TypeAlias = tuple[float, float, str, str]
 def _short(name: str, names: Mapping[str, Any]) -> str:
     """What a source is called beside its point."""
     source = SOURCES[name]
-    return (source.picture or source.label.removeprefix("baseline ")).format(**names)
+    return (source.picture or source.profile or source.label.removeprefix("baseline ")).format(**names)
 
 
 def _speed_chart(axis: str, batch: str, points: list[_Point], target: float | None) -> Chart:
@@ -229,6 +229,10 @@ def _speed_chart(axis: str, batch: str, points: list[_Point], target: float | No
     )
 
 
+_BESIDE = 14.0
+"""How far from its point a label needs no line to it."""
+
+
 def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: float | None = None) -> list[Any]:
     """Write a label beside each point (x, y, text), none over another, over a point, or outside; returns the texts.
 
@@ -244,29 +248,50 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
     drawing.set_layout_engine("none")  # type: ignore[union-attr]
     renderer, inside = canvas.get_renderer(), axes.get_window_extent()
     centres = [axes.transData.transform((x, y)) for x, y, _ in points]
-    taken = [Bbox.from_bounds(cx - 6, cy - 6, 12, 12) for cx, cy in centres]
+    marks = [Bbox.from_bounds(cx - 6, cy - 6, 12, 12) for cx, cy in centres]
+    taken = [*marks]
     if line is not None:
         height = axes.transData.transform((points[0][0], line))[1]
         taken.append(Bbox.from_extents(inside.x0, height - 1, inside.x1, height + 1))
-    made = []
-    for x, y, text in points:
+    texts: list[Any] = []
+    made: list[Any] = []
+    lines: list[Any] = []
+    for (x, y, text), centre in zip(points, centres, strict=True):
         label = axes.annotate(
             text, (x, y), xytext=(0, 0), textcoords="offset points", color=_COLOURS["ink"], fontsize=10.5,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": _COLOURS["soft"], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
         )  # fmt: skip
-        for dx, dy, across, along in _places():
-            label.set_position((dx, dy))
-            label.set(ha=across, va=along)
-            box = _text_box(label, renderer)
-            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            if fits and not any(box.overlaps(other) for other in taken):
-                break
+        others = [box for box in [*marks, *texts] if not box.contains(*centre)]
+        costs: dict[tuple[float, float, str, str], float] = {}
+        for place in _places():
+            box, lead = _placed(label, centre, place, renderer)
+            away = math.hypot(*place[:2])
+            outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+            overlaps = outside + sum(box.overlaps(other) for other in taken)
+            crossings = sum(other.intersects_bbox(box) for other in lines)
+            crossings += sum(lead.intersects_bbox(other) for other in others) if away > _BESIDE else 0
+            costs[place] = 1e6 * overlaps + 1e3 * crossings + away  # an overlap is worse, and a way the least of all
+        best = min(costs, key=costs.__getitem__)
+        box, lead = _placed(label, centre, best, renderer)
+        far = math.hypot(*best[:2]) > _BESIDE
         assert label.arrow_patch is not None
-        label.arrow_patch.set_visible(math.hypot(dx, dy) > 14)
+        label.arrow_patch.set_visible(far)
         taken.append(box)
+        texts.append(box)
+        lines += [lead] if far else []
         made.append(label)
     return made
+
+
+def _placed(label: Any, centre: Any, place: tuple[float, float, str, str], renderer: Any) -> tuple[Any, Any]:
+    """What a label takes up in a place, and the line from its point to it."""
+    from matplotlib.path import Path
+
+    dx, dy, across, along = place
+    label.set_position((dx, dy))
+    label.set(ha=across, va=along)
+    return _text_box(label, renderer), Path([centre, (centre[0] + dx, centre[1] + dy)])
 
 
 def _text_box(label: Any, renderer: Any) -> Any:

@@ -41,8 +41,7 @@ FIGURES = {
     "teacher_nll": Figure(label="NLL/token", form=".3f", axis="NLL, nats per token", target=True),
     "pair_tv": Figure(label="pair TV", form=".3f", axis="pair TV", target=True),
     "count": Figure(label="samples", form="d"),
-    "path_length": Figure(label="path length", form=".5g"),
-    "passes": Figure(label="passes", form=".4g"),
+    "path_length": Figure(label="path length", form=".4g"),
     "accepted_per_pass": Figure(label="accepted per pass", form=".3g"),
 }
 """Known figures, in the order of a table's columns; one that is not here is told by its name."""
@@ -74,14 +73,16 @@ def names_of(metrics: Mapping[str, Any], student: Student) -> dict[str, Any]:
 def figures_of(rows: Collection[Mapping[str, Any]]) -> dict[str, Figure]:
     """The figures that are numbers in any row, known ones first; spreads (`x_error`) go with what they are of.
 
-    What is told of paths beside their length has a table of its own; a count that all have is told below the table.
+    What is told of paths beside their length has a table of its own; a count that all have is told below the table, and
+    passes are a source's steps.
     """
     found: dict[str, None] = {}
     for row in rows:
         found |= {name: None for name, value in row.items() if isinstance(value, (int, float))}
-    counts = {row.get("count") for row in rows}
-    for name in [name for name in found if name.startswith("path_length_") or (name == "count" and len(counts) == 1)]:
-        del found[name]
+    elsewhere = {"passes", *(name for name in found if name.startswith("path_length_"))}
+    if len({row.get("count") for row in rows}) == 1:
+        elsewhere.add("count")
+    found = {name: None for name in found if name not in elsewhere}
     spreads = {name for name in found if name.endswith("_error") and name.removesuffix("_error") in found}
     order = [*(name for name in FIGURES if name in found), *(name for name in found if name not in FIGURES)]
     return {
@@ -100,8 +101,8 @@ def cell(row: Mapping[str, Any], name: str, form: str) -> str:
 
 
 def _spread(value: float) -> str:
-    """Two digits, and no power of ten."""
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+    """Two digits, and no power of ten where it can be helped."""
+    return f"{value:.0f}" if 10 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
 def quality(config: TrainConfig, metrics: Mapping[str, Any], student: Student) -> Table:
@@ -177,7 +178,7 @@ def paths(metrics: Mapping[str, Any], student: Student) -> Table | None:
         for figure, what in (("path_length", ""), ("path_length_continuous", ", before codes are taken")):
             if figure in row:
                 clipped = f"{figure}_clipped"
-                rows.append([f"{title}{what}", steps, cell(row, figure, ".5g"), cell(row, clipped, ".5g")])
+                rows.append([f"{title}{what}", steps, cell(row, figure, ".4g"), cell(row, clipped, ".4g")])
     if not rows:
         return None
     notes = [f"Path length: {_PATH_DISTANCES.get(metrics.get('path_distance', ''), 'perceptual')} (docs/method.md)."]
