@@ -205,7 +205,7 @@ def test_adm_is_torch_fidelity(tmp_path, network, weights):
     """What torch-fidelity's own command computes of the same images.
 
     Its FID of fewer images than features has roots of eigenvalues that are rounding (1.3e-5 of it at 40 images, where
-    ours is 5e-12 from the distance without covariances); where they have full rank, `test_figures_of_features` compares.
+    ours is 5e-12 from the distance without covariances); of full rank, `test_figures_of_features` compares.
     """
     figures, ours, real = check_adm(tmp_path, network, 220, 200)
     with contextlib.redirect_stderr(io.StringIO()):
