@@ -56,7 +56,7 @@ def random_weights() -> dict[str, Tensor]:
                 nn.init.normal_(module.bias, 0.0, 0.3)
         nn.init.normal_(network.fc.weight, 0.0, 0.15)
         nn.init.normal_(network.fc.bias, 0.0, 0.5)
-        resized = F.interpolate(pictures(8, 1).float(), (299, 299), mode="bilinear")
+        resized = F.interpolate(pictures(16, 1).float(), (299, 299), mode="bilinear")
         with torch.no_grad():
             network.train()(resized / 128 - 1)
     return {name: value.detach() for name, value in network.state_dict().items()}

@@ -11,9 +11,9 @@ def pictures(count: int, seed: int, size: int = 32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     blots = torch.randn(count, 3, 4, 4, generator=generator)
     colour = torch.randn(count, 3, 1, 1, generator=generator)
-    fine = torch.randn(count, 3, size, size, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+    fine = torch.randn(count, 3, size, size, generator=generator)
     smooth = F.interpolate(blots, (size, size), mode="bicubic")
-    return (128 + 45 * (smooth + colour + fine)).clamp(0, 255).to(torch.uint8)
+    return (128 + 40 * smooth + 25 * colour + 20 * fine).clamp(0, 255).to(torch.uint8)
 
 
 def channels_last(images: Tensor) -> np.ndarray:

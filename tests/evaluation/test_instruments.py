@@ -164,10 +164,13 @@ def written(folder: Path, instrument, images: Tensor, name: str) -> ReferenceFil
 class Noted(Adm):
     """adm that keeps what it sees, for the second implementation."""
 
+    def __init__(self, network: Inception) -> None:
+        super().__init__(network)
+        self.seen: list[dict[str, Tensor]] = []
+
     def look(self, images: Tensor) -> dict[str, Tensor]:
-        seen = super().look(images)
-        self.seen = {**getattr(self, "seen", {}), **{(name, len(images)): value for name, value in seen.items()}}
-        return seen
+        self.seen.append(super().look(images))
+        return self.seen[-1]
 
 
 def check_adm(folder: Path, network: Inception, count: int, other: int) -> tuple[dict[str, float], Tensor, Tensor]:
@@ -176,7 +179,8 @@ def check_adm(folder: Path, network: Inception, count: int, other: int) -> tuple
     instrument = Noted(network)
     file = written(folder, instrument, real, "reference.npz")
     figures = instrument.figures(batches(ours, count), file.seen_by(instrument))
-    x, y = ({name: instrument.seen[name, size].double() for name in (POOL, SPATIAL, LOGITS)} for size in (count, other))
+    seen = {name: torch.cat([one[name] for one in instrument.seen]).double() for name in (POOL, SPATIAL, LOGITS)}
+    x, y = ({name: rows[own] for name, rows in seen.items()} for own in (slice(-count, None), slice(other)))
     assert figures["fid"] == pytest.approx(by_singular_values(x[POOL], y[POOL]), rel=1e-6)
     assert figures["sfid"] == pytest.approx(by_singular_values(x[SPATIAL], y[SPATIAL]), rel=1e-6)
     assert figures["inception_score"] == pytest.approx(inception_score(x[LOGITS], 5000), rel=1e-6)
@@ -198,7 +202,11 @@ def away(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.full
 def test_adm_is_torch_fidelity(tmp_path, network, weights):
-    """What torch-fidelity's own command computes of the same images."""
+    """What torch-fidelity's own command computes of the same images.
+
+    Its FID of fewer images than features has roots of eigenvalues that are rounding (1.3e-5 of it at 40 images, where
+    ours is 5e-12 from the distance without covariances); of full rank, `test_figures_of_features` compares.
+    """
     figures, ours, real = check_adm(tmp_path, network, 220, 200)
     with contextlib.redirect_stderr(io.StringIO()):
         expected = torch_fidelity.calculate_metrics(
@@ -212,8 +220,9 @@ def test_adm_is_torch_fidelity(tmp_path, network, weights):
         "precision": "precision",
         "recall": "recall",
     }
-    apart = {name: figures[name] / expected[theirs] - 1 for name, theirs in names.items()}
-    assert all(abs(value) < 1e-6 for value in apart.values()), apart
+    apart = {name: abs(figures[name] / expected[theirs] - 1) for name, theirs in names.items()}
+    assert apart.pop("fid") < 1e-4
+    assert all(value < 1e-6 for value in apart.values()), apart
 
 
 @pytest.mark.full
