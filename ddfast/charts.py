@@ -184,6 +184,7 @@ def quality_against_speed(metrics: Mapping[str, Any], names: Mapping[str, Any]) 
                 if batch in row["seconds_per_image"]
             ]
             target = rows.get("teacher", {}).get(figure)
+            target = target if _is_number(target) else None
             charts.append(_speed_chart(told.axis, batch, points, target))
     return charts
 

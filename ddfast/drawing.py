@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -258,6 +259,10 @@ def draw(options: SampleOptions, progress_bar: ProgressBar) -> list[str]:
 def settings_of(options: SampleOptions, chosen: Choices) -> dict[str, Any]:
     """What decides the samples, as far as the options say it."""
     settings = {**vars(chosen), "preset": options.preset, "classes": options.classes, "seed": options.seed}
+    if options.preset:
+        given = {name: getattr(options, name) for name in ("count", "labels", "quantise", "resize")}
+        changed = [*(name for name, value in given.items() if value is not None), *options.guidance.given()]
+        settings["changed"] = [f"{name} {({**given, **options.guidance.given()})[name]}" for name in changed]
     settings |= {"steps": options.steps, "teacher_steps": options.teacher_steps}
     settings["device"] = torch.device(options.device).type
     if options.batch_size > 0 and chosen.count > 0:
@@ -289,12 +294,21 @@ def of_networks(teacher: Teacher, student: Student | None, guidance: Guidance | 
         used = dataclasses.asdict(teacher.defaults) | guidance.given()
         decided |= {f"guidance.{name}": value for name, value in used.items()}
     if not teacher.num_classes:
-        count = teacher.num_conditions
-        some = torch.arange(0, count, max(1, count // 64), dtype=torch.int64, device=teacher.codebook.device)
+        decided["captions"] = _captions_digest(teacher)
+    return decided
+
+
+def _captions_digest(teacher: Teacher) -> str:
+    """Twelve hex digits of all captions: of their texts where these are encoded on demand, else of their features."""
+    texts = getattr(getattr(teacher, "captions", None), "texts", None)
+    if texts is not None:
+        return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for some in torch.arange(teacher.num_conditions, dtype=torch.int64, device=teacher.codebook.device).split(64):
         made = teacher.condition_of(some)
         tensors = made if isinstance(made, tuple) else (made,)
-        decided["captions"] = f"{count}, {_digest({str(number): tensor for number, tensor in enumerate(tensors)})}"
-    return decided
+        digest.update(_digest({str(number): tensor for number, tensor in enumerate(tensors)}).encode())
+    return digest.hexdigest()[:12]
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -17,17 +17,18 @@ from ddfast import processes
 GROUPS = 5
 """Disjoint parts of the samples, each of which is left out once to tell the spread of a distance."""
 
-_GOLDEN = 0x9E3779B9
-"""2^32 over the golden ratio."""
+_STEP = round((618 + (5**0.5 - 1) / 2) / 1000 * 2**32)
+"""Of 2^32, about the golden ratio's part for each sample, and for every 1000th again."""
 
 
 def group_of(number: Tensor) -> Tensor:
     """The group int64 [B] of the samples `number` int64 [B], whatever batch or process they are in.
 
-    Multiples of the golden ratio, less their whole part, lie evenly in [0, 1): so any run of numbers, and the numbers
-    of one class too (every 1000th, or 50 that follow each other), fall into groups of equal size.
+    Multiples of the golden ratio, less their whole part, lie evenly in [0, 1). The step is one for numbers that follow
+    each other as for every 1000th, which have one class where 1000 classes come in turn: both fall into groups of
+    nearly equal size.
     """
-    return (number * _GOLDEN % 2**32) * GROUPS >> 32
+    return (number * _STEP % 2**32) * GROUPS >> 32
 
 
 @dataclass(frozen=True)

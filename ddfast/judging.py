@@ -27,8 +27,6 @@ from ddfast.pictures import stream_pictures
 from ddfast.presets import get_preset
 from ddfast.progress import ProgressBar
 from ddfast.report import machine
-from ddfast.runs import read_json
-from ddfast.saving import SETTINGS
 
 _SUFFIXES = {"adm": ".npz", "dd1": ".pth", "clean": ".npz"}
 """Of a reference's file."""
@@ -121,7 +119,8 @@ def judge(options: EvaluateOptions, progress_bar: ProgressBar) -> list[str]:
     instrument, inception = _instrument(options)
     path = _needed(options.reference, "reference")
     file = ReferenceFile(path, instrument.name)
-    pictures, made = (_of_images if options.images else _of_student)(options, progress_bar)
+    clip = Clip(options.clip, options.device) if options.clip and not options.clip.is_file() else None
+    pictures, made = (_of_images if options.images else _of_student)(options, progress_bar)  # by what memory is left
     own = Judgement(
         instrument=instrument.name,
         figures={},
@@ -134,7 +133,7 @@ def judge(options: EvaluateOptions, progress_bar: ProgressBar) -> list[str]:
     if file.images and list(file.images.size) != own.size:
         ours, theirs = (" x ".join(map(str, size)) for size in (own.size, file.images.size))
         warn(f"the images are {ours} pixels, the reference's {theirs}: published figures are of equal sizes")
-    score = _clip_score(options, own.count) if options.clip else None
+    score = _clip_score(options, clip, own.count) if options.clip else None
     if score:
         own.clip, pictures = score.said, score.along(pictures)
         check_comparable([own, *beside])
@@ -151,9 +150,18 @@ def _of_images(options: EvaluateOptions, progress_bar: ProgressBar) -> tuple[Ite
     """Pictures that are there, and what a judgement says of them."""
     assert options.images is not None
     images = _opened(options.images, "--images", progress_bar)
-    beside = images.path / SETTINGS
-    settings = read_json(beside) if beside.is_file() else {}  # `ddfast sample` made them
+    settings = images.settings()  # `ddfast sample` made them
     preset = options.preset or settings.get("preset", "")
+    if settings and settings.get("count") != images.count:
+        expected = f"{images.count} images of the {settings.get('count')} that `ddfast sample` was to make"
+        raise DDFastError(f"--images {images.path}: holds {expected}: the same command makes the others")
+    if settings and options.preset not in ("", settings.get("preset")):
+        made = settings.get("preset") or "none"
+        raise DDFastError(f"--preset {options.preset}: --images {images.path} were made with the preset {made}")
+    if settings and options.labels not in (None, settings.get("labels")):
+        made = settings.get("labels")
+        raise DDFastError(f"--labels {options.labels}: --images {images.path} were made with {made} ones")
+    _check_preset(preset, _needed(options.protocol, "protocol"))
     if options.preset:
         settings["labels"] = get_preset(preset).labels
     if options.labels:
@@ -206,23 +214,28 @@ def _make_reference(options: EvaluateOptions, path: Path, progress_bar: Progress
 def _instrument(options: EvaluateOptions) -> tuple[OfInception, dict[str, str]]:
     """The instrument, and what a judgement says of its network."""
     instrument = INCEPTIONS[_needed(options.protocol, "protocol")]
-    if options.preset and get_preset(options.preset).instrument != instrument.name:
-        by = get_preset(options.preset).instrument
-        raise DDFastError(f"--preset {options.preset}: its table is by --protocol {by}, not {instrument.name}")
+    _check_preset(options.preset, instrument.name)
     path = _needed(options.inception, "inception")
     network = Inception(path, options.device)
     return instrument(network), {"file": path.name, "sha256": network.sha256}
 
 
-def _clip_score(options: EvaluateOptions, count: int) -> ClipScore | FileScore:
-    """What scores the images by their captions; `count` is how many there are."""
+def _check_preset(name: str, instrument: str) -> None:
+    """Raise where a preset's table is by another instrument."""
+    if name and get_preset(name).instrument != instrument:
+        by = get_preset(name).instrument
+        raise DDFastError(f"--preset {name}: its table is by --protocol {by}, not {instrument}")
+
+
+def _clip_score(options: EvaluateOptions, clip: Clip | None, count: int) -> ClipScore | FileScore:
+    """What scores the images by their captions, by a model or else a file; `count` is how many there are."""
     assert options.clip is not None
-    if options.clip.is_file():
+    if clip is None:
         return FileScore(options.clip, count)
     captions = read_texts(_needed(options.captions, "captions")) if not options.caption else list(options.caption)
     if options.images and len(captions) < count:
         raise DDFastError(f"--captions {options.captions}: has {len(captions)} captions, --images {count} images")
-    return ClipScore(Clip(options.clip, options.device), captions)
+    return ClipScore(clip, captions)
 
 
 def _opened(path: Path, option: str, progress_bar: ProgressBar, *, any_size: bool = False) -> Images:

@@ -20,6 +20,9 @@ from ddfast.models.protocol import Teacher
 from ddfast.sampling import Samples
 from ddfast.trajectories.memory import fitting
 
+SETTINGS = "samples.json"
+"""What decides the samples of a folder: a file beside them. An npz file has it as the zip's comment."""
+
 
 @dataclass(kw_only=True)
 class Pictures:

@@ -16,6 +16,7 @@ from ddfast.distill.dd1 import check_point
 from ddfast.distill.stages import Live, adapt, distill, match, new_network, tune
 from ddfast.distill.tracking import METRICS, check_trackers
 from ddfast.errors import DDFastError
+from ddfast.evaluation.paths import path_distance
 from ddfast.evaluation.protocol import evaluate
 from ddfast.files import write_atomically
 from ddfast.messages import say
@@ -82,16 +83,19 @@ def _train(config: TrainConfig, progress_bar: ProgressBar) -> dict[str, Any]:
     with stages.timed("teacher"):
         teacher = build_teacher(config, progress_bar("teacher"))
     check_student(teacher, config.method)
+    if config.evaluation.lpips_vgg:
+        path_distance(config.evaluation, teacher)  # files that are wrong are so now, not after the training
     student = METHODS[config.method](config, teacher, stages, progress_bar)
     checkpoints.remove(out)  # also those that a run left that was stopped when it had its student
-    if exists(out / METRICS_JSON):
+    measured = not exists(out / METRICS_JSON)
+    if not measured:
         say(f"evaluation: {out / METRICS_JSON} exists, skipped")
         metrics = read_json(out / METRICS_JSON)
     else:
         with stages.timed("evaluation"):
             metrics = evaluate(config, teacher, student, progress_bar("evaluation"))
         processes.first_does(lambda: write_atomically(out / METRICS_JSON, json.dumps(metrics, indent=2) + "\n"))
-    if exists(out / PAGE):
+    if not measured and exists(out / PAGE) and exists(out / REPORT):
         say(f"report: {out / PAGE} exists, skipped")
         return metrics
     written = {"report": out / PAGE, "the same without curves": out / REPORT, "log": out / METRICS}

@@ -122,7 +122,7 @@ def _page(
         _origin(config, seconds),
     ]
     if against := charts.quality_against_speed(metrics, names):
-        sections[0].blocks.append(Text(text="The dashed line is the teacher: what a student can reach at any speed."))
+        sections[0].blocks.append(Text(text=_DASHED))
         sections[0].blocks.append(Charts(charts=against))
     steps = f"{metrics['num_groups']} steps, {teacher.num_tokens} tokens of {teacher.num_codes} codes"
     family = families.of_teacher(teacher).name
@@ -145,12 +145,15 @@ def _samples(config: TrainConfig, teacher: Teacher, shown: Shown | None) -> Sect
         section.blocks = [Text(text=told)]
     else:
         told = (
-            "What stands in a column of a group began with the same noise: the teacher's flow, whose end the student "
-            "learns, and the student in one and in two steps. Nothing was picked."
+            "What stands in a column of a group began with the same noise: the teacher's flow, and the student in one "
+            "and in two steps. DD1 learns to end where the flow does; DD2 learns its distribution, and may end "
+            "elsewhere. Nothing was picked."
         )
         section.blocks = [Text(text=told), gallery.by_condition(teacher, *shown)]
     return section
 
+
+_DASHED = "The dashed line is the teacher: what a student can reach at any speed. Here are the sources that are timed."
 
 _PATHS, _FRAMES = 4, 8
 

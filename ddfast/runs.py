@@ -36,7 +36,10 @@ _LEASE_SECONDS = 150.0
 ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
 ADAPTATION_JSON = "adaptation.json"
 
-LOCATION = ("out", "device", "resume", "trajectories.batch_size", "parallel", "track", "profile_steps")
+LOCATION = (
+    "out", "device", "resume", "trajectories.batch_size", "parallel", "track", "profile_steps",
+    "evaluation.paths", "evaluation.lpips_vgg", "evaluation.lpips_linear",
+)  # fmt: skip
 """Fields, and tables of fields, that decide where and how a run goes on and what it tells, not what it makes."""
 
 

@@ -31,7 +31,7 @@ from ddfast.files import check_new, check_writable, sync, write_atomically, writ
 from ddfast.messages import say
 from ddfast.models.checkpoint import load_tensors, read_checkpoint, save_tensors
 from ddfast.models.protocol import Teacher
-from ddfast.pictures import decoded, grid, write_png
+from ddfast.pictures import SETTINGS, decoded, grid, write_png
 from ddfast.progress import Progress
 from ddfast.runs import LOCK, occupied
 from ddfast.sampling import Samples
@@ -39,9 +39,6 @@ from ddfast.trajectories.store import checksum
 
 SUFFIXES = {"grid": ".png", "files": "", "npz": ".npz", "codes": ".safetensors"}
 """The forms that samples are written in, and how the name of their file or folder ends."""
-
-SETTINGS = "samples.json"
-"""What decides the samples of a folder: a file beside them."""
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _OTHERS = {".safetensors", ".npz", ".npy", ".pt", ".pth", ".zip"}
@@ -96,12 +93,16 @@ class Kept:
         form: files, npz or codes; a grid keeps nothing.
         path: where its samples go (`new_target`).
         settings: what decides them, as JSON takes it; None: nobody will go on.
+
+    Attributes:
+        wanted: files of all batches, once it is known which there are (`whole`).
     """
 
     def __init__(self, form: str, path: Path, settings: Mapping[str, Any] | None = None) -> None:
         self.form, self.path = form, path
         self.settings = None if settings is None else json.loads(json.dumps(settings))
         self.folder = path if form == "files" else path.with_name(f".{path.name}.parts")
+        self.wanted: list[Path] | None = None
 
     def part(self, first: int) -> Path:
         """File of the batch that begins with a sample's number."""
@@ -172,6 +173,8 @@ class Kept:
             check_new(self.folder, "--to")
 
     def _begin(self) -> None:
+        if self.form != "files":
+            check_new(self.path, "--to")  # once more: another run may have finished while this one waited or loaded
         if self.settings is None:
             return
         self.check(self.settings)  # once more: nobody else can have begun since
@@ -182,6 +185,10 @@ class Kept:
     def _tidy(self) -> None:
         """Leave nothing that nobody will use."""
         with contextlib.suppress(OSError):
+            if self.form != "files" and (self.settings is None or self.path.exists()):
+                for file in self.folder.iterdir():
+                    if file.name != LOCK:  # the last: without it, another run would begin among what goes
+                        file.unlink()
             (self.folder / LOCK).unlink(missing_ok=True)
             if self.form != "files" and (self.settings is None or self.path.exists()):
                 shutil.rmtree(self.folder)
@@ -201,6 +208,7 @@ class Kept:
         """
         if self.form == "grid":
             return set()
+        self.wanted = [self.part(batch.start) for batch in batches]
         named = [[self.part(batch.start).name] if self.form != "files" else list(names(batch)) for batch in batches]
         if self.form == "files":
             strange = sorted(_pictures(self.folder).difference(*named))
@@ -324,9 +332,16 @@ class _Parts(_Form):
         processes.wait()
 
         def write() -> None:
-            inside = self.kept.folder / self.path.name  # what is killed meanwhile leaves nothing beside the file
+            inside = self.kept.folder / f"whole{self.path.suffix}"  # killed meanwhile, nothing is left beside the file
+            parts = self.kept.parts()
+            if self.kept.wanted is not None and parts != self.kept.wanted:
+                there, all_of_it = len(parts), len(self.kept.wanted)
+                raise DDFastError(
+                    f"{self.kept.folder} has {there} batches, expected {all_of_it}: all processes must see one folder; "
+                    "start the same command where they do"
+                )
             with processes.busy(), writing(self.path):
-                self.assemble(inside, self.kept.parts())
+                self.assemble(inside, parts)
                 os.replace(inside, self.path)
                 sync(self.path.parent)
 

@@ -73,13 +73,12 @@ def names_of(metrics: Mapping[str, Any], student: Student) -> dict[str, Any]:
 def figures_of(rows: Collection[Mapping[str, Any]]) -> dict[str, Figure]:
     """The figures that are numbers in any row, known ones first; spreads (`x_error`) go with what they are of.
 
-    What is told of paths beside their length has a table of its own; a count that all have is told below the table, and
-    passes are a source's steps.
+    Paths have a table of their own; a count that all have is told below the table, and passes are a source's steps.
     """
     found: dict[str, None] = {}
     for row in rows:
         found |= {name: None for name, value in row.items() if isinstance(value, (int, float))}
-    elsewhere = {"passes", *(name for name in found if name.startswith("path_length_"))}
+    elsewhere = {"passes", *(name for name in found if name.startswith("path_length"))}
     if len({row.get("count") for row in rows}) == 1:
         elsewhere.add("count")
     found = {name: None for name in found if name not in elsewhere}
@@ -151,8 +150,12 @@ def _notes(config: TrainConfig, metrics: Mapping[str, Any], figures: Mapping[str
     notes.append("NLL: nats under the teacher with its guidance, unfiltered.")
     if "pair_tv" in figures:
         notes.append("Pair TV: to fresh samples of the teacher, whose own row is the floor.")
-    if "path_length" in figures:
-        notes.append(f"Path length: {_PATH_DISTANCES.get(metrics.get('path_distance', ''), 'perceptual')}.")
+    if "precision" in figures:
+        notes.append("Precision, recall: manifolds of the third nearest neighbour in the same features.")
+    if any(f"{figure}_error" in row for row in rows_of(metrics).values() for figure in figures):
+        notes.append("±: standard error by the chance of the samples (delete-a-group jackknife).")
+    if "accepted_per_pass" in figures:
+        notes.append("Accepted per pass: tokens over passes of the network, speculative decoding's.")
     notes.append("Times: medians, all sources in turn in one run; AR decoding is this package's KV-cached decoder with")
     notes.append("guidance.")
     plain = metrics.get("teacher_plain", {}).get("seconds_per_image", {})
@@ -182,7 +185,10 @@ def paths(metrics: Mapping[str, Any], student: Student) -> Table | None:
     if not rows:
         return None
     notes = [f"Path length: {_PATH_DISTANCES.get(metrics.get('path_distance', ''), 'perceptual')} (docs/method.md)."]
-    notes.append("A map to codes moves in jumps, which few of the short steps meet: hence its spread.")
+    notes.append(
+        "A map to codes moves in jumps: its mean rests on the few short steps that meet one, and 0 says that none did. "
+        "The continuous map before codes are taken is what compares."
+    )
     return Table(head=["model", "steps", "path length", "path length, clipped"], rows=rows, notes=" ".join(notes))
 
 

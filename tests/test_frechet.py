@@ -98,6 +98,13 @@ def test_groups_are_of_equal_size(numbers):
     assert (sizes - 1 / GROUPS).abs().max() < 0.005
 
 
+def test_groups_have_as_many_of_a_class():
+    """Of 50 of each of 1000 classes, in turn: 10 of each class in every group, give or take two."""
+    groups = group_of(torch.arange(50_000, dtype=torch.int64)).view(50, 1000)
+    counts = torch.stack([(groups == group).sum(0) for group in range(GROUPS)])
+    assert (counts - 10).abs().max() <= 2
+
+
 def summed(batch, shuffled=False):
     """Moments of 200 samples, by as many processes as there are."""
     x, number = features(200, 6, 5), torch.arange(200, dtype=torch.int64)

@@ -34,6 +34,9 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels that OpenAI's and OpenCLIP's models were trained with, where a folder does not say others."""
 
 
+_AT_A_TIME = 64
+"""Images in a pass of the model."""
+
 _WRONG_FILES = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError)
 """What transformers raises for files that are damaged, missing, or another model's."""
 
@@ -91,10 +94,17 @@ class Clip:
             pixels: uint8 [B, 3, H, W]; resized as `clip_resize` says.
             captions: B texts; of long ones, the first tokens that the model reads.
         """
-        images = (clip_resize(pixels, self.size).to(self.device).float() / 255 - self.mean) / self.std
-        tokens = self.tokenizer(
-            list(captions), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        captions = list(captions)
+        return torch.cat(
+            [
+                self._cosines(part, captions[first : first + _AT_A_TIME])
+                for first, part in zip(range(0, len(pixels), _AT_A_TIME), pixels.split(_AT_A_TIME), strict=True)
+            ]
         )
+
+    def _cosines(self, pixels: Tensor, captions: list[str]) -> Tensor:
+        images = (clip_resize(pixels, self.size).to(self.device).float() / 255 - self.mean) / self.std
+        tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         texts = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
         made = self.model(pixel_values=images, **texts)
         return cosines(made.image_embeds, made.text_embeds)
@@ -170,7 +180,7 @@ class ClipScore:
 
     Args:
         clip: the model.
-        captions: of the pictures: their `condition`s are numbers of them, or where they have none their own numbers.
+        captions: of the pictures: their `condition`s are numbers of them.
 
     Attributes:
         said: what a judgement says of model and captions.
@@ -189,7 +199,7 @@ class ClipScore:
             ValueError: a picture has the number of no caption.
         """
         for batch in pictures:
-            numbers = getattr(batch, "condition", batch.number).tolist()
+            numbers = batch.condition.tolist()
             if wrong := [number for number in numbers if not 0 <= number < len(self.captions)]:
                 raise ValueError(f"captions: got {len(self.captions)}, expected one with the number {wrong[0]}")
             self._cosines.append(self.clip.cosines(batch.pixels, [self.captions[number] for number in numbers]))

@@ -10,14 +10,16 @@ Dimensions: B batch, H height, W width.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import re
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,17 +28,23 @@ from torch import Tensor
 
 from ddfast import processes
 from ddfast.errors import DDFastError, first_line
+from ddfast.files import read_text
+from ddfast.pictures import SETTINGS
 from ddfast.progress import Progress, silent
 
-ARRAY = "arr_0"
+ARRAY, LABELS = "arr_0", "arr_1"
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 _OPAQUE = ("RGB", "L", "P", "1")
 """Pillow's modes of pictures that have one reading as RGB."""
 
 
+_NAME = re.compile(r"\d+-(?:class|caption)(\d+)")
+"""Of a picture of `ddfast sample`."""
+
+
 class Pictured(Protocol):
-    """A batch of images: pixels uint8 [B, 3, H, W], and their number int64 [B] in the whole set."""
+    """A batch of images: pixels uint8 [B, 3, H, W], their number int64 [B] in the whole set, and their condition's."""
 
     @property
     def pixels(self) -> Tensor:
@@ -46,13 +54,18 @@ class Pictured(Protocol):
     def number(self) -> Tensor:
         """On the CPU."""
 
+    @property
+    def condition(self) -> Tensor:
+        """On the CPU."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as `Pictured`."""
+    """Images as `Pictured`; those that `ddfast sample` made have its `condition`s int64 [B], others their numbers."""
 
     pixels: Tensor
     number: Tensor
+    condition: Tensor
 
 
 class Images(ABC):
@@ -69,6 +82,14 @@ class Images(ABC):
     size: tuple[int, int]
 
     @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """With which `ddfast sample` made them; empty: nothing says it."""
+
+    @abstractmethod
+    def conditions(self) -> Tensor:
+        """Condition int64 [count] of each, where `ddfast sample` made them."""
+
+    @abstractmethod
     def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
         """Pixels uint8 [B, 3, H, W] of runs of numbers, in ascending order."""
 
@@ -77,8 +98,10 @@ class Images(ABC):
         size = size if any(self.size) else 1
         runs = [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
         own = processes.share(runs)
+        numbers = torch.arange(self.count, dtype=torch.int64)
+        conditions = self.conditions() if self.settings() else numbers
         for run, pixels in zip(own, self.read(iter(own)), strict=True):
-            yield Batch(pixels, torch.tensor(run, dtype=torch.int64))
+            yield Batch(pixels, numbers[run.start : run.stop], conditions[run.start : run.stop])
 
 
 def open_images(path: Path, option: str, progress: Progress = silent, *, any_size: bool = False) -> Images:
@@ -131,6 +154,17 @@ class ImageFolder(Images):
             progress(done, self.count, "headers")
         self.size = (0, 0) if len(sizes) > 1 else next(iter(sizes))
 
+    def settings(self) -> dict[str, Any]:
+        file = self.path / SETTINGS
+        return _settings(read_text(file), file) if file.is_file() else {}
+
+    def conditions(self) -> Tensor:
+        found = [_NAME.fullmatch(file.stem) for file in self.files]
+        strange = [file.name for file, match in zip(self.files, found, strict=True) if match is None]
+        if strange:
+            raise DDFastError(f"{self.path}: {strange[0]} is not of the run of which {SETTINGS} tells; take it away")
+        return torch.tensor([int(match[1]) for match in found if match], dtype=torch.int64)
+
     def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
         for run in numbers:
             yield torch.stack([_pixels(self.files[number]) for number in run])
@@ -149,12 +183,27 @@ class ImageArray(Images):
             raise DDFastError(f"{option} {path}: {ARRAY} is {list(shape)}: there are no images")
         self.count, self.size = shape[0], (shape[1], shape[2])
 
+    def settings(self) -> dict[str, Any]:
+        with _reading(self.path), zipfile.ZipFile(self.path) as archive:
+            said = archive.comment.decode(errors="replace")
+        return _settings(said, self.path) if said.startswith("{") else {}
+
+    def conditions(self) -> Tensor:
+        with member(self.path, LABELS, "--images") as (file, shape, dtype):
+            if shape != (self.count,) or dtype != np.int64:
+                raise DDFastError(f"{self.path}: {LABELS} is {dtype} {list(shape)}, expected int64 [{self.count}]")
+            return torch.frombuffer(bytearray(file.read()), dtype=torch.int64)
+
     def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
         height, width = self.size
         bytes_each = height * width * 3
         with _reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
             for run in numbers:
-                file.seek(self.start + run.start * bytes_each)  # of a compressed file, it reads what lies between
+                begin = self.start + run.start * bytes_each
+                if file.tell() == 0:
+                    file.read(self.start)
+                if file.tell() != begin:  # a seek ends the check of the file's sum, and inflates what lies between
+                    file.seek(begin)
                 data = bytearray(file.read(len(run) * bytes_each))
                 if len(data) < len(run) * bytes_each:
                     raise DDFastError(f"{self.path} is damaged, most likely cut short: copy or make it again")
@@ -181,6 +230,17 @@ def member(path: Path, name: str, option: str) -> Iterator[tuple[IO[bytes], tupl
             if dtype.hasobject or in_columns or archive.getinfo(f"{name}.npy").file_size != size:
                 raise DDFastError(f"{option} {path}: {name} is no plain array of numbers in C's order")
             yield file, shape, dtype
+
+
+def _settings(text: str, path: Path) -> dict[str, Any]:
+    """Of a JSON object, as `ddfast sample` writes it beside its images or into their file."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DDFastError(f"{path} is damaged ({error}): what it says of its images cannot be read") from error
+    if not isinstance(found, dict):
+        raise DDFastError(f"{path}: what it says of its images is no JSON object")
+    return found
 
 
 @contextlib.contextmanager

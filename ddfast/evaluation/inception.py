@@ -25,6 +25,7 @@ from ddfast.evaluation.resizing import CLEAN_SIZE as SIDE
 from ddfast.evaluation.resizing import clean_resize
 from ddfast.messages import warn
 from ddfast.models.checkpoint import AnyTensor, read_checkpoint, read_tensor, tensors_of
+from ddfast.precision import without_tf32
 
 PUBLISHED = "6726825d"
 """First digits of the SHA-256 of torch-fidelity's weights-inception-2015-12-05-6726825d.pth; pytorch-fid's
@@ -100,14 +101,14 @@ class Inception:
     @torch.no_grad()
     def _look(self, x: Tensor) -> dict[str, Tensor]:
         seen = {}
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        with without_tf32():
             for name in _LAYERS:
                 layer = getattr(self.network, name)
                 if name == _SPATIAL_LAYER:
                     seen[SPATIAL] = layer.branch1x1(x)[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
                 x = layer(x)
-        seen[POOL] = x.flatten(1)
-        seen[LOGITS] = seen[POOL].mm(self.network.fc.weight.T)
+            seen[POOL] = x.flatten(1)
+            seen[LOGITS] = seen[POOL].mm(self.network.fc.weight.T)
         return seen
 
 

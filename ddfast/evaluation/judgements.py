@@ -20,9 +20,9 @@ TITLES = {
     "fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall",
     "clip_score": "CLIP score",
 }  # fmt: skip
-"""Figures as a table heads them; those of the first three are told with the count, for they fall or rise with it."""
+"""Figures as a table heads them; those that fall or rise with the count are told with it."""
 
-_WITH_COUNT = ("fid", "sfid", "inception_score")
+_WITH_COUNT = ("fid", "sfid", "inception_score", "precision", "recall")
 _FORMS = {"precision": ".4f", "recall": ".4f"}
 _USUAL = {"clean": 30_000}
 """Images that an instrument's published figures are of; 50,000 elsewhere."""
@@ -85,22 +85,24 @@ def check_comparable(rows: Sequence[Judgement]) -> None:
     Raises:
         DDFastError: figures that do not compare would share a column.
     """
-    first, *others = rows
-    for other in others:
-        for what, one, two in (
-            ("instrument", first.instrument, other.instrument),
-            ("Inception of SHA-256", first.inception["sha256"], other.inception["sha256"]),
-            ("reference of SHA-256", first.reference["sha256"], other.reference["sha256"]),
-            *(
-                (f"CLIP {what} of SHA-256", first.clip[name], other.clip[name])
-                for what, name in (("model", "sha256"), ("captions", "captions"))
-                if first.clip and other.clip
-            ),
-        ):
-            if one != two:
+    seen: dict[str, tuple[str, Judgement]] = {}
+    for row in rows:
+        made_with = {
+            "instrument": row.instrument,
+            "Inception of SHA-256": row.inception["sha256"],
+            "reference of SHA-256": row.reference["sha256"],
+        }
+        if row.clip:
+            made_with |= {
+                "CLIP model of SHA-256": row.clip["sha256"],
+                "CLIP captions of SHA-256": row.clip["captions"],
+            }
+        for what, value in made_with.items():
+            before, first = seen.setdefault(what, (value, row))
+            if value != before:
                 raise DDFastError(
-                    f"--beside: {other.source} was measured with the {what} {two[:12]}, {first.source} with "
-                    f"{one[:12]}: their figures do not compare, and share no table"
+                    f"--beside: {row.source} was measured with the {what} {value[:12]}, {first.source} with "
+                    f"{before[:12]}: their figures do not compare, and share no table"
                 )
 
 
@@ -150,7 +152,7 @@ def count_name(count: int) -> str:
 def _cells(row: Judgement) -> dict[str, str]:
     cells = {
         "images": row.source,
-        "preset": row.preset,
+        "preset": ", but ".join(filter(None, (row.preset, ", ".join(row.settings.get("changed", []))))),
         "labels": str(row.settings.get("labels", "")),
         "count": str(row.count),
     }

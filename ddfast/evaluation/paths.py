@@ -29,6 +29,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.ops import noise
 from ddfast.pictures import pixels
+from ddfast.precision import without_tf32
 from ddfast.sampling import condition_index
 from ddfast.trajectories.memory import fitting
 
@@ -139,7 +140,7 @@ def path_lengths(move: Move, teacher: Teacher, distance: Distance, *, count: int
             t = torch.special.ndtr(normal[:, -1].double())
             eps = torch.cat((slerp(start, end, t), slerp(start, end, t + STEP)))
             condition = teacher.condition_of(conditions[number % len(conditions)].to(device).repeat(2))
-            with fitting(len(eps), device, "the batch size"):
+            with fitting(len(eps), device, "the batch size"), without_tf32():  # its rounding is longer than a step
                 ends = (points.split(_AT_A_TIME) for points in move(condition, eps).chunk(2))
                 images = (teacher.decode(torch.cat(pair), clamp=False).chunk(2) for pair in zip(*ends, strict=True))
                 found.append(torch.cat([distance.between(*pair).double().cpu() / STEP**2 for pair in images]))
@@ -225,6 +226,7 @@ def interpolate(
     for some in torch.arange(count * frames, dtype=torch.int64).split(batch_size):
         start, end = ends[path[some]].unbind(1)
         condition = teacher.condition_of(conditions[path[some] % len(conditions)].to(device))
-        with fitting(len(some), device, "the batch size"):
+        processes.sign()
+        with fitting(len(some), device, "the batch size"), processes.busy():
             made.append(pixels(teacher.decode(move(condition, slerp(start, end, t[some])), clamp=False)))
     return torch.cat(made).unflatten(0, (count, frames))

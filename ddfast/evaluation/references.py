@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddfast import seeds
+from ddfast import processes, seeds
 from ddfast.errors import DDFastError, first_line
 from ddfast.evaluation.images import ARRAY, ImageArray, Images, member
 from ddfast.evaluation.inception import POOL, SPATIAL
@@ -78,6 +78,13 @@ class ReferenceFile:
             raise DDFastError(f"{option} {path}: --protocol adm takes {expected}{there}")
         if CLEAN in names:
             raise DDFastError(f"{option} {path}: was made by --protocol clean, whose statistics are others than adm's")
+        if not {"mu", "sigma"} <= set(names) and ARRAY not in names:
+            raise DDFastError(f"{option} {path}: has {', '.join(names)[:80]}, and neither mu with sigma nor {ARRAY}")
+        if {"mu_s", "sigma_s", ARRAY}.isdisjoint(names):
+            raise DDFastError(
+                f"{option} {path}: has mu and sigma alone, as references of pytorch-fid and clean-fid do, which resize "
+                f"images otherwise; adm's have mu_s, sigma_s or {ARRAY} too"
+            )
         for distance, (mean, covariance) in _NAMES.items():
             if {mean, covariance} <= set(names):
                 self.gaussians[distance] = Gaussian(_array(path, mean), _array(path, covariance))
@@ -146,7 +153,8 @@ def write_reference(path: Path, instrument: str, reference: Reference, images: I
                 for pixels in images.read(range(number, number + 1) for number in chosen.tolist()):
                     entry.write(pixels.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
-    write_atomically(path, write)
+    with processes.busy():
+        write_atomically(path, write)
     return kept
 
 

@@ -54,7 +54,7 @@ def speculative_jacobi(
     Returns:
         codes int64 [B, N], and int64 [B] after how many passes each sample was complete. The batch ends with its last.
 
-    Memory: two windows of log-probabilities, float32 [B, S, V].
+    Memory: two windows of log-probabilities, float32 [B, S, V]; without a cache, logits of whole sequences besides.
     Raises:
         ValueError: the teacher has groups of more tokens; `window` is below 1; labels are out of range.
     """

@@ -14,10 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from checkpointed import last_step
 from commands import TINY, command, in_this_process, refused
 from safetensors.torch import load_file
+
+from ddfast.config import read_toml
 
 SIZES = [
     *TINY,
@@ -99,6 +102,20 @@ def test_killed_twice_and_run_again_is_the_same_run(environment, finished, tmp_p
     ours, whole = load_file(out / "student.safetensors"), load_file(finished / "student.safetensors")
     assert ours.keys() == whole.keys()
     assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
+def test_a_run_of_before_is_measured_and_told_anew(environment, finished, tmp_path):
+    """Its config.toml lacks what evaluation has learnt since; a report is of the figures that are there."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    settings = read_toml(out / "config.toml")
+    for name in ("paths", "lpips_vgg", "lpips_linear"):
+        del settings["evaluation"][name]
+    (out / "config.toml").write_text(tomli_w.dumps(settings))
+    (out / "metrics.json").unlink()
+    (out / "report.html").write_text("of another student")
+    subprocess.run(command("train", "--out", out, *SIZES), env=environment, check=True, capture_output=True)
+    assert "of another student" not in (out / "report.html").read_text()
 
 
 def test_interrupted_it_says_how_to_go_on(environment, tmp_path):

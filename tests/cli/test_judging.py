@@ -77,16 +77,17 @@ def test_from_images_to_a_table(here, references, tmp_path):
     assert list(said["figures"]) == [
         "fid", "fid_error", "sfid", "sfid_error", "inception_score", "precision", "recall", "count",
     ]  # fmt: skip
-    assert "| images | count | FID-60 | sFID-60 | IS-60 | precision | recall |" in out
+    assert "| images | count | FID-60 | sFID-60 | IS-60 | precision-60 | recall-60 |" in out
     assert "FID-60 is no FID-50k" in out
     code, out, _ = here(*judging(files, "adm", "--images", files / "real", "--beside", tmp_path / "a.json"))
     assert code == 0
     head, _, own, other = (line.split(" | ") for line in out.splitlines() if line.startswith("|"))
     assert [title.strip(" |") for title in head] == [
-        "images", "count", "FID-50", "FID-60", "sFID-50", "sFID-60", "IS-50", "IS-60", "precision", "recall",
+        "images", "count", "FID-50", "FID-60", "sFID-50", "sFID-60", "IS-50", "IS-60", "precision-50",
+        "precision-60", "recall-50", "recall-60",
     ]  # fmt: skip
     assert own[2].strip().startswith("0.00")  # the reference itself
-    assert own[-2:] == ["1.0000", "1.0000 |"]
+    assert own[-4::2] == ["1.0000", "1.0000"]
     assert own[3].strip() == "" == other[2].strip()
     code, out, _ = here("evaluate", "--beside", tmp_path / "a.json")
     assert code == 0
@@ -148,5 +149,45 @@ def test_what_is_refused(here, references, arguments, words):
     places = {name: references / f"{name}.{end}" for name, end in (("ours", "npz"), ("weights", "pth"))}
     places |= {"real": references / "real", "metrics": references / "metrics.json"}
     code, _, errors = here("evaluate", *(argument.format(**places) for argument in arguments))
+    assert code == 1
+    assert words in errors
+
+
+def test_images_of_ddfast_say_how_they_were_made(here, references, generators, tmp_path):
+    """In a folder and in an npz file alike; what contradicts it is refused, and so is a part of them."""
+    files, shared = references, ("--count=4", "--batch-size=4", "--labels=random", "--seed=3")
+    for form in ("files", "npz"):
+        sampled = ("sample", "--student", generators / "var", "--format", form, "--to", tmp_path / "made")
+        assert here(*sampled, *shared)[0] == 0
+    for images in (tmp_path / "made", tmp_path / "made.npz"):
+        told = tmp_path / f"{images.name}.json"
+        code, _, errors = here(*judging(files, "adm", "--images", images, "--json", told))
+        assert code == 0, errors
+        assert json.loads(told.read_text())["settings"]["labels"] == "random"
+        for flags, words in (
+            (("--labels=uniform",), f"--labels uniform: --images {images} were made with random ones"),
+            (("--preset=var-readme",), f"--preset var-readme: --images {images} were made with the preset none"),
+        ):
+            code, _, errors = here(*judging(files, "adm", "--images", images, *flags))
+            assert code == 1
+            assert words in errors
+    next((tmp_path / "made").glob("*.png")).unlink()
+    code, _, errors = here(*judging(files, "adm", "--images", tmp_path / "made"))
+    assert code == 1
+    assert "holds 3 images of the 4 that `ddfast sample` was to make: the same command makes the others" in errors
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("mu", "sigma"), "has mu and sigma alone, as references of pytorch-fid and clean-fid do"),
+        (("mu", "mu_s", "sigma_s"), "and neither mu with sigma nor arr_0"),
+    ],
+)
+def test_a_reference_of_another_instrument_is_named(here, references, names, words):
+    with np.load(references / "real.npz") as there:
+        np.savez(references / "other.npz", **{name: there[name] for name in names})
+    flags = ("--reference", references / "other.npz", "--inception", references / "weights.pth")
+    code, _, errors = here("evaluate", "--protocol", "adm", *flags, "--images", references / "ours.npz")
     assert code == 1
     assert words in errors

@@ -432,3 +432,46 @@ def test_a_stream_of_ones_own_is_not_kept(tmp_path):
             save_samples(failing(), teacher, form, tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]  # whole images
     assert {path.suffix for path in (tmp_path / "x").iterdir()} == {".png"}
+
+
+# Never less than all --------------------------------------------------------------------------------------------------
+
+
+def kept_of_ten(folder: Path, form: str = "npz") -> tuple[saving.Kept, Painter]:
+    return saving.Kept(form, folder / FORMS[form], {"count": 10}), Painter(0.1, 0.9, side=3, channels=3)
+
+
+@pytest.mark.parametrize("form", ["npz", "codes"])
+def test_a_file_without_all_batches_is_not_made(tmp_path, form):
+    """As where the processes of two machines do not see one folder."""
+    kept, teacher = kept_of_ten(tmp_path, form)
+    with (
+        kept.claimed(),
+        pytest.raises(DDFastError, match="has 1 batches, expected 2: all processes must see one folder"),
+    ):
+        kept.whole([range(5), range(5, 10)], lambda batch: [])
+        saving.save_stream(some(5, teacher), teacher, kept)
+    assert not kept.path.exists()
+    assert len(kept.parts()) == 1
+    again = kept_of_ten(tmp_path, form)[0]
+    with again.claimed():
+        assert again.whole([range(5), range(5, 10)], lambda batch: []) == {0}
+
+
+@pytest.mark.parametrize("form", ["npz", "codes"])
+def test_what_another_run_finished_meanwhile_is_not_written_over(tmp_path, form):
+    kept, _ = kept_of_ten(tmp_path, form)
+    kept.path.write_bytes(b"whole")
+    with pytest.raises(DDFastError, match="exists"), kept.claimed():
+        raise AssertionError("must not be claimed")
+    assert kept.path.read_bytes() == b"whole"
+
+
+def test_the_name_of_the_whole_is_no_batch(tmp_path):
+    kept, teacher = kept_of_ten(tmp_path, "codes")
+    kept.path = tmp_path / "50k.safetensors"
+    with kept.claimed():
+        kept.whole([range(5)], lambda batch: [])
+        (kept.folder / "whole.safetensors").write_bytes(b"a run was killed here")
+        saving.save_stream(some(5, teacher), teacher, kept)
+    assert len(load_file(kept.path)["codes"]) == 5

@@ -32,7 +32,7 @@ def numbers(count: int, size: int, *, shuffled: bool = False):
     number = torch.arange(count, dtype=torch.int64)
     if shuffled:
         number = number[torch.randperm(count, generator=torch.Generator().manual_seed(1))]
-    return [Batch(rows, rows) for rows in number.split(size)]
+    return [Batch(rows, rows, rows) for rows in number.split(size)]
 
 
 def reference_of(features: dict[str, Tensor]) -> Reference:

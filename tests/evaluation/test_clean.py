@@ -73,7 +73,7 @@ def test_it_is_clean_fid(tmp_path, network, plain, cleanfid, photos):
     there = open_images(photos, "--make-reference", any_size=True)
     assert write_reference(tmp_path / "real.npz", "clean", instrument.see(there.batches()).reference(), there) == 0
     file = ReferenceFile(tmp_path / "real.npz", "clean")
-    batches = [Batch(ours[rows], rows) for rows in torch.arange(5).split(3)]
+    batches = [Batch(ours[rows], rows, rows) for rows in torch.arange(5).split(3)]
     figures = instrument.figures(batches, file.seen_by(instrument))
     seen = theirs(cleanfid, plain, written(tmp_path / "ours", ours))
     torch.testing.assert_close(instrument.look(ours)[POOL], torch.from_numpy(seen), rtol=1e-5, atol=1e-5)

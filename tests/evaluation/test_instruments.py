@@ -49,7 +49,7 @@ def theirs(weights):
 
 
 def batches(images: Tensor, size: int = 50):
-    return [Batch(images[rows], rows) for rows in torch.arange(len(images), dtype=torch.int64).split(size)]
+    return [Batch(images[rows], rows, rows) for rows in torch.arange(len(images), dtype=torch.int64).split(size)]
 
 
 # What Inception sees -------------------------------------------------------------------------------------------------

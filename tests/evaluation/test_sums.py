@@ -78,7 +78,7 @@ def test_a_familys_classifier_is_an_instrument():
             return images.flatten(1)
 
     images, real = pictures(60, 5, size=4) / 255, pictures(80, 6, size=4) / 255
-    parts = [Batch(images[rows], rows) for rows in torch.arange(60, dtype=torch.int64).split(13)]
+    parts = [Batch(images[rows], rows, rows) for rows in torch.arange(60, dtype=torch.int64).split(13)]
     reference = Reference(gaussians={"frechet": Gaussian.of(real.flatten(1))}, features=real.flatten(1))
     figures = Classifier(Network()).figures(parts, reference)
     assert list(figures) == ["frechet", "frechet_error", "precision", "recall", "count"]
