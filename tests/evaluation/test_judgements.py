@@ -1,0 +1,35 @@
+"""Which figures share a table."""
+
+import pytest
+
+from ddfast.errors import DDFastError
+from ddfast.evaluation.judgements import Judgement, table
+
+
+def judged(source, **given):
+    said = {"file": "x", "sha256": "1" * 64}
+    return Judgement(
+        instrument="clean",
+        source=source,
+        count=300,
+        size=[8, 8],
+        figures={"fid": 1.0, "precision": 0.5, "clip_score": 30.0},
+        inception=said,
+        reference=said,
+        **given,
+    )
+
+
+def test_scores_of_two_models_or_captions_share_no_table():
+    """Whichever rows have one: the first need not."""
+    model = {"file": "b32", "sha256": "2" * 64, "captions": "3" * 64}
+    assert len(table([judged("a"), judged("b", clip=model), judged("c", clip=model)])) > 5
+    for other, what in (({"sha256": "4" * 64}, "model"), ({"captions": "5" * 64}, "captions")):
+        with pytest.raises(DDFastError, match=f"c was measured with the CLIP {what} of SHA-256 [45]{{12}}, b with"):
+            table([judged("a"), judged("b", clip=model), judged("c", clip=model | other)])
+
+
+def test_what_a_preset_was_changed_to_is_told():
+    row = judged("a", preset="var-readme", settings={"changed": ["quantise nearest", "cfg_scale 4.0"]})
+    assert "| var-readme, but quantise nearest, cfg_scale 4.0 |" in "\n".join(table([row]))
+    assert "| var-readme |" in "\n".join(table([judged("a", preset="var-readme")]))
