@@ -19,7 +19,7 @@ TINY = [
     "--teacher.width=32", "--teacher.depth=1", "--teacher.heads=2", "--teacher.iterations=20",
     "--teacher.training-images=500", "--teacher.batch-size=32",
     "--trajectories.count=300", "--trajectories.shard-size=50",
-    "--evaluation.samples=200", "--evaluation.batch-sizes", "1", "4",
+    "--evaluation.samples=200", "--evaluation.paths=4", "--evaluation.batch-sizes", "1", "4",
 ]  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def test_train_writes_everything(finished):
     assert "| AR-diffusion model (stage 1) | 16 x 10 |" in report
 
 
+@pytest.mark.full
 def test_killed_in_every_stage_and_run_again_is_the_same_run(environment, run, finished, tmp_path):
     out = tmp_path / "killed"
     arguments = command("train", "--out", out, *SIZES)
@@ -91,6 +92,7 @@ def test_a_start_from_the_teacher_needs_no_stage_1(run, tmp_path):
     assert "stage 1" not in done.stdout
 
 
+@pytest.mark.full
 def test_starting_from_a_dd1_student(run, tmp_path):
     run("train", "--out", tmp_path / "dd1", *TINY, "--dd1.iterations=10", "--dd1.batch-size=16")
     done = run("train", "--out", tmp_path / "dd2", *SIZES, "--init", f"dd1:{tmp_path / 'dd1'}")

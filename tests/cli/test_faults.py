@@ -174,6 +174,7 @@ train(Path({cache!r}), Path({out!r}), "dd1")
 """
 
 
+@pytest.mark.full
 def test_torchrun_starts_it_again_by_itself(cache, environment, whole, tmp_path):
     out, script = tmp_path / "run", tmp_path / "dies_once.py"
     here = Path(__file__).parent

@@ -112,6 +112,7 @@ def test_failures_are_the_least_likely_and_their_own_values(cache, generators, t
         assert f"{value:.3f}" in read.texts  # made again, they are the same
 
 
+@pytest.mark.full
 def test_processes_share_the_work_and_make_the_same(cache, generators, tmp_path):
     for count, name in ((1, "one"), (3, "many")):
         launch(count, made, cache, generators, "digits", tmp_path / name)

@@ -158,6 +158,7 @@ torch.save(student.state_dict(), out / "student.pt")
 """
 
 
+@pytest.mark.full
 def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path):
     call = [sys.executable, "-c", SCRIPT.format(paths=[os.path.dirname(__file__), *sys.path])]
     threads = torch.get_num_threads()

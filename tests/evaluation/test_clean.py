@@ -65,6 +65,7 @@ def written(folder, images):
     return folder
 
 
+@pytest.mark.full
 def test_it_is_clean_fid(tmp_path, network, plain, cleanfid, photos):
     """From PNG files to features, and to the distance with a reference in a file, to 1e-6."""
     ours = pictures(5, 20, size=48)

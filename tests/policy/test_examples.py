@@ -70,6 +70,7 @@ def test_pages(page, tmp_path, monkeypatch):
     assert not execute(page, tmp_path)
 
 
+@pytest.mark.full
 def test_a_teacher_of_ones_own_reaches_every_command(tmp_path, monkeypatch, restored_families):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
