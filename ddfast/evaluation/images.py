@@ -159,6 +159,7 @@ class ImageFolder(Images):
         return _settings(read_text(file), file) if file.is_file() else {}
 
     def conditions(self) -> Tensor:
+        """By the files' names."""
         found = [_NAME.fullmatch(file.stem) for file in self.files]
         strange = [file.name for file, match in zip(self.files, found, strict=True) if match is None]
         if strange:
@@ -189,6 +190,7 @@ class ImageArray(Images):
         return _settings(said, self.path) if said.startswith("{") else {}
 
     def conditions(self) -> Tensor:
+        """By the array of labels."""
         with member(self.path, LABELS, "--images") as (file, shape, dtype):
             if shape != (self.count,) or dtype != np.int64:
                 raise DDFastError(f"{self.path}: {LABELS} is {dtype} {list(shape)}, expected int64 [{self.count}]")
