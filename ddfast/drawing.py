@@ -294,7 +294,7 @@ def of_networks(teacher: Teacher, student: Student | None, guidance: Guidance | 
         used = dataclasses.asdict(teacher.defaults) | guidance.given()
         decided |= {f"guidance.{name}": value for name, value in used.items()}
     if not teacher.num_classes:
-        decided["captions"] = _captions_digest(teacher)
+        decided["captions"] = f"{teacher.num_conditions}, {_captions_digest(teacher)}"
     return decided
 
 

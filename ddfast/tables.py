@@ -41,7 +41,6 @@ FIGURES = {
     "teacher_nll": Figure(label="NLL/token", form=".3f", axis="NLL, nats per token", target=True),
     "pair_tv": Figure(label="pair TV", form=".3f", axis="pair TV", target=True),
     "count": Figure(label="samples", form="d"),
-    "path_length": Figure(label="path length", form=".4g"),
     "accepted_per_pass": Figure(label="accepted per pass", form=".3g"),
 }
 """Known figures, in the order of a table's columns; one that is not here is told by its name."""

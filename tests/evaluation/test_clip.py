@@ -209,7 +209,7 @@ def test_it_works_without_the_library_itself(stand_in):
 def test_an_image_that_is_there_has_the_caption_of_its_number(stand_in):
     clip, batch = Clip(stand_in), batches([5], side=16)[0]
     by_number, by_condition = ClipScore(clip, CAPTIONS), ClipScore(clip, [CAPTIONS[n] for n in batch.condition])
-    for score, given in ((by_number, batch), (by_condition, Numbered(batch.pixels, batch.number))):
+    for score, given in ((by_number, batch), (by_condition, Numbered(batch.pixels, batch.number, batch.number))):
         assert list(score.along([given])) == [given]
     assert by_number.figures() == by_condition.figures()
     assert by_number.said["sha256"] == by_condition.said["sha256"]
@@ -218,7 +218,8 @@ def test_an_image_that_is_there_has_the_caption_of_its_number(stand_in):
 
 @pytest.mark.parametrize("wrong", [5, -1])
 def test_an_image_without_caption_is_refused(stand_in, wrong):
-    batch = Numbered(batches([1])[0].pixels, torch.tensor([wrong]))
+    number = torch.tensor([wrong])
+    batch = Numbered(batches([1])[0].pixels, number, number)
     with pytest.raises(ValueError, match=f"captions: got 5, expected one with the number {wrong}"):
         list(ClipScore(Clip(stand_in), CAPTIONS).along([batch]))
 

@@ -162,16 +162,20 @@ def arrays(path, **content):
 
 
 MU, SIGMA = np.zeros(2048), np.eye(2048)
+SPATIAL = {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
 
 
 @pytest.mark.parametrize(
     ("instrument", "name", "write", "words"),
     [
         ("adm", "x.npz", lambda path: arrays(path, m=MU), "takes an .npz file with mu, sigma, mu_s, .*, not m"),
-        ("adm", "x.npz", lambda path: arrays(path, mu=MU[:5], sigma=SIGMA), r"fid: mean \[5\] and covariance"),
-        ("adm", "x.npz", lambda path: arrays(path, mu=MU, sigma=SIGMA * np.nan), "not finite"),
-        ("adm", "x.npz", lambda path: arrays(path, mu=MU, sigma=np.triu(np.ones((2048, 2048)))), "not symmetric"),
-        ("adm", "x.npz", lambda path: arrays(path, mu=MU.astype(int), sigma=SIGMA), "mu is int64"),
+        ("adm", "x.npz", lambda path: arrays(path, mu=MU[:5], sigma=SIGMA, **SPATIAL), r"fid: mean \[5\] and"),
+        ("adm", "x.npz", lambda path: arrays(path, mu=MU, sigma=SIGMA * np.nan, **SPATIAL), "not finite"),
+        (
+            "adm", "x.npz", lambda path: arrays(path, mu=MU, sigma=np.triu(np.ones((2048, 2048))), **SPATIAL),
+            "not symmetric",
+        ),
+        ("adm", "x.npz", lambda path: arrays(path, mu=MU.astype(int), sigma=SIGMA, **SPATIAL), "mu is int64"),
         ("adm", "x.npz", lambda path: arrays(path, mu=MU, sigma=SIGMA, arr_0=MU), "arr_0 is float64"),
         ("adm", "x.pth", lambda path: torch.save({"m": torch.zeros(2048)}, path), "takes an .npz file"),
         ("dd1", "x.npz", lambda path: arrays(path, mu=MU, sigma=SIGMA), "is an .npz file, as --protocol adm takes it"),
@@ -179,7 +183,7 @@ MU, SIGMA = np.zeros(2048), np.eye(2048)
         ("dd1", "x.pth", lambda path: torch.save({"x": Code()}, path), "something else than tensors"),
         ("dd1", "x.pth", lambda path: None, "there is no such file"),
     ],
-)
+)  # fmt: skip
 def test_other_references_are_named(instrument, name, write, words, tmp_path):
     write(tmp_path / name)
     with pytest.raises(DDFastError, match=words):
