@@ -260,9 +260,9 @@ def settings_of(options: SampleOptions, chosen: Choices) -> dict[str, Any]:
     """What decides the samples, as far as the options say it."""
     settings = {**vars(chosen), "preset": options.preset, "classes": options.classes, "seed": options.seed}
     if options.preset:
-        given = {name: getattr(options, name) for name in ("count", "labels", "quantise", "resize")}
-        changed = [*(name for name, value in given.items() if value is not None), *options.guidance.given()]
-        settings["changed"] = [f"{name} {({**given, **options.guidance.given()})[name]}" for name in changed]
+        own = {name: getattr(options, name) for name in ("count", "labels", "quantise", "resize")}
+        given = {name: value for name, value in own.items() if value is not None} | options.guidance.given()
+        settings["changed"] = [f"{name} {value}" for name, value in given.items()]
     settings |= {"steps": options.steps, "teacher_steps": options.teacher_steps}
     settings["device"] = torch.device(options.device).type
     if options.batch_size > 0 and chosen.count > 0:

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -184,16 +183,14 @@ class Kept:
 
     def _tidy(self) -> None:
         """Leave nothing that nobody will use."""
+        goes = self.form != "files" and (self.settings is None or self.path.exists())
+        empty = processes.count() == 1 and not self.begun()  # of several, another may be about to write
         with contextlib.suppress(OSError):
-            if self.form != "files" and (self.settings is None or self.path.exists()):
-                for file in self.folder.iterdir():
-                    if file.name != LOCK:  # the last: without it, another run would begin among what goes
-                        file.unlink()
+            for file in self.folder.iterdir() if goes else [self.folder / SETTINGS] if empty else ():
+                if file.name != LOCK:  # the last: without it, another run would begin among what goes
+                    file.unlink(missing_ok=True)
             (self.folder / LOCK).unlink(missing_ok=True)
-            if self.form != "files" and (self.settings is None or self.path.exists()):
-                shutil.rmtree(self.folder)
-            elif processes.count() == 1 and not self.begun():  # of several, another may be about to write
-                (self.folder / SETTINGS).unlink(missing_ok=True)
+            if goes or empty:
                 self.folder.rmdir()
 
     def whole(self, batches: Sequence[range], names: Callable[[range], Iterable[str]]) -> set[int]:
@@ -209,8 +206,9 @@ class Kept:
         if self.form == "grid":
             return set()
         self.wanted = [self.part(batch.start) for batch in batches]
-        named = [[self.part(batch.start).name] if self.form != "files" else list(names(batch)) for batch in batches]
+        named = [[part.name] for part in self.wanted]
         if self.form == "files":
+            named = [list(names(batch)) for batch in batches]
             strange = sorted(_pictures(self.folder).difference(*named))
             if strange:
                 what = f"holds {len(strange)} images that are not of this run, such as {strange[0]}"
