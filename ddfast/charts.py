@@ -264,9 +264,10 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
             arrowprops={"arrowstyle": "-", "color": _COLOURS["soft"], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 5},
         )  # fmt: skip
         others = [box for box in [*marks, *texts] if not box.contains(*centre)]
+        size = _text_box(label, renderer)
         costs: dict[tuple[float, float, str, str], float] = {}
         for place in _places():
-            box, lead = _placed(label, centre, place, renderer)
+            box, lead = _placed(size, centre, place)
             away = math.hypot(*place[:2])
             outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
             overlaps = outside + sum(box.overlaps(other) for other in taken)
@@ -274,7 +275,9 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
             crossings += sum(lead.intersects_bbox(other) for other in others) if away > _BESIDE else 0
             costs[place] = 1e6 * overlaps + 1e3 * crossings + away  # an overlap is worse, and a way the least of all
         best = min(costs, key=costs.__getitem__)
-        box, lead = _placed(label, centre, best, renderer)
+        label.set_position(best[:2])
+        label.set(ha=best[2], va=best[3])
+        box, lead = _placed(size, centre, best)
         far = math.hypot(*best[:2]) > _BESIDE
         assert label.arrow_patch is not None
         label.arrow_patch.set_visible(far)
@@ -285,14 +288,22 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], line: f
     return made
 
 
-def _placed(label: Any, centre: Any, place: tuple[float, float, str, str], renderer: Any) -> tuple[Any, Any]:
-    """What a label takes up in a place, and the line from its point to it."""
+def _placed(box: Any, centre: Any, place: tuple[float, float, str, str]) -> tuple[Any, Any]:
+    """What a label takes up in a place, and the line from its point to it.
+
+    Args:
+        box: what it takes up anywhere.
+        centre: of its point.
+        place: one of `_places`; a point is a pixel here.
+    """
     from matplotlib.path import Path
+    from matplotlib.transforms import Bbox
 
     dx, dy, across, along = place
-    label.set_position((dx, dy))
-    label.set(ha=across, va=along)
-    return _text_box(label, renderer), Path([centre, (centre[0] + dx, centre[1] + dy)])
+    x, y = centre[0] + dx, centre[1] + dy
+    left = x - box.width * {"left": 0.0, "center": 0.5, "right": 1.0}[across]
+    low = y - box.height * {"bottom": 0.0, "center": 0.5, "top": 1.0}[along]
+    return Bbox.from_bounds(left, low, box.width, box.height), Path([centre, (x, y)])
 
 
 def _text_box(label: Any, renderer: Any) -> Any:

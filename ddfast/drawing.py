@@ -45,6 +45,8 @@ class DrawOptions:
     Attributes:
         steps: DD1: 1 or 2 passes; DD2: one pass, then steps - 1 groups of the teacher's; 0: the teacher, step by step.
         teacher_steps: groups that the teacher regenerates between the passes (from the second step's point on).
+        refine: passes of the teacher over the student's samples, each with the flow from the same noise; exact: until
+            they are the teacher's own.
         point: where the second step starts; default: where it was trained.
         guidance: settings of the teacher's part; default: the preset's, or those that the student learnt.
         preset: var-readme, var-paper, llamagen or dd1: labels, count, settings of the teacher's part, quantise and
@@ -66,6 +68,7 @@ class DrawOptions:
 
     steps: int = 1
     teacher_steps: int = 0
+    refine: int | Literal["exact"] = 0
     point: int | None = None
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     preset: str = ""
@@ -181,7 +184,7 @@ def opened(
         texts = options.captions or options.caption
         give_captions(teacher, texts, encoder=options.text_encoder, device=options.device)
     set_point(teacher, network, options.point, steps=steps, teacher_steps=teacher_steps)
-    decodes = teacher_takes_part(network, steps, teacher_steps)
+    decodes = teacher_takes_part(network, steps, teacher_steps, options.refine)
     guidance = _guidance(options, teacher, decodes)
 
     classes = labels(options.classes)
@@ -193,6 +196,7 @@ def opened(
         seed=options.seed,
         steps=steps,
         teacher_steps=teacher_steps,
+        refine=options.refine,
         guidance=guidance,
         classes=classes,
         labels=chosen.labels,
@@ -263,7 +267,7 @@ def settings_of(options: SampleOptions, chosen: Choices) -> dict[str, Any]:
         own = {name: getattr(options, name) for name in ("count", "labels", "quantise", "resize")}
         given = {name: value for name, value in own.items() if value is not None} | options.guidance.given()
         settings["changed"] = [f"{name} {value}" for name, value in given.items()]
-    settings |= {"steps": options.steps, "teacher_steps": options.teacher_steps}
+    settings |= {"steps": options.steps, "teacher_steps": options.teacher_steps, "refine": options.refine}
     settings["device"] = torch.device(options.device).type
     if options.batch_size > 0 and chosen.count > 0:
         settings["batch_size"] = len(batch_ranges(chosen.count, options.batch_size)[0])

@@ -158,7 +158,7 @@ def _made(source: str, teacher: Teacher, student: Student, seed: int, number: Te
     index = _conditions(teacher, number).to(teacher.codebook.device)
     request = Request(teacher=teacher, student=student, seed=seed, number=number, index=index)
     with torch.no_grad(), processes.busy():
-        return SOURCES[source].maker(teacher, seed)(request)
+        return SOURCES[source].maker(teacher)(request)
 
 
 def _conditions(teacher: Teacher, number: Tensor) -> Tensor:

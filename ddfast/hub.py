@@ -156,7 +156,8 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             steps: DD1: 1 or 2 passes; DD2: one pass, then steps - 1 groups of the teacher's.
             seed, first_index: image i has the noise (seed, first_index + i), whatever the batch.
             batch_size: images made at a time; 0: as many as free memory holds.
-            guidance: settings of the teacher's part where it has one, as of `Student.sample`: cfg_scale, top_k, ...
+            guidance: `refine`, and settings of the teacher's part where it has one, as of `Student.sample`: cfg_scale,
+                top_k, ...
 
         Raises:
             TypeError, ValueError: an argument is unknown, is not as above, or has no effect; or the teacher has no
@@ -206,7 +207,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
                 batch_size = largest_sampling_batch(
                     self.teacher,
                     self.student,
-                    decodes="teacher_range" in settings,
+                    decodes="teacher_range" in settings or bool(settings.get("refine")),
                     images=self.teacher.has_decoder,
                     condition=take(condition, torch.zeros(1, dtype=torch.int64, device=device)),
                 )

@@ -190,6 +190,8 @@ def _of_student(options: EvaluateOptions, progress_bar: ProgressBar) -> tuple[It
     by = "the teacher" if asked.steps == 0 else f"{asked.steps} step{'s' if asked.steps > 1 else ''}"
     if asked.steps and asked.teacher_steps:
         by += f" and {asked.teacher_steps} of the teacher"
+    if asked.steps and asked.refine:
+        by += f", refined ({asked.refine})"
     made = {"source": f"{asked.student}, {by}", "count": chosen.count, "size": size}
     return pictures, made | {"preset": asked.preset, "settings": settings}
 

@@ -25,6 +25,7 @@ from ddfast.config import SamplingSettings
 from ddfast.models.autoregressive import Condition
 from ddfast.models.decoding import release_graphs
 from ddfast.models.protocol import Teacher
+from ddfast.models.refinement import Refine, check_refine
 from ddfast.models.student import DD1Student, Student
 from ddfast.ops import nearest_code, noise
 from ddfast.trajectories.memory import fitting
@@ -175,6 +176,7 @@ def stream_student(
     seed: int,
     steps: int = 1,
     teacher_steps: int = 0,
+    refine: Refine = 0,
     guidance: Guidance | None = None,
     classes: Sequence[int] | None = None,
     labels: str = "uniform",
@@ -188,6 +190,7 @@ def stream_student(
         guidance: of the teacher's part.
         teacher_steps: groups from the student's point on that the teacher regenerates before the student's last pass;
             0: none.
+        refine: passes of the teacher over the student's samples, or "exact" (`Student.sample`).
         teacher: of the student.
         student: None: only with `steps=0`.
         count: how many; sample i has the chance (seed, i).
@@ -206,6 +209,8 @@ def stream_student(
     if steps == 0:
         if teacher_steps:
             raise ValueError("teacher_steps: has no effect with steps=0: the teacher makes every group")
+        if refine:
+            raise ValueError("refine: has no effect with steps=0: the teacher makes every group")
 
         def make(request: Request) -> Tensor:
             return teacher.embed(teacher.generate(request.condition, uniform=request.uniform, **guidance.given()))
@@ -213,7 +218,7 @@ def stream_student(
     else:
         if student is None:
             raise ValueError("student: got None, expected a student (or steps=0: the teacher alone)")
-        settings = _settings(teacher, student, steps, teacher_steps, guidance)
+        settings = _settings(teacher, student, steps, teacher_steps, refine, guidance)
 
         def make(request: Request) -> Tensor:
             return request.by_student(**settings)
@@ -231,7 +236,9 @@ def stream_student(
     )
 
 
-def _settings(teacher: Teacher, student: Student, steps: int, teacher_steps: int, guidance: Guidance) -> dict[str, Any]:
+def _settings(
+    teacher: Teacher, student: Student, steps: int, teacher_steps: int, refine: Refine, guidance: Guidance
+) -> dict[str, Any]:
     """Arguments of `Student.sample`; raises where one of ours would have no effect."""
     settings, given, groups = student.settings(steps), guidance.given(), len(teacher.groups)
     if teacher_steps:
@@ -245,16 +252,21 @@ def _settings(teacher: Teacher, student: Student, steps: int, teacher_steps: int
             expected = f"1 to {groups - point}, the groups from point {point} on"
             raise ValueError(f"teacher_steps: got {teacher_steps}, expected {expected}")
         settings = {"teacher_range": (point, point + teacher_steps)}
-    if "teacher_range" in settings:
+    check_refine(refine)
+    if refine:
+        settings = {**settings, "refine": refine}
+    if refine or "teacher_range" in settings:
         return {**settings, **given}
     if given:
         raise ValueError(f"guidance.{next(iter(given))}: has no effect with steps={steps}: the teacher takes no part")
     return settings
 
 
-def teacher_takes_part(student: Student | None, steps: int, teacher_steps: int = 0) -> bool:
+def teacher_takes_part(student: Student | None, steps: int, teacher_steps: int = 0, refine: Refine = 0) -> bool:
     """Whether the teacher decodes in a sampling of these steps."""
-    return steps == 0 or student is None or bool(teacher_steps) or "teacher_range" in student.settings(steps)
+    if steps == 0 or student is None or teacher_steps or refine:
+        return True
+    return "teacher_range" in student.settings(steps)
 
 
 def set_point(teacher: Teacher, student: Student | None, point: int | None, *, steps: int, teacher_steps: int) -> None:

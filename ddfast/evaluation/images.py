@@ -39,8 +39,14 @@ _OPAQUE = ("RGB", "L", "P", "1")
 """Pillow's modes of pictures that have one reading as RGB."""
 
 
-_NAME = re.compile(r"\d+-(?:class|caption)(\d+)")
-"""Of a picture of `ddfast sample`."""
+_NAME = re.compile(r"(\d+)-(?:class|caption)(\d+)")
+"""Of a picture of `ddfast sample`: its number, and its condition's."""
+
+
+def _place(file: Path) -> tuple[float, str]:
+    """Where a file stands among others: those of `ddfast sample` by their numbers, of five digits or more."""
+    found = _NAME.fullmatch(file.stem)
+    return (int(found[1]) if found else math.inf, file.name)
 
 
 class Pictured(Protocol):
@@ -126,11 +132,11 @@ def open_images(path: Path, option: str, progress: Progress = silent, *, any_siz
 
 
 class ImageFolder(Images):
-    """The PNG and JPG files of a folder in the order of their names; those with transparency are refused."""
+    """The PNG and JPG files of a folder in the order of their names (`_place`); those with transparency are refused."""
 
     def __init__(self, path: Path, option: str, progress: Progress = silent, *, any_size: bool = False) -> None:
         self.path = path
-        self.files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        self.files = sorted((file for file in path.iterdir() if file.suffix.lower() in SUFFIXES), key=_place)
         self.count = len(self.files)
         if not self.files:
             raise DDFastError(f"{option} {path}: no PNG or JPG files there")
@@ -164,7 +170,7 @@ class ImageFolder(Images):
         strange = [file.name for file, match in zip(self.files, found, strict=True) if match is None]
         if strange:
             raise DDFastError(f"{self.path}: {strange[0]} is not of the run of which {SETTINGS} tells; take it away")
-        return torch.tensor([int(match[1]) for match in found if match], dtype=torch.int64)
+        return torch.tensor([int(match[2]) for match in found if match], dtype=torch.int64)
 
     def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
         for run in numbers:

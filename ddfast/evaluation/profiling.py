@@ -77,7 +77,7 @@ def profile(
 def _passes(source: Source, teacher: Teacher, student: Student) -> str:
     """How many passes of the network a few samples of a source take."""
     request = first_request(teacher, student, _COUNTED)
-    source.maker(teacher, 0)(request)
+    source.maker(teacher)(request)
     assert request.passes is not None
     passes = float(request.passes.double().mean())
     each = f"{passes:.1f} passes for {teacher.num_tokens} tokens, {teacher.num_tokens / passes:.2f} tokens a pass"

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ddfast import processes, seeds
+from ddfast import private_api, processes, seeds
 from ddfast.evaluation.plain_decoding import plain_decoder
 from ddfast.evaluation.speculative_jacobi import speculative_jacobi
 from ddfast.models.flow_network import FlowNetwork
@@ -37,8 +38,7 @@ class Source:
     Attributes:
         name: its key in metrics.json.
         make: makes a batch of samples.
-        prepare: in its place where something has to be made before the first batch, of teacher, seed, and samples per
-            class.
+        prepare: in its place where something has to be made of the teacher before the first batch.
         label, steps: its row in the report; empty: it has none, and is not measured.
         picture: its title in samples.png; empty: it is not there.
         timed: its speed is measured.
@@ -49,7 +49,7 @@ class Source:
 
     name: str
     make: Make | None = None
-    prepare: Callable[[Teacher, int, int], Make] | None = None
+    prepare: Callable[[Teacher], Make] | None = None
     label: str = ""
     steps: str = ""
     picture: str = ""
@@ -58,12 +58,12 @@ class Source:
     by_student: bool = False
     counts_passes: bool = False
 
-    def maker(self, teacher: Teacher, seed: int, samples_per_class: int = 4000) -> Make:
+    def maker(self, teacher: Teacher) -> Make:
         """What makes its batches."""
         if self.make is not None:
             return self.make
         assert self.prepare is not None
-        return self.prepare(teacher, seed, samples_per_class)
+        return self.prepare(teacher)
 
 
 def _teacher(request: Request) -> Tensor:
@@ -145,19 +145,29 @@ def draw_marginals(
     return draw_codes(probs.log(), uniform)
 
 
-def _plain(teacher: Teacher, seed: int, samples_per_class: int) -> Make:
+def _plain(teacher: Teacher) -> Make:
     decoder = plain_decoder(teacher)
     return lambda request: decoder.generate(request.condition)
 
 
-def _independent_marginals(teacher: Teacher, seed: int, samples_per_class: int) -> Make:
+_estimated: WeakKeyDictionary[Teacher, tuple[object, Tensor]] = WeakKeyDictionary()
+"""Tables of marginals, and what they depend on: figures, timings and pictures of a run ask for the same ones."""
+
+
+def _independent_marginals(teacher: Teacher) -> Make:
     """onestep*: the best that a sampler of all tokens at once can do without looking at what the others became."""
     device = teacher.codebook.device
+    weights = tuple((tensor.data_ptr(), private_api.writes(tensor)) for tensor in teacher.parameters())
+    key = (weights, teacher.defaults, teacher.num_conditions, device)
 
-    def estimated() -> Tensor:
-        return marginal_tables(teacher, seeds.generator(seed, device), samples_per_class=samples_per_class).cpu()
+    def estimated() -> Tensor:  # with a seed of its own: no sample of the figures is among those
+        return marginal_tables(teacher, seeds.generator(0, device, number=7_000_003)).cpu()
 
-    tables = processes.first_does(estimated).to(device)  # one sequence of draws: there is nothing to share
+    known, tables = _estimated.get(teacher, (None, torch.empty(0, dtype=torch.float32)))
+    same = known == key and teacher.num_classes > 0  # of captions, as many may be others
+    if not processes.first_does(lambda: same):
+        tables = processes.first_does(estimated).to(device)  # one sequence of draws: there is nothing to share
+        _estimated[teacher] = key, tables
     return lambda request: teacher.embed(draw_marginals(tables, request.index, uniform=request.uniform))
 
 
@@ -261,7 +271,7 @@ def stream(
     if student is None and SOURCES[source].by_student:
         raise ValueError("student: got None, expected a student for this source")
     return batches(
-        partial(SOURCES[source].maker, teacher, seed),
+        partial(SOURCES[source].maker, teacher),
         teacher,
         student,
         count=count,

@@ -14,18 +14,17 @@ Dimensions: B batch, R rows (B, or 2B with guidance), S window, N tokens, V code
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddfast.models.attention import window_positions
-from ddfast.models.autoregressive import Condition, condition_size
-from ddfast.models.decoding import check_decoded, read_guided
+from ddfast.models.autoregressive import Condition
+from ddfast.models.decoding import check_decoded
 from ddfast.models.protocol import Teacher
+from ddfast.models.windows import windows
 from ddfast.ops import draw_codes, filter_logits
 
 WINDOW = 16
@@ -65,11 +64,13 @@ def speculative_jacobi(
     count, device = teacher.num_tokens, teacher.codebook.device
     size = min(window, max(count - 1, 1))
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        cached = teacher.has_windows if cached is None else cached
-        network = (_Cached if cached else _TeacherForced)(teacher, teacher.accepted(condition))
+        network = windows(teacher, teacher.accepted(condition), *teacher.guidance_and_filters(), cached=cached)
         chance = uniform(0, count)
         drafts = (chance[:, 1:].double() * teacher.num_codes).long()
-        codes = torch.cat((draw_codes(network.first(), chance[:, :1]), drafts), dim=1)
+        nothing = torch.zeros(chance.shape, dtype=torch.int64, device=device)
+        codes = torch.cat(
+            (draw_codes(**network.window(nothing, nothing[:, 0], 1), uniform=chance[:, :1]), drafts), dim=1
+        )
         check_decoded(codes)
         decided = torch.ones(len(codes), dtype=torch.int64, device=device)
         passes, turn = torch.ones_like(decided), 0
@@ -77,7 +78,7 @@ def speculative_jacobi(
         while bool((decided < count).any()):
             turn, passes = turn + 1, passes + (decided < count)
             first = decided.clamp_max(count - size)  # near the end, what is decided already is read again
-            log_probs = network.window(codes, first, size)
+            log_probs = filter_logits(**network.window(codes, first, size))
             drawn_from = _Drawn(log_probs if before is None else before, first - first_before)
             decided = verify(codes, decided, log_probs, first, drawn_from, uniform(turn, 2 * size))
             check_decoded(codes)
@@ -159,66 +160,3 @@ def left_over(log_probs: Tensor, drawn_from: Tensor) -> Tensor:
 def _rows(like: Tensor) -> Tensor:
     """Number of every row, int64 [B, 1]."""
     return torch.arange(len(like), dtype=torch.int64, device=like.device)[:, None]
-
-
-class _Network(ABC):
-    """A teacher's passes over windows, guided and filtered as its defaults say."""
-
-    def __init__(self, teacher: Teacher, condition: Condition) -> None:
-        self.teacher, self.condition, self.batch = teacher, condition, condition_size(condition)
-        defaults = teacher.defaults
-        self.filters = teacher.filters(temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p)
-        self.scales = [teacher.group_cfg_scale(defaults.cfg_scale, group) for group in range(teacher.num_tokens)]
-        self.guided = any(scale != 1.0 for scale in self.scales)
-
-    @abstractmethod
-    def first(self) -> Tensor:
-        """Log-probabilities [B, 1, V] of the first token."""
-
-    @abstractmethod
-    def window(self, codes: Tensor, first: Tensor, size: int) -> Tensor:
-        """Log-probabilities [B, S, V] of tokens `first` int64 [B] and following, given those before in codes [B, N]."""
-
-    def scale(self, position: Tensor) -> float | Tensor:
-        """Of guidance, of tokens int64 [B, S]."""
-        if len(set(self.scales)) == 1:
-            return self.scales[0]
-        return torch.tensor(self.scales, dtype=torch.float32, device=position.device)[position]
-
-
-class _Cached(_Network):
-    """A KV cache of what is decided; a window overwrites what the last one left behind that."""
-
-    def __init__(self, teacher: Teacher, condition: Condition) -> None:
-        super().__init__(teacher, condition)
-        self.state = teacher.begin(condition, guided=self.guided)
-
-    def first(self) -> Tensor:
-        nothing = torch.empty(self.batch, 0, dtype=torch.int64, device=self.teacher.codebook.device)
-        return self._log_probs(self.teacher.advance(self.state, nothing), self.scales[0])
-
-    def window(self, codes: Tensor, first: Tensor, size: int) -> Tensor:
-        hidden = self.teacher.advance_window(self.state, codes.gather(1, window_positions(first - 1, size)), first)
-        return self._log_probs(hidden, self.scale(window_positions(first, size)))
-
-    def _log_probs(self, hidden: Tensor, scale: float | Tensor) -> Tensor:
-        logits, guidance = read_guided(self.teacher, hidden, self.batch, scale)
-        return filter_logits(logits, **self.filters, **guidance)
-
-
-class _TeacherForced(_Network):
-    """The whole sequence in every pass: for any teacher."""
-
-    def first(self) -> Tensor:
-        nothing = torch.zeros(
-            self.batch, self.teacher.num_tokens, dtype=torch.int64, device=self.teacher.codebook.device
-        )
-        return self.window(nothing, nothing[:, 0], 1)
-
-    def window(self, codes: Tensor, first: Tensor, size: int) -> Tensor:
-        position, guidance = window_positions(first, size), dict[str, Any]()
-        logits = self.teacher.logits(self.condition, codes)[_rows(codes), position]
-        if self.guided:
-            uncond = self.teacher.logits(self.condition, codes, unconditional=True)[_rows(codes), position]
-            guidance = {"uncond": uncond, "cfg_scale": self.scale(position)}
-        return filter_logits(logits, **self.filters, **guidance)

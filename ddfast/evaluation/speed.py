@@ -50,11 +50,7 @@ def measure_speed(
         before; and where the teacher has a decoder, for `IMAGE_DECODER`: codes to pixels, which every other source
         leaves out.
     """
-    makers = {
-        source.name: source.maker(teacher, 0, samples_per_class=500)
-        for source in sources_for(teacher, student)
-        if source.timed
-    }
+    makers = {source.name: source.maker(teacher) for source in sources_for(teacher, student) if source.timed}
     return processes.first_does(lambda: _timed(makers, teacher, student, batch_sizes, rounds, progress))
 
 

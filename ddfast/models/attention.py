@@ -140,6 +140,11 @@ class KVCache:
         self.keys[layer].scatter_(2, where, keys)
         self.values[layer].scatter_(2, where, values)
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with some of the rows, int64 [m], layer by layer."""
+        self.keys = tuple(keys[rows] for keys in self.keys)
+        self.values = tuple(values[rows] for values in self.values)
+
     def clear(self) -> None:
         """Put zeros where nothing was written yet, once: it may be NaN, which a mask lets through."""
         if not self.cleared:

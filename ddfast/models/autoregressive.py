@@ -123,10 +123,14 @@ class AutoRegressive(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no windows")
 
+    def keep_rows(self, state: Any, rows: Tensor) -> None:
+        """Go on with some of the rows of a state, int64 [m], in place; a model that has windows has this too."""
+        raise NotImplementedError(f"{type(self).__name__} has no windows")
+
     @property
     def has_windows(self) -> bool:
-        """Whether `advance_window` is overridden."""
-        return type(self).advance_window is not AutoRegressive.advance_window
+        """Whether `advance_window` is overridden, and groups have one token each."""
+        return self.one_by_one and type(self).advance_window is not AutoRegressive.advance_window
 
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         """The ops with kernels that `advance` runs for R rows of G new tokens, and the sizes that each is asked of.

@@ -123,6 +123,36 @@ class Teacher(AutoRegressive):
         """Settings of `filter_logits`; a family translates what its official code gives a meaning of its own."""
         return {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
+    def guidance_and_filters(
+        self,
+        groups: range | None = None,
+        *,
+        cfg_scale: float | None = None,
+        cfg_interval: int = -1,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+    ) -> tuple[list[float], dict[str, Any]]:
+        """What a decoding of some groups (None: all) asks of `filter_logits`.
+
+        Args: as of `generate`.
+
+        Returns:
+            the scale of guidance of every group (1: none), and the other settings by name.
+        """
+        defaults = self.defaults
+        filters = self.filters(
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+        )
+        cfg_scale = defaults.cfg_scale if cfg_scale is None else float(cfg_scale)
+        groups = range(len(self.groups)) if groups is None else groups
+        scales = [self.group_cfg_scale(cfg_scale, group) for group in groups]
+        if cfg_interval >= 0:
+            scales[cfg_interval + 2 :] = [1.0] * len(scales[cfg_interval + 2 :])
+        return scales, filters
+
     def log_probs(
         self,
         condition: Condition,
@@ -204,13 +234,6 @@ class Teacher(AutoRegressive):
         check_options(self.begin, options, inspect.signature(Teacher.generate).parameters)
         condition = self.accepted(condition)
         batch = condition_size(condition)
-        defaults = self.defaults
-        cfg_scale = defaults.cfg_scale if cfg_scale is None else float(cfg_scale)
-        settings = self.filters(
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-        )
         starts, device = self.group_starts(), self.codebook.device
         length = 0
         if prefix is not None:
@@ -235,16 +258,21 @@ class Teacher(AutoRegressive):
             raise ValueError(f"stop: got {stop}, expected at least the prefix's {length} tokens")
 
         first, last = starts.index(length), starts.index(stop)
-        scales = [self.group_cfg_scale(cfg_scale, group) for group in range(first, last)]
-        if cfg_interval >= 0:
-            scales[cfg_interval + 2 :] = [1.0] * len(scales[cfg_interval + 2 :])
+        scales, filters = self.guidance_and_filters(
+            range(first, last),
+            cfg_scale=cfg_scale,
+            cfg_interval=cfg_interval,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+        )
         plan = Plan(
             batch=batch,
             first=first,
             stop=last,
             sampler=sampler,
             scales=tuple(scales),
-            filters=tuple(settings.items()),
+            filters=tuple(filters.items()),
             flow=(("steps", steps), ("solver", solver)),
             options=tuple(options.items()),
         )

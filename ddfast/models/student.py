@@ -22,6 +22,7 @@ from ddfast.models.autoregressive import Condition, condition_size, on_device
 from ddfast.models.inputs import check_noise, check_options, known
 from ddfast.models.layers import Embedding, Linear, weights_dtype
 from ddfast.models.protocol import Teacher
+from ddfast.models.refinement import Refine, check_refine, refined
 from ddfast.models.transformer import Transformer, TransformerTeacher, transformer_sizes
 from ddfast.ops import nearest_code
 
@@ -143,6 +144,7 @@ class Student(nn.Module, ABC):
         steps: tuple[int, ...] = (0,),
         split: int | None = None,
         teacher_range: tuple[int, int] | None = None,
+        refine: Refine = 0,
         cfg_scale: float | None = None,
         **generation: Any,
     ) -> Tensor:
@@ -159,6 +161,9 @@ class Student(nn.Module, ABC):
             split: group from which the continuous head is used; None: the student's own `split`.
             teacher_range: (first, last): after the first pass the teacher regenerates groups first..last-1 from the
                 quantised prefix and the same noise, then the student finishes from point `last`.
+            refine: passes of the teacher over the result, each with the flow from the same noise
+                (`ddfast.models.refinement.refined`), which leave codes alone; "exact": until they are those of
+                `Teacher.generate(sampler="flow")`.
             cfg_scale: guidance of the teacher's part; None takes its default.
             generation: other settings of the teacher's part, as in `Teacher.generate`; `sampler="multinomial"` draws
                 its tokens as the official scripts do, instead of following the flow from the same noise.
@@ -182,8 +187,12 @@ class Student(nn.Module, ABC):
             raise ValueError(f"teacher_range: got {teacher_range}, expected first < last in 0..{count}")
         given = {**generation, **({} if cfg_scale is None else {"cfg_scale": cfg_scale})}
         check_options(teacher.begin, generation, inspect.signature(Teacher.generate).parameters)
-        if given and teacher_range is None:
-            raise ValueError(f"{next(iter(given))}: has no effect without teacher_range: the teacher takes no part")
+        check_refine(refine)
+        if given and teacher_range is None and not refine:
+            what = "has no effect without teacher_range or refine: the teacher takes no part"
+            raise ValueError(f"{next(iter(given))}: {what}")
+        if refine:
+            _check_refined(given)
         teacher.check_condition(condition)
         condition = on_device(condition, self.codebook.device)
         noise = check_noise(noise, (condition_size(condition), teacher.num_tokens, teacher.code_dim))
@@ -199,6 +208,11 @@ class Student(nn.Module, ABC):
                 points = (last, *(point for point in points if point > last))
             for point in points:
                 x = self.complete(condition, x, noise, point, split)
+            if refine:
+                given.pop("sampler", None)
+                x = self.codebook[
+                    refined(teacher, condition, noise, nearest_code(x, self.codebook), refine, **given)[0]
+                ]
         return x.clone()  # outside inference mode, so that samples can enter a training graph
 
     def involve_teacher(
@@ -215,6 +229,15 @@ class Student(nn.Module, ABC):
             generation |= {"sampler": "flow", "noise": noise}
         codes = self.teacher.generate(condition, prefix=prefix, stop=starts[last], **generation)
         return self.codebook[codes]
+
+
+def _check_refined(given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where the teacher's settings are not those of a flow that can be followed in passes."""
+    if given.get("sampler", "flow") != "flow":
+        raise ValueError(f"refine: got one with sampler {given['sampler']!r}; it follows the flow from the noise")
+    foreign = set(given) - {"sampler"} - set(inspect.signature(refined).parameters)
+    if foreign:
+        raise ValueError(f"{min(foreign)}: has no effect with refine")
 
 
 class DD1Student(Student):

@@ -233,6 +233,10 @@ class TransformerTeacher(TransformerNetwork, Teacher):
         tokens = self.input(embeddings) + self.position_embedding[position]
         return self.body.run(tokens, SequenceMix(WindowAttention(cache, position), self.body.head_dim))
 
+    def keep_rows(self, state: DecodeState, rows: Tensor) -> None:
+        state.labels = state.labels[rows]
+        state.cache.keep_rows(rows)
+
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         body, tokens = self.body, rows * size
         attention = {"decode_attention": Asked(rows, body.head_dim, self.num_tokens)} if size == 1 else {}

@@ -5,10 +5,13 @@ In place of Inception a network of a few features looks on: tests/evaluation has
 
 import hashlib
 import json
+import resource
 
 import numpy as np
 import pytest
 import torch
+from commands import in_this_process
+from launching import launch
 from PIL import Image
 from pixels import channels_last, pictures
 
@@ -31,10 +34,14 @@ class Little:
         return {POOL: places[:, 0].flatten(1), SPATIAL: places[:, 1].flatten(1), LOGITS: 9 * places[:, 2].flatten(1)}
 
 
+def take_little(patch):
+    patch.setattr(judged, "Inception", Little)
+    patch.setattr(reference_files, "WIDTHS", {POOL: WIDTH, SPATIAL: WIDTH})
+
+
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
-    monkeypatch.setattr(judged, "Inception", Little)
-    monkeypatch.setattr(reference_files, "WIDTHS", {POOL: WIDTH, SPATIAL: WIDTH})
+    take_little(monkeypatch)
 
 
 @pytest.fixture
@@ -123,6 +130,34 @@ def test_a_student_is_sampled_and_judged(here, references, generators, tmp_path)
     assert next(rows) == next(rows)
 
 
+def commands(cache, folder, *all_of_them):
+    """Commands in this process, one of several; the codes that they end with."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_little(patch)
+        return [
+            in_this_process(cache, *command, "--json", folder / f"{n}.json") for n, command in enumerate(all_of_them)
+        ]
+
+
+def test_any_number_of_processes_judges_the_same(references, generators, cache, tmp_path):
+    student = ("--student", generators / "digits", "--count", 50, "--batch-size", 7)
+    given = (
+        judging(references, "adm", "--images", references / "ours.npz"),
+        judging(references, "adm", "--images", references / "real"),
+        judging(references, "dd1", *student),
+        judging(references, "adm", *student),
+    )
+    said = []
+    for count in (1, 2, 3):
+        (tmp_path / f"{count}").mkdir()
+        assert launch(count, commands, cache, tmp_path / f"{count}", *given) == [[0] * len(given)] * count
+        said.append([json.loads((tmp_path / f"{count}" / f"{n}.json").read_text()) for n in range(len(given))])
+    for one, *others in zip(*said, strict=True):
+        for other in others:
+            assert other["figures"] == pytest.approx(one["figures"], rel=1e-9, abs=1e-9)
+            assert other | {"figures": 0} == one | {"figures": 0}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -191,3 +226,40 @@ def test_a_reference_of_another_instrument_is_named(here, references, names, wor
     code, _, errors = here("evaluate", "--protocol", "adm", *flags, "--images", references / "ours.npz")
     assert code == 1
     assert words in errors
+
+
+class Wide(Little):
+    """As many features as the true one has."""
+
+    def look(self, pixels, prepare):
+        values = pixels.float().flatten(1) / 255
+        weights = torch.sin(torch.arange(values.shape[1] * 2048, dtype=torch.float32)).view(-1, 2048)
+        pooled = (values @ weights).tanh()
+        return {POOL: pooled, SPATIAL: pooled[:, :2023], LOGITS: pooled[:, :1008]}
+
+
+def peak(folder, *command):
+    """The largest resident set, in KiB, of a command in a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judged, "Inception", Wide)
+        assert in_this_process(folder, *command) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.full
+def test_memory_does_not_depend_on_the_count(tmp_path, monkeypatch):
+    """FID's: precision and recall keep the features of all images."""
+    monkeypatch.undo()  # statistics of the true widths
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    found = {}
+    for count in (1000, 2000, 20_000):
+        np.savez(
+            tmp_path / f"{count}.npz", np.tile(channels_last(pictures(1000, 0, size=16)), (count // 1000, 1, 1, 1))
+        )
+    shared = ("evaluate", "--protocol", "dd1", "--inception", tmp_path / "weights.pth")
+    made = (*shared, "--make-reference", tmp_path / "1000.npz", "--to", tmp_path / "real.pth")
+    launch(1, peak, tmp_path, *made)
+    for count in (2000, 20_000):
+        images = ("--reference", tmp_path / "real.pth", "--images", tmp_path / f"{count}.npz")
+        (found[count],) = launch(1, peak, tmp_path, *shared, *images)
+    assert found[20_000] < 1.05 * found[2000], found

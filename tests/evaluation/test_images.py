@@ -152,3 +152,13 @@ def test_what_is_read_does_not_grow(tmp_path):
     assert sum(len(batch.number) for batch in images.batches(50)) == 1000
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
+
+
+def test_more_images_than_their_names_have_digits_are_in_the_order_of_their_numbers(tmp_path):
+    numbers = (99_998, 99_999, 100_000, 1_000_000)
+    for number, image in zip(numbers, channels_last(IMAGES), strict=False):
+        Image.fromarray(image).save(tmp_path / f"{number:05d}-class{number % 7}.png")
+    (tmp_path / "samples.json").write_text('{"count": 4}')
+    (batch,) = open_images(tmp_path, "--images").batches()
+    assert torch.equal(batch.pixels, IMAGES[:4])
+    assert batch.condition.tolist() == [number % 7 for number in numbers]

@@ -488,6 +488,11 @@ class LlamaGenTeacher(_LlamaGenNetwork, TokenizedTeacher):
         mix = SequenceMix(attend, head_dim, kv_heads=sizes.n_kv_head, rope=self.rope[position])
         return self.norm.add(*self._run(x, mix))[1]
 
+    def keep_rows(self, state: LlamaGenState, rows: Tensor) -> None:
+        state.valid = None if state.valid is None else state.valid[rows]
+        state.first = None if state.first is None else state.first[rows]
+        state.cache.keep_rows(rows)
+
     def step_ops(self, rows: int, size: int) -> dict[str, Asked]:
         sizes = self.sizes
         attention = Asked(rows, sizes.dim // sizes.n_head, sizes.cls_token_num + sizes.block_size - 1)
