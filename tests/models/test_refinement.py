@@ -1,5 +1,7 @@
 """Passes of the teacher over guessed codes end at its own flow sample, and get there as they promise."""
 
+import itertools
+
 import pytest
 import torch
 from official import llamagen_teacher_like, var_teacher_like
@@ -92,8 +94,7 @@ def test_rows_that_are_done_leave(name, cached, monkeypatch):
         for row in torch.arange(len(noise)).split(1)
     ]
     sizes = []
-    kinds = [kind for kind in Windows.__subclasses__()]
-    for kind in kinds:
+    for kind in Windows.__subclasses__():
 
         def seen(self, before, first, size, kind=kind, window=kind.window):
             sizes.append((len(before), size))
@@ -104,7 +105,7 @@ def test_rows_that_are_done_leave(name, cached, monkeypatch):
     assert torch.equal(found, torch.cat([part for part, _ in alone]))
     assert torch.equal(passes, torch.cat([part for _, part in alone]))
     assert sizes[0] == (12, teacher.num_tokens) and sizes[1][0] <= 9
-    assert all(later[0] <= before[0] and later[1] <= before[1] for before, later in zip(sizes, sizes[1:], strict=False))
+    assert all(later[0] <= before[0] and later[1] <= before[1] for before, later in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("kind", ["dd1", "dd2"])
@@ -123,8 +124,7 @@ def test_students(kind, refine):
         assert torch.equal(student.sample(condition, noise, refine="exact"), teacher.embed(own))
 
 
-def test_of_the_whole_batch_none_is_computed_twice_at_the_end(monkeypatch):
-    """The last passes are of the tokens that are left, not of whole sequences."""
+def test_rows_that_are_done_and_stay_do_not_change(monkeypatch):
     teacher = build((1,) * 9, trained=True)[0]
     condition, noise, codes = given(teacher)
     monkeypatch.setattr(refinement, "_LEAVE", 0.0)
