@@ -410,6 +410,11 @@ class DD1Config(OptimisationConfig, MethodConfig):
     Attributes:
         point: t1, the trajectory point beside 0 that is trained, and where the second step starts.
         point_probability: share of sequences that start from it.
+        targets: pairs (the codes of the stored trajectories) or own (the code that the teacher's flow, given the
+            student's own earlier codes, takes each token's noise to: fresh noise, and no trajectories).
+        lookahead_weight: of the cross-entropy between the teacher's distribution of the next token, given the student's
+            own codes, and what a head that is left behind reads off the student's features; teachers of one token per
+            group, and `targets` own.
         ema_decay: of the averaged weights that are sampled from.
         embedding_weight: weight of the continuous head's distance beside the cross-entropy: LPIPS of the decoded images
             where its weights are given, else L1 of the embeddings.
@@ -420,6 +425,8 @@ class DD1Config(OptimisationConfig, MethodConfig):
 
     point: int = 5
     point_probability: float = 0.3
+    targets: str = "pairs"
+    lookahead_weight: float = 0.0
     ema_decay: float = 0.999
     embedding_weight: float = 1.0
     split: int = -1
@@ -430,6 +437,11 @@ class DD1Config(OptimisationConfig, MethodConfig):
         super().__post_init__()
         _require_positive(self, "point")
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
+        _require(self.targets in ("pairs", "own"), "targets", self.targets, "pairs or own")
+        own = self.lookahead_weight == 0.0 or self.targets == "own"
+        _require(
+            own and self.lookahead_weight >= 0.0, "lookahead_weight", self.lookahead_weight, "0 with targets pairs"
+        )
         _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
         _require_lpips(self)
 

@@ -281,7 +281,8 @@ class _Planner:
         config, networks = self.config, self.rehearsal.networks
         student, teacher = networks["student"], self.teacher
         if config.method == "dd1":
-            yield self._trajectories()
+            if config.dd1.targets == "pairs":
+                yield self._trajectories()
             yield self._stage("distillation", lambda: self._dd1(student), config.dd1)
             return
         dd2 = config.dd2

@@ -6,15 +6,41 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddfast.config import DD1Config
 from ddfast.distill.batch import Batch, Part
-from ddfast.distill.losses import embedding_distance, perceptual_distance, token_cross_entropy
+from ddfast.distill.losses import (
+    embedding_distance,
+    next_token_divergence,
+    perceptual_distance,
+    token_cross_entropy,
+)
 from ddfast.distill.lpips import LPIPS
 from ddfast.distill.method import Method, Roles, scheduled_rate
+from ddfast.models.autoregressive import take
+from ddfast.models.layers import Linear
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student
+from ddfast.ops import flow_sample
+
+
+def add_lookahead(student: DD1Student) -> None:
+    """Give a student a layer that leads from the features of a token to those that its head reads the next one off.
+
+    It starts as the identity, and is the student's while it learns: `remove_lookahead`.
+    """
+    layer = Linear(student.width, student.width).to(student.codebook.device)
+    with torch.no_grad():
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    student.lookahead = layer
+
+
+def remove_lookahead(student: DD1Student) -> None:
+    """Leave the layer behind, if there is one."""
+    if hasattr(student, "lookahead"):
+        del student.lookahead
 
 
 def check_point(config: DD1Config, teacher: Teacher) -> None:
@@ -24,12 +50,19 @@ def check_point(config: DD1Config, teacher: Teacher) -> None:
         raise ValueError(f"point: got {config.point}, expected a trajectory point in 1..{groups - 1}")
     if config.split > groups:
         raise ValueError(f"split: got {config.split}, expected a group in 0..{groups}, or -1 for none")
+    if config.lookahead_weight and not teacher.one_by_one:
+        raise ValueError(
+            f"lookahead_weight: got {config.lookahead_weight}, expected 0: it is for teachers of one token per group"
+        )
     if config.lpips_vgg and not teacher.has_decoder:
         raise ValueError(f"lpips_vgg: got a file, but {type(teacher).__name__} has no image tokenizer")
 
 
 class DD1(Method):
     """From X_t with t in {0, t1}, predict the final sequence: cross-entropy + a distance of the continuous prediction.
+
+    The final sequence is that of a stored pair (the paper's DD1), or every token's own: what the teacher's flow makes
+    of its noise, given the codes that the student itself makes before it (`targets`).
 
     The distance is LPIPS of the decoded images where its weights are given, else L1 of the embeddings;
     docs/method.md section 8 (DD1: losses and training).
@@ -45,6 +78,8 @@ class DD1(Method):
         assert isinstance(roles.student, DD1Student)
         self.student, self.config = roles.student, config
         self.networks, self.total = {"student": roles.student}, config.iterations
+        if config.lookahead_weight:
+            add_lookahead(roles.student)
         self.lpips: LPIPS | None = None
         if config.lpips_vgg:
             loaded = LPIPS.load(Path(config.lpips_vgg), Path(config.lpips_linear))
@@ -58,27 +93,54 @@ class DD1(Method):
         """Linear warm-up, then cosine decay."""
         return scheduled_rate(self.config, update, self.total)
 
+    def reads_codes(self, phase: str) -> bool:
+        """Of pairs."""
+        return self.config.targets == "pairs"
+
     def step(self, phase: str, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on the tokens that each sequence's point leaves open."""
         student, config = self.student, self.config
-        assert batch.codes is not None
         later = torch.rand(part.size, generator=part.generator, dtype=torch.float32) < config.point_probability
-        points = (part.own(later).long() * config.point).to(batch.codes.device)
-        target = student.codebook[batch.codes]
-        is_data = student.data_mask(points, len(batch.codes))
-        logits, embeddings = student.predict(
-            batch.condition, torch.where(is_data[..., None], target, batch.noise), points
-        )
+        points = (part.own(later).long() * config.point).to(batch.noise.device)
+        is_data = student.data_mask(points, len(batch.noise))
+        given = self._own_codes(batch, points) if config.targets == "own" else batch.codes
+        assert given is not None
+        x = torch.where(is_data[..., None], student.codebook[given], batch.noise)
+        hidden, context = student.features(batch.condition, student.check_point(batch.condition, x), points)
+        logits, embeddings = student.code_logits(hidden, context), student.continuous(hidden, context)
         share = self._open_tokens(part.own(later)) / self._open_tokens(later)
-        cross_entropy = share * token_cross_entropy(logits, batch.codes, ~is_data)
+        ahead = logits.new_zeros(())
+        if config.targets == "own":
+            made = torch.where(is_data, given, logits.argmax(-1))
+            with torch.no_grad():
+                log_probs = self.roles.teacher.log_probs(batch.condition, made)
+                codes, target = flow_sample(log_probs, batch.noise, student.codebook)
+            if config.lookahead_weight:
+                seen = student.code_logits(student.lookahead(hidden[:, :-1]), context)
+                ahead = part.share * next_token_divergence(seen, log_probs[:, 1:])
+        else:
+            codes, target = given, student.codebook[given]
+        cross_entropy = share * token_cross_entropy(logits, codes, ~is_data)
         if self.lpips is None:
             name, distance = "embedding_distance", share * embedding_distance(embeddings, target, ~is_data)
         else:
             decode = partial(self.roles.teacher.decode, clamp=False)
             name = "lpips"
             distance = part.share * perceptual_distance(embeddings, target, ~is_data, decode, self.lpips)
-        loss = cross_entropy + config.embedding_weight * distance
-        return loss, {"cross_entropy": cross_entropy.detach(), name: distance.detach()}
+        loss = cross_entropy + config.embedding_weight * distance + config.lookahead_weight * ahead
+        logged = {"cross_entropy": cross_entropy.detach(), name: distance.detach()}
+        return loss, logged | ({"lookahead": ahead.detach()} if config.lookahead_weight else {})
+
+    @torch.no_grad()
+    def _own_codes(self, batch: Batch, points: Tensor) -> Tensor:
+        """Codes int64 [B, N] of a first pass, which the sequences that start later go on from."""
+        student = self.student
+        codes = torch.zeros(batch.noise.shape[:2], dtype=torch.int64, device=batch.noise.device)
+        rows = points.nonzero()[:, 0]
+        if len(rows):
+            hidden, context = student.features(take(batch.condition, rows), batch.noise[rows], 0)
+            codes[rows] = student.code_logits(hidden, context).argmax(-1)
+        return codes
 
     def _open_tokens(self, later: Tensor) -> int:
         """How many tokens are open in sequences of which some, bool [b], start from the later point."""

@@ -10,7 +10,7 @@ import torch
 from ddfast import seeds
 from ddfast.config import DD2Config, TrainConfig, config_hash
 from ddfast.distill.batch import Part
-from ddfast.distill.dd1 import DD1
+from ddfast.distill.dd1 import DD1, remove_lookahead
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
 from ddfast.distill.method import Roles
 from ddfast.distill.trainer import from_noise, from_store, optimise
@@ -30,7 +30,7 @@ Live = dict[str, AnyTensor]
 def distill(
     config: TrainConfig,
     teacher: Teacher,
-    trajectories: Trajectories,
+    trajectories: Trajectories | None,
     out: Path,
     *,
     student: DD1Student | None = None,
@@ -39,6 +39,7 @@ def distill(
     """Train a DD1 student (None: one that starts as the teacher); returns it averaged, and the live weights.
 
     Of several processes, each then holds a part of both: `ddfast.models.loading.save_student` writes them whole.
+    Without trajectories, `config.dd1.targets` is own.
     Interruption, resume, log and errors: `ddfast.distill.trainer.optimise`.
     """
     seeds.seed_all(config.seed)
@@ -51,7 +52,7 @@ def distill(
     average = optimise(
         DD1(Roles(student=student, teacher=teacher), config.dd1),
         config.dd1,
-        from_store(trajectories, teacher),
+        from_noise(teacher) if trajectories is None else from_store(trajectories, teacher),
         out,
         stage="distillation",
         seed=config.seed,
@@ -60,6 +61,7 @@ def distill(
         ema_decay=config.dd1.ema_decay,
         progress=progress,
     )
+    remove_lookahead(student)
     live = _live(student)
     average.copy_to(student)
     return student.eval().requires_grad_(False), live

@@ -250,11 +250,13 @@ class DD1Student(Student):
 
     Attributes:
         point: t1, where the second of two steps starts; None: nobody has said.
+        lookahead: a layer of the training, there for as long (`ddfast.distill.dd1`).
     """
 
     method, paper, two_steps = "dd1", "[DD1, arXiv 2412.17153](https://arxiv.org/abs/2412.17153)", "2"
     starts_anywhere = True
     point: int | None = None
+    lookahead: nn.Module
     mask: Tensor | None
 
     def derive_buffers(self) -> None:
@@ -262,6 +264,11 @@ class DD1Student(Student):
         super().derive_buffers()
         # Who sees whom in the sequence of one condition token and X_t; None: plain causal.
         self.register_buffer("mask", level_mask((1, *self.groups), self.codebook.device), persistent=False)
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """W."""
 
     @abstractmethod
     def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Any]:
@@ -385,6 +392,10 @@ class TransformerStudent(DD1Student):
     @property
     def config(self) -> dict[str, Any]:
         return {"width": self.body.width, "depth": self.body.depth, "heads": self.body.heads}
+
+    @property
+    def width(self) -> int:
+        return self.body.width
 
     @property
     def transformer_blocks(self) -> nn.ModuleList:

@@ -530,6 +530,10 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
         self._derive_rope(self.codebook.device)
 
     @property
+    def width(self) -> int:
+        return self.sizes.dim
+
+    @property
     def config(self) -> dict[str, Any]:
         return dict(vars(self.sizes))
 

@@ -469,6 +469,10 @@ class VARStudent(_VARNetwork, DD1Student):
         self.final_layer_conti = ContinuousHead(width, teacher.code_dim)
 
     @property
+    def width(self) -> int:
+        return self.sizes.embed_dim
+
+    @property
     def config(self) -> dict[str, Any]:
         return {"layerwise_n_d_embed": hasattr(self, "layerwise_n_d_embed"), **vars(self.sizes)}
 
