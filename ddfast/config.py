@@ -438,10 +438,8 @@ class DD1Config(OptimisationConfig, MethodConfig):
         _require_positive(self, "point")
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
         _require(self.targets in ("pairs", "own"), "targets", self.targets, "pairs or own")
-        own = self.lookahead_weight == 0.0 or self.targets == "own"
-        _require(
-            own and self.lookahead_weight >= 0.0, "lookahead_weight", self.lookahead_weight, "0 with targets pairs"
-        )
+        fits = self.lookahead_weight >= 0.0 if self.targets == "own" else self.lookahead_weight == 0.0
+        _require(fits, "lookahead_weight", self.lookahead_weight, "0 or more, and 0 with targets pairs")
         _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
         _require_lpips(self)
 

@@ -12,6 +12,7 @@ from checkpointed import last_step
 from small import LABELS, build
 
 from ddfast.config import DD1Config, TrainConfig
+from ddfast.distill import dd1
 from ddfast.distill.batch import Batch, Part
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.losses import embedding_distance, token_cross_entropy
@@ -19,6 +20,7 @@ from ddfast.distill.method import ExponentialMovingAverage, Roles
 from ddfast.distill.stages import distill
 from ddfast.distill.tracking import METRICS
 from ddfast.errors import DDFastError
+from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.student import TransformerStudent
 from ddfast.models.toy import ToyTeacher
 from ddfast.schedule import warmup_cosine
@@ -54,8 +56,8 @@ def test_a_step_sees_data_before_its_point_and_noise_after_it():
     teacher, student = build((1,) * 7, trained=True)
     batch = Batch(noise=torch.randn(4, 7, 3), codes=torch.randint(11, (4, 7)), condition=LABELS)
     seen = {}
-    original = student.predict
-    student.predict = lambda condition, x, t: (seen.update(x=x, t=t), original(condition, x, t))[1]
+    original = student.features
+    student.features = lambda condition, x, t: (seen.update(x=x, t=t), original(condition, x, t))[1]
     method = DD1(Roles(student=student, teacher=teacher), DD1Config(point=3, point_probability=0.5))
     loss, logged = method.step("student", batch, Part.whole(len(batch.noise), torch.Generator().manual_seed(4)))
     assert sorted(seen["t"].unique().tolist()) == [0, 3]
@@ -63,6 +65,89 @@ def test_a_step_sees_data_before_its_point_and_noise_after_it():
         assert torch.equal(seen["x"][row, :point], teacher.codebook[batch.codes[row, :point]])
         assert torch.equal(seen["x"][row, point:], batch.noise[row, point:])
     assert abs(loss.item() - logged["cross_entropy"] - logged["embedding_distance"]) < 1e-5
+
+
+def own_method(teacher, student, **settings) -> DD1:
+    config = DD1Config(point=3, targets="own", lookahead_weight=0.5, **settings)
+    return DD1(Roles(student=student, teacher=teacher), config)
+
+
+def test_targets_are_what_the_teachers_flow_makes_of_the_noise_after_the_students_own_codes(monkeypatch):
+    teacher, student = build((1,) * 7, trained=True)
+    teacher.defaults = SamplingDefaults(cfg_scale=1.7, temperature=1.2)
+    method = own_method(teacher, student, point_probability=0.5)
+    noise = torch.randn(4, 7, 3)
+    seen = {}
+    for name in ("token_cross_entropy", "embedding_distance", "next_token_divergence"):
+
+        def loss(*arguments, name=name):
+            seen[name] = arguments
+            return arguments[0].sum() * 0
+
+        monkeypatch.setattr(dd1, name, loss)
+    part = Part.whole(4, torch.Generator().manual_seed(4))
+    method.step("student", Batch(noise=noise, codes=None, condition=LABELS), part)
+    logits, codes, open_tokens = seen["token_cross_entropy"]
+    points = (~open_tokens).sum(1)
+    assert sorted(points.unique().tolist()) == [0, 3]
+    first = student.predict(LABELS, noise, 0)[0].argmax(-1)
+    made = torch.where(open_tokens, logits.argmax(-1), first)
+    x = torch.where(open_tokens[..., None], noise, teacher.codebook[first])
+    assert torch.allclose(student.predict(LABELS, x, points)[0], logits, atol=1e-5)
+    for place in range(7):  # each by a decoding of its own, after the student's codes
+        prefix = made[:, :place]
+        own = teacher.generate(LABELS, sampler="flow", noise=noise, prefix=prefix, stop=place + 1)
+        assert torch.equal(codes[:, place], own[:, place])
+    assert torch.equal(seen["embedding_distance"][1], teacher.codebook[codes])
+    ahead, log_probs = seen["next_token_divergence"]
+    assert torch.equal(log_probs, teacher.log_probs(LABELS, made)[:, 1:])
+    assert ahead.shape == log_probs.shape
+    hidden, _ = student.features(LABELS, x, points)
+    assert torch.allclose(ahead, student.head(hidden[:, :-1]), atol=1e-5)  # the layer begins as the identity
+
+
+def test_own_targets_leave_nothing_behind_and_resume(tmp_path):
+    config = dataclasses.replace(TOY, dd1=dataclasses.replace(TOY.dd1, targets="own", lookahead_weight=1.0))
+    whole, live = distill(config, ToyTeacher(), None, tmp_path / "whole", student=toy_student())
+    assert set(whole.state_dict()) == set(toy_student().state_dict())
+    assert set(live) == set(whole.state_dict())
+    lines = [json.loads(line) for line in (tmp_path / "whole" / METRICS).read_text().splitlines()]
+    assert lines[-1]["lookahead"] < lines[0]["lookahead"]
+
+    def stop(done, total, text):
+        if done == 17:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, ToyTeacher(), None, tmp_path / "parts", student=toy_student(), progress=stop)
+    resumed, _ = distill(config, ToyTeacher(), None, tmp_path / "parts", student=toy_student())
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_own_targets_do_not_depend_on_the_micro_batch():
+    teacher, student = build((1,) * 7, trained=True)
+    method, noise = own_method(teacher, student), torch.randn(6, 7, 3)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def contribution(first, last):
+        part = Part(size=6, first=first, last=last, generator=torch.Generator().manual_seed(4))
+        return method.step("student", Batch(noise=noise[first:last], codes=None, condition=labels[first:last]), part)[0]
+
+    assert (contribution(0, 2) + contribution(2, 6)).item() == pytest.approx(contribution(0, 6).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "settings", "words"),
+    [
+        ((1, 3), {"targets": "own"}, "is for teachers of one token per group"),
+        ((1,) * 4, {}, "0 or more, and 0 with targets pairs"),
+        ((1,) * 4, {"targets": "pair"}, "targets: got 'pair', expected pairs or own"),
+    ],
+)
+def test_a_look_ahead_that_cannot_be_is_refused(groups, settings, words):
+    teacher, student = build(groups)
+    with pytest.raises(ValueError, match=words):
+        DD1(Roles(student=student, teacher=teacher), DD1Config(point=1, lookahead_weight=1.0, **settings))
 
 
 def test_a_point_outside_the_trajectory_is_refused():
