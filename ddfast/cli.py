@@ -172,12 +172,14 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
         check_effect(arguments, dict.fromkeys(("track", "profile-steps"), "only `ddfast train` trains"))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", default=None)
+    early.add_argument("--preset", default=None)
     early.add_argument("--config", default=None)
     known, _ = early.parse_known_args(arguments)
     rest = _without(arguments, "--config")
     file = read_toml(Path(known.config)) if known.config else {}
     told = Path(known.config) if known.config and not known.recipe else None
-    recipe = get_recipe(known.recipe or file.get("recipe", "digits"), told=told)
+    name, of_file = known.recipe or file.get("recipe", "digits"), "" if known.recipe else file.get("preset", "")
+    recipe = get_recipe(name, preset=of_file if known.preset is None else known.preset, told=told)
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(TrainConfig)}
     default = kind(**values)
     update(default, file)

@@ -629,6 +629,8 @@ class TrainConfig:
 
     Attributes:
         recipe: where the defaults come from.
+        preset: ddfast (what was found to be best on digits) or paper (the papers' settings, literally); default: the
+            recipe's.
         method: dd1 or dd2.
         init: where DD2's generator starts: teacher, stage1, scratch, or dd1:PATH (a DD1 run's folder).
         out: folder of the run; the default gets -dd2 for that method.
@@ -649,6 +651,7 @@ class TrainConfig:
     """
 
     recipe: str = "digits"
+    preset: str = ""
     method: str = "dd1"
     init: str = "teacher"
     out: Path = Path("runs/digits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -28,16 +29,35 @@ from ddfast.errors import DDFastError
 from ddfast.models import families
 from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 
+PRESETS = ("ddfast", "paper")
+"""Whose settings a recipe distils with: what was found to be best on digits, or the papers', literally."""
 
-def digits() -> TrainConfig:
+_OUR_DD1: dict[str, Any] = {"optimizer": "muon", "targets": "own", "lookahead_weight": 1.0}
+"""DD1 as digits found it best: what DD2's first updates are, with DD1's heads (docs/notes/dd1.md)."""
+
+_PAPERS_MATCH: dict[str, Any] = {
+    "optimizer": "adamw", "form": "sid", "alpha": 1.0, "prefix": "continuous", "fake_score": "velocity",
+    "guidance_start": "stage1", "start_iterations": 0, "guidance_first": 0, "score_weight": 1.0, "anchor_weight": 0.0,
+    "lookahead_weight": 0.0,
+}  # fmt: skip
+"""DD2 as its paper trains it: CSD in SiD form alone, from stage 1, on continuous prefixes."""
+
+
+def digits(preset: str) -> TrainConfig:
     """The embedded default: handwritten digits on a 16x16 canvas; minutes on two CPU cores, nothing downloaded."""
-    return TrainConfig(recipe="digits", out=Path("runs/digits"))
+    config = TrainConfig(recipe="digits", out=Path("runs/digits"))
+    config.dd1 = DD1Config(**_OUR_DD1, learning_rate=5e-3, iterations=1500)
+    if preset == "paper":
+        config.init, config.dd1 = "stage1", DD1Config()
+        config.dd2.match = MatchConfig(**_PAPERS_MATCH, guidance_updates=5)
+    return config
 
 
 def _published(
     name: str,
     teacher: PretrainedTeacherConfig,
     tokenizer: VQTokenizerConfig,
+    preset: str,
     *,
     point: int,
     split: int,
@@ -45,7 +65,7 @@ def _published(
     dd2: DD2Config,
 ) -> TrainConfig:
     """The papers' settings: DD1's 1.2 million pairs, second step's point and head's split; DD2's tables."""
-    return TrainConfig(
+    config = TrainConfig(
         recipe=name,
         init="stage1",
         out=Path("runs") / name,
@@ -67,6 +87,38 @@ def _published(
         dd2=dd2,
         evaluation=EvaluationConfig(samples=5000, batch_size=64, batch_sizes=(1, 64)),
     )
+    if preset == "ddfast":
+        _take_ours(config, one_by_one=isinstance(teacher, LlamaGenTeacherConfig))
+    return config
+
+
+def _take_ours(config: TrainConfig, *, one_by_one: bool) -> None:
+    """The digits' settings in place of the papers': as many updates of the student, and the papers' rate for 1e-3.
+
+    Nobody has tried them on a teacher of this size (docs/dd2.md says what is known).
+    """
+    dd1, match, ours = config.dd1, config.dd2.match, MatchConfig()
+    rate, updates = dd1.learning_rate / 1e-3, match.iterations + match.later_iterations
+    start = round(updates * ours.start_iterations / (ours.start_iterations + ours.iterations))
+    config.init = "teacher"
+    config.dd1 = dataclasses.replace(dd1, **_OUR_DD1 if one_by_one else _OUR_DD1 | {"lookahead_weight": 0.0})
+    config.dd2.match = dataclasses.replace(
+        ours,
+        **{name: getattr(match, name) for name in _KEPT},
+        **match.sampling(),
+        start_iterations=start,
+        iterations=updates - start,
+        guidance_first=start // 12,
+        start_learning_rate=rate * ours.start_learning_rate,
+        learning_rate=rate * ours.learning_rate,
+        guidance_learning_rate=rate * ours.guidance_learning_rate,
+        warmup=1000,
+        guidance_warmup=1000,
+    )
+
+
+_KEPT = ("batch_size", "precision", "ema_decay", "log_every", "checkpoint_every", "weight_decay")
+"""Of the papers' settings of the score matching, those that ours have too."""
 
 
 def _published_dd2(
@@ -78,7 +130,7 @@ def _published_dd2(
     updates: tuple[int, int],
     **match: Any,
 ) -> DD2Config:
-    """DD2 as its paper trains it: CSD in SiD form alone, from stage 1, on continuous prefixes.
+    """DD2 as its paper trains it.
 
     Source: docs/method.md section 14 (DD2: schedule and published settings).
 
@@ -99,12 +151,7 @@ def _published_dd2(
         adapt=AdaptConfig(iterations=200_000, fit_iterations=5000, batch_size=512, learning_rate=1e-4, **shared),
         tune=TuneConfig(batch_size=512, warmup=1000, draws=4, source="teacher", **{**shared, **tune}),
         match=MatchConfig(
-            optimizer="adamw",
-            form="sid",
-            alpha=1.0,
-            prefix="continuous",
-            fake_score="velocity",
-            guidance_start="stage1",
+            **_PAPERS_MATCH,
             batch_size=batch,
             guidance_learning_rate=rates[0],
             learning_rate=rates[1],
@@ -113,11 +160,6 @@ def _published_dd2(
             warmup=guidance_warmup // per_update,
             guidance_updates=per_update,
             iterations=iterations,
-            start_iterations=0,
-            guidance_first=0,
-            score_weight=1.0,
-            anchor_weight=0.0,
-            lookahead_weight=0.0,
             draws=4,
             ema_decay=0.9999,
             **shared,
@@ -126,9 +168,9 @@ def _published_dd2(
     )
 
 
-def _var(depth: int, point: int, dd2: DD2Config) -> TrainConfig:
-    teacher = VARTeacherConfig(depth=depth)
-    return _published(f"var-d{depth}", teacher, VQTokenizerConfig(), point=point, split=point, batch=512, dd2=dd2)
+def _var(depth: int, preset: str, point: int, dd2: DD2Config) -> TrainConfig:
+    teacher, tokenizer = VARTeacherConfig(depth=depth), VQTokenizerConfig()
+    return _published(f"var-d{depth}", teacher, tokenizer, preset, point=point, split=point, batch=512, dd2=dd2)
 
 
 def _var_tuning(head_iterations: int) -> dict[str, Any]:
@@ -138,7 +180,7 @@ def _var_tuning(head_iterations: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def var_d16() -> TrainConfig:
+def var_d16(preset: str) -> TrainConfig:
     """VAR-d16, ImageNet 256 x 256."""
     dd2 = _published_dd2(
         tune=_var_tuning(300_000),
@@ -149,10 +191,10 @@ def var_d16() -> TrainConfig:
         align_iterations=8000,
         later_iterations=7500,
     )
-    return _var(16, 5, dd2)
+    return _var(16, preset, 5, dd2)
 
 
-def var_d20() -> TrainConfig:
+def var_d20(preset: str) -> TrainConfig:
     """VAR-d20, ImageNet 256 x 256."""
     dd2 = _published_dd2(
         tune=_var_tuning(300_000),
@@ -163,18 +205,18 @@ def var_d20() -> TrainConfig:
         align_iterations=8000,
         later_iterations=18_000,
     )
-    return _var(20, 4, dd2)
+    return _var(20, preset, 4, dd2)
 
 
-def var_d24() -> TrainConfig:
+def var_d24(preset: str) -> TrainConfig:
     """VAR-d24, ImageNet 256 x 256."""
     dd2 = _published_dd2(
         tune=_var_tuning(200_000), batch=1024, rates=(4e-4, 5e-5), guidance_warmup=20_000, updates=(2, 15_000)
     )
-    return _var(24, 4, dd2)
+    return _var(24, preset, 4, dd2)
 
 
-def _llamagen(name: str, size: str, split: int, **options: Any) -> TrainConfig:
+def _llamagen(name: str, size: str, preset: str, split: int, **options: Any) -> TrainConfig:
     sizes = LLAMAGEN_SIZES[size]
     teacher = LlamaGenTeacherConfig(dim=sizes.dim, n_layer=sizes.n_layer, n_head=sizes.n_head, **options)
     tokenizer = VQTokenizerConfig(num_codes=16384, code_dim=8, channels=128, latent_channels=256)
@@ -186,26 +228,26 @@ def _llamagen(name: str, size: str, split: int, **options: Any) -> TrainConfig:
         updates=(5, 12_000),
         top_k=900,
     )
-    return _published(name, teacher, tokenizer, point=80, split=split, batch=512, dd2=dd2)
+    return _published(name, teacher, tokenizer, preset, point=80, split=split, batch=512, dd2=dd2)
 
 
-def llamagen_b() -> TrainConfig:
+def llamagen_b(preset: str) -> TrainConfig:
     """LlamaGen-B, ImageNet 256 x 256."""
-    return _llamagen("llamagen-b", "B", 80)
+    return _llamagen("llamagen-b", "B", preset, 80)
 
 
-def llamagen_l() -> TrainConfig:
+def llamagen_l(preset: str) -> TrainConfig:
     """LlamaGen-L, ImageNet 256 x 256."""
-    return _llamagen("llamagen-l", "L", 130)
+    return _llamagen("llamagen-l", "L", preset, 130)
 
 
-def llamagen_xl_t2i() -> TrainConfig:
+def llamagen_xl_t2i(preset: str) -> TrainConfig:
     """LlamaGen-XL, text to image at 256 x 256."""
     text = {"model_type": "t2i", "cls_token_num": 120, "cfg_scale": 7.5, "top_k": 1000}
-    return _llamagen("llamagen-xl-t2i", "XL", 130, **text)
+    return _llamagen("llamagen-xl-t2i", "XL", preset, 130, **text)
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
+RECIPES: dict[str, Callable[[str], TrainConfig]] = {
     "digits": digits,
     "var-d16": var_d16,
     "var-d20": var_d20,
@@ -216,19 +258,25 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 }
 
 
-def get_recipe(name: str, *, told: Path | None = None) -> TrainConfig:
+def get_recipe(name: str, *, preset: str = "", told: Path | None = None) -> TrainConfig:
     """A fresh configuration of the recipe `name`, or of a user's own, "MODULE:FUNCTION", whose module is imported.
 
     Args:
         name: of the recipe.
+        preset: one of `PRESETS`; empty: ddfast where that was measured (digits), else paper. A user's own has none.
         told: the file that names it, if it is not the user: a file does not decide what is imported.
 
     Raises:
-        DDFastError: there is no such recipe; or its module is not to be imported, cannot be, or does not hold it.
+        DDFastError: there is no such recipe or preset; or its module is not to be imported, cannot be, or does not hold
+            it.
     """
     if not isinstance(name, str):
         raise DDFastError(f"recipe: got {name!r}, expected a name")
+    if preset not in ("", *PRESETS):
+        raise DDFastError(f"--preset: got {preset!r}, expected {' or '.join(PRESETS)}")
     if ":" in name:
+        if preset:
+            raise DDFastError(f"--preset {preset}: has no effect on a recipe of your own, {name}")
         module = name.partition(":")[0]
         if told is not None and module not in _trusted():
             why = f"it was made with a recipe of the module {module}, whose code a file does not start"
@@ -237,7 +285,10 @@ def get_recipe(name: str, *, told: Path | None = None) -> TrainConfig:
     if name not in RECIPES:
         own = "or one of your own, MODULE:FUNCTION"
         raise DDFastError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, {own}")
-    return RECIPES[name]()
+    preset = preset or ("ddfast" if name.startswith("digits") else "paper")
+    config = RECIPES[name](preset)
+    config.preset = preset
+    return config
 
 
 _IMPORTED: set[str] = set()

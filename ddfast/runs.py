@@ -85,7 +85,7 @@ def open_teacher(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
     values = read_toml(folder / CONFIG)
     if "recipe" not in values:
         raise DDFastError(f"{folder / CONFIG} names no recipe: it is not a run's")
-    config = get_recipe(values["recipe"], told=folder / CONFIG)
+    config = get_recipe(values["recipe"], preset=values.get("preset", ""), told=folder / CONFIG)
     update(config, values)
     config.device, config.out = device, folder
     return config, build_teacher(config, progress)

@@ -18,7 +18,9 @@ from ddfast.recipes import RECIPES, get_recipe
 from ddfast.runs import open_student
 from ddfast.sampling import sample_student
 
-PUBLISHED = [name for name in RECIPES if name != "digits"]
+PUBLISHED = [name for name in RECIPES if not name.startswith("digits")]
+OURS = ["var-d16", "llamagen-b", "llamagen-xl-t2i"]
+"""Of every kind one: the others differ in sizes and schedules."""
 
 TINY = {
     "tokenizer": {
@@ -45,8 +47,8 @@ LLAMAGEN = {
 TEXT = {"teacher": {"cls_token_num": 6, "caption_dim": 8}}
 
 
-def tiny(name: str, out: Path, **teacher: object):
-    config = get_recipe(name)
+def tiny(name: str, out: Path, preset: str = "", **teacher: object):
+    config = get_recipe(name, preset=preset)
     for values in (TINY, VAR if name.startswith("var") else LLAMAGEN, TEXT if name.endswith("t2i") else {}):
         update(config, values)
     update(config, {"out": str(out), "teacher": {"random_weights": True, **teacher}})
@@ -119,9 +121,54 @@ def test_training_by_dd2(name, tmp_path):
         torch.testing.assert_close(loaded.images([0, 1], steps=steps), generator.images([0, 1], steps=steps))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_recipes_are_the_papers_dd2(name):
-    config = get_recipe(name)
+@pytest.mark.parametrize("name", OURS)
+def test_our_settings(name, tmp_path):
+    """No pairs, no stage 1: what DD1 and DD2 learn from is the teacher after the student's own codes."""
+    for method in ("dd1", "dd2"):
+        config = tiny(name, tmp_path / method, "ddfast")
+        config.method = method
+        update(config, {"dd2": {"match": {"start_iterations": 2, "guidance_first": 1, "align_iterations": 0}}})
+        config.dd2.match.later_iterations = 0
+        metrics = train(config, progress_bar=silent)
+        assert {"student_1step", "student_2step"} <= set(metrics)
+        assert not (tmp_path / method / "trajectories").exists()
+        lines = [json.loads(line) for line in (tmp_path / method / "metrics.jsonl").read_text().splitlines()]
+        found = set(lines[-1])
+        assert {"dd1": {"cross_entropy"}, "dd2": {"anchor", "lookahead", "score_distance"}}[method] <= found
+        assert method == "dd2" or ("lookahead" in found) == ("llamagen" in name)  # VAR's groups hold many tokens
+        opened, _, student = open_student(tmp_path / method, "cpu", silent(""))
+        assert opened.preset == "ddfast"
+        assert not hasattr(student, "lookahead")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets(name):
+    usual = "ddfast" if name.startswith("digits") else "paper"
+    assert get_recipe(name) == get_recipe(name, preset=usual)
+    assert get_recipe(name).preset == usual
+    ours, papers = get_recipe(name, preset="ddfast"), get_recipe(name, preset="paper")
+    assert ours.teacher == papers.teacher
+    assert ours.tokenizer == papers.tokenizer
+    assert (papers.dd1.targets, papers.dd1.optimizer, papers.dd1.lookahead_weight) == ("pairs", "adamw", 0.0)
+    assert (ours.dd1.targets, ours.dd1.optimizer) == ("own", "muon")
+    assert ours.dd2.match.anchor_weight == ours.dd2.match.lookahead_weight == 1.0
+    assert (ours.init, papers.init) == ("teacher", "stage1")
+    if name in PUBLISHED:  # as many updates of the student
+        ours, papers = ours.dd2.match, papers.dd2.match
+        assert ours.start_iterations + ours.iterations == papers.iterations + papers.later_iterations
+        assert (ours.batch_size, ours.top_k, ours.top_p) == (papers.batch_size, papers.top_k, papers.top_p)
+
+
+def test_presets_that_there_are_not():
+    with pytest.raises(DDFastError, match="--preset: got 'papers', expected ddfast or paper"):
+        get_recipe("digits", preset="papers")
+    with pytest.raises(DDFastError, match="--preset paper: has no effect on a recipe of your own, mine:recipe"):
+        get_recipe("mine:recipe", preset="paper")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_papers_dd2(name):
+    config = get_recipe(name, preset="paper")
     match = config.dd2.match
     assert (config.init, match.guidance_start, match.fake_score, match.prefix) == (
         "stage1", "stage1", "velocity", "continuous",
