@@ -18,9 +18,12 @@ TINY = [
     "--tokenizer.iterations=30", "--tokenizer.warmup=10", "--tokenizer.batch-size=64",
     "--teacher.width=32", "--teacher.depth=1", "--teacher.heads=2", "--teacher.iterations=20",
     "--teacher.training-images=500", "--teacher.batch-size=32",
-    "--trajectories.count=300", "--trajectories.shard-size=50", "--dd1.targets=pairs", "--dd1.lookahead-weight=0",
+    "--trajectories.count=300", "--trajectories.shard-size=50",
     "--evaluation.samples=200", "--evaluation.paths=4", "--evaluation.batch-sizes", "1", "4",
 ]  # fmt: skip
+
+PAIRS = ["--dd1.targets=pairs", "--dd1.lookahead-weight=0"]
+"""DD1 as the paper's: tests of what becomes of a store need one."""
 
 
 def command(*arguments: object) -> list[str]:
