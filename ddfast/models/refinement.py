@@ -1,7 +1,7 @@
 """From a student's codes to the teacher's own for the same noise, by the teacher's passes over all tokens at once.
 
 A pass follows every token's flow from its noise, by the teacher's distribution given the codes before it as they are
-(docs/method.md, section 17). Its only fixed point is what `Teacher.generate(sampler="flow")` makes of that noise, and
+(docs/decoding.md). Its only fixed point is what `Teacher.generate(sampler="flow")` makes of that noise, and
 every pass makes at least one more group final: as many passes as there are groups always suffice.
 
 Dimensions: B batch, N tokens, D code dimension.

@@ -12,7 +12,10 @@ from ddfast.files import read_text
 FEW = ["--evaluation.samples=100", "--evaluation.batch-sizes", "1"]
 
 SIZES = {
-    "dd1": [*TINY, *FEW, *PAIRS, "--dd1.iterations=12", "--dd1.batch-size=16", "--dd1.log-every=5", "--dd1.checkpoint-every=2"],
+    "dd1": [
+        *TINY, *FEW, *PAIRS,
+        "--dd1.iterations=12", "--dd1.batch-size=16", "--dd1.log-every=5", "--dd1.checkpoint-every=2",
+    ],
     "dd2": [
         *TINY, *FEW,
         "--method=dd2", "--init=stage1", "--dd2.head-width=16", "--dd2.head-depth=1",
