@@ -410,11 +410,11 @@ class DD1Config(OptimisationConfig, MethodConfig):
     Attributes:
         point: t1, the trajectory point beside 0 that is trained, and where the second step starts.
         point_probability: share of sequences that start from it.
-        targets: pairs (the codes of the stored trajectories) or own (the code that the teacher's flow, given the
-            student's own earlier codes, takes each token's noise to: fresh noise, and no trajectories).
-        lookahead_weight: of the cross-entropy between the teacher's distribution of the next token, given the student's
-            own codes, and what a head that is left behind reads off the student's features; teachers of one token per
-            group, and `targets` own.
+        own_share: of the iterations, the last ones, in which a token's target is the code that the teacher's flow,
+            given the student's own earlier codes, takes its noise to: from fresh noise. In those before it is that of a
+            stored trajectory; with 1 there are none.
+        lookahead_weight: in these last ones, of the cross-entropy between the teacher's distribution of the next token
+            and what a layer that is left behind reads off the student's features; teachers of one token per group.
         ema_decay: of the averaged weights that are sampled from.
         embedding_weight: weight of the continuous head's distance beside the cross-entropy: LPIPS of the decoded images
             where its weights are given, else L1 of the embeddings.
@@ -425,7 +425,7 @@ class DD1Config(OptimisationConfig, MethodConfig):
 
     point: int = 5
     point_probability: float = 0.3
-    targets: str = "pairs"
+    own_share: float = 0.0
     lookahead_weight: float = 0.0
     ema_decay: float = 0.999
     embedding_weight: float = 1.0
@@ -437,11 +437,16 @@ class DD1Config(OptimisationConfig, MethodConfig):
         super().__post_init__()
         _require_positive(self, "point")
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
-        _require(self.targets in ("pairs", "own"), "targets", self.targets, "pairs or own")
-        fits = self.lookahead_weight >= 0.0 if self.targets == "own" else self.lookahead_weight == 0.0
-        _require(fits, "lookahead_weight", self.lookahead_weight, "0 or more, and 0 with targets pairs")
+        _require(0.0 <= self.own_share <= 1.0, "own_share", self.own_share, "in [0, 1]")
+        fits = self.lookahead_weight == 0.0 or (self.lookahead_weight > 0.0 and self.own_share > 0.0)
+        _require(fits, "lookahead_weight", self.lookahead_weight, "0 or more, and 0 with own_share 0")
         _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
         _require_lpips(self)
+
+    @property
+    def pair_iterations(self) -> int:
+        """The first of the iterations, which learn from stored trajectories."""
+        return self.iterations - round(self.own_share * self.iterations)
 
 
 @dataclass(kw_only=True)

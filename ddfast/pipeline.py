@@ -119,7 +119,7 @@ def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
     out = config.out
     check_point(config.dd1, teacher)
     trajectories = None
-    if config.dd1.targets == "pairs":
+    if config.dd1.pair_iterations:
         with stages.timed("trajectories"):
             store = make_trajectories(config, teacher, progress_bar("trajectories"))
             trajectories = store.load(config.trajectories.count)

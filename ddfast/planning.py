@@ -281,7 +281,7 @@ class _Planner:
         config, networks = self.config, self.rehearsal.networks
         student, teacher = networks["student"], self.teacher
         if config.method == "dd1":
-            if config.dd1.targets == "pairs":
+            if config.dd1.pair_iterations:
                 yield self._trajectories()
             yield self._stage("distillation", lambda: self._dd1(student), config.dd1)
             return

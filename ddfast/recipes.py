@@ -32,7 +32,7 @@ from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 PRESETS = ("ddfast", "paper")
 """Whose settings a recipe distils with: what was found to be best on digits, or the papers', literally."""
 
-_OUR_DD1: dict[str, Any] = {"optimizer": "muon", "targets": "own", "lookahead_weight": 1.0}
+_OUR_DD1: dict[str, Any] = {"optimizer": "muon", "own_share": 1.0, "lookahead_weight": 1.0}
 """DD1 as digits found it best: what DD2's first updates are, with DD1's heads (docs/notes/dd1.md)."""
 
 _PAPERS_MATCH: dict[str, Any] = {

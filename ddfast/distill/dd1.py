@@ -62,7 +62,7 @@ class DD1(Method):
     """From X_t with t in {0, t1}, predict the final sequence: cross-entropy + a distance of the continuous prediction.
 
     The final sequence is that of a stored pair (the paper's DD1), or every token's own: what the teacher's flow makes
-    of its noise, given the codes that the student itself makes before it (`targets`).
+    of its noise, given the codes that the student itself makes before it (`own_share`).
 
     The distance is LPIPS of the decoded images where its weights are given, else L1 of the embeddings;
     docs/method.md section 8 (DD1: losses and training).
@@ -78,6 +78,8 @@ class DD1(Method):
         assert isinstance(roles.student, DD1Student)
         self.student, self.config = roles.student, config
         self.networks, self.total = {"student": roles.student}, config.iterations
+        if config.own_share:
+            self.networks["own"] = roles.student
         if config.lookahead_weight:
             add_lookahead(roles.student)
         self.lpips: LPIPS | None = None
@@ -86,16 +88,16 @@ class DD1(Method):
             self.lpips = loaded.to(roles.teacher.codebook.device)
 
     def phase(self, step: int) -> str:
-        """DD1 has one network to train."""
-        return "student"
+        """One network: by pairs first ("student"), then after its own codes ("own")."""
+        return "student" if step < self.config.pair_iterations else "own"
 
     def learning_rate(self, phase: str, update: int) -> float:
         """Linear warm-up, then cosine decay."""
         return scheduled_rate(self.config, update, self.total)
 
     def reads_codes(self, phase: str) -> bool:
-        """Of pairs."""
-        return self.config.targets == "pairs"
+        """Those of pairs."""
+        return phase != "own"
 
     def step(self, phase: str, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on the tokens that each sequence's point leaves open."""
@@ -103,14 +105,14 @@ class DD1(Method):
         later = torch.rand(part.size, generator=part.generator, dtype=torch.float32) < config.point_probability
         points = (part.own(later).long() * config.point).to(batch.noise.device)
         is_data = student.data_mask(points, len(batch.noise))
-        given = self._own_codes(batch, points) if config.targets == "own" else batch.codes
+        given = self._own_codes(batch, points) if phase == "own" else batch.codes
         assert given is not None
         x = torch.where(is_data[..., None], student.codebook[given], batch.noise)
         hidden, context = student.features(batch.condition, student.check_point(batch.condition, x), points)
         logits, embeddings = student.code_logits(hidden, context), student.continuous(hidden, context)
         share = self._open_tokens(part.own(later)) / self._open_tokens(later)
         ahead = logits.new_zeros(())
-        if config.targets == "own":
+        if phase == "own":
             made = torch.where(is_data, given, logits.argmax(-1))
             with torch.no_grad():
                 log_probs = self.roles.teacher.log_probs(batch.condition, made)
@@ -129,7 +131,7 @@ class DD1(Method):
             distance = part.share * perceptual_distance(embeddings, target, ~is_data, decode, self.lpips)
         loss = cross_entropy + config.embedding_weight * distance + config.lookahead_weight * ahead
         logged = {"cross_entropy": cross_entropy.detach(), name: distance.detach()}
-        return loss, logged | ({"lookahead": ahead.detach()} if config.lookahead_weight else {})
+        return loss, logged | ({"lookahead": ahead.detach()} if phase == "own" and config.lookahead_weight else {})
 
     @torch.no_grad()
     def _own_codes(self, batch: Batch, points: Tensor) -> Tensor:

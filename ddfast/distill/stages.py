@@ -13,7 +13,7 @@ from ddfast.distill.batch import Part
 from ddfast.distill.dd1 import DD1, remove_lookahead
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
 from ddfast.distill.method import Roles
-from ddfast.distill.trainer import from_noise, from_store, optimise
+from ddfast.distill.trainer import from_noise, from_store, optimise, pairs_or_noise
 from ddfast.models import families
 from ddfast.models.checkpoint import AnyTensor, state_of
 from ddfast.models.flow_network import FlowNetwork
@@ -39,7 +39,7 @@ def distill(
     """Train a DD1 student (None: one that starts as the teacher); returns it averaged, and the live weights.
 
     Of several processes, each then holds a part of both: `ddfast.models.loading.save_student` writes them whole.
-    Without trajectories, `config.dd1.targets` is own.
+    Without trajectories, `config.dd1.own_share` is 1.
     Interruption, resume, log and errors: `ddfast.distill.trainer.optimise`.
     """
     seeds.seed_all(config.seed)
@@ -52,7 +52,7 @@ def distill(
     average = optimise(
         DD1(Roles(student=student, teacher=teacher), config.dd1),
         config.dd1,
-        from_noise(teacher) if trajectories is None else from_store(trajectories, teacher),
+        pairs_or_noise(trajectories, teacher),
         out,
         stage="distillation",
         seed=config.seed,

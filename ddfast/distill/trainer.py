@@ -165,6 +165,17 @@ def from_noise(teacher: Teacher, *, decoding: SamplingDefaults | None = None) ->
     return draw
 
 
+def pairs_or_noise(trajectories: Trajectories | None, teacher: Teacher) -> Draw:
+    """Batches of a store's pairs where codes are read, else of fresh noise; None: they never are."""
+    noise = from_noise(teacher)
+    pairs = noise if trajectories is None else from_store(trajectories, teacher)
+
+    def draw(part: Part, codes: bool = True) -> Batch:
+        return (pairs if codes else noise)(part, codes)
+
+    return draw
+
+
 class _Loop:
     """Everything a resumed run must find again, and one step of it; on leaving, the teacher is whole again."""
 

@@ -68,7 +68,7 @@ def test_a_step_sees_data_before_its_point_and_noise_after_it():
 
 
 def own_method(teacher, student, **settings) -> DD1:
-    config = DD1Config(point=3, targets="own", lookahead_weight=0.5, **settings)
+    config = DD1Config(point=3, own_share=1.0, lookahead_weight=0.5, **settings)
     return DD1(Roles(student=student, teacher=teacher), config)
 
 
@@ -86,7 +86,7 @@ def test_targets_are_what_the_teachers_flow_makes_of_the_noise_after_the_student
 
         monkeypatch.setattr(dd1, name, loss)
     part = Part.whole(4, torch.Generator().manual_seed(4))
-    method.step("student", Batch(noise=noise, codes=None, condition=LABELS), part)
+    method.step("own", Batch(noise=noise, codes=None, condition=LABELS), part)
     logits, codes, open_tokens = seen["token_cross_entropy"]
     points = (~open_tokens).sum(1)
     assert sorted(points.unique().tolist()) == [0, 3]
@@ -107,7 +107,7 @@ def test_targets_are_what_the_teachers_flow_makes_of_the_noise_after_the_student
 
 
 def test_own_targets_leave_nothing_behind_and_resume(tmp_path):
-    config = dataclasses.replace(TOY, dd1=dataclasses.replace(TOY.dd1, targets="own", lookahead_weight=1.0))
+    config = dataclasses.replace(TOY, dd1=dataclasses.replace(TOY.dd1, own_share=1.0, lookahead_weight=1.0))
     whole, live = distill(config, ToyTeacher(), None, tmp_path / "whole", student=toy_student())
     assert set(whole.state_dict()) == set(toy_student().state_dict())
     assert set(live) == set(whole.state_dict())
@@ -131,7 +131,7 @@ def test_own_targets_do_not_depend_on_the_micro_batch():
 
     def contribution(first, last):
         part = Part(size=6, first=first, last=last, generator=torch.Generator().manual_seed(4))
-        return method.step("student", Batch(noise=noise[first:last], codes=None, condition=labels[first:last]), part)[0]
+        return method.step("own", Batch(noise=noise[first:last], codes=None, condition=labels[first:last]), part)[0]
 
     assert (contribution(0, 2) + contribution(2, 6)).item() == pytest.approx(contribution(0, 6).item(), rel=1e-5)
 
@@ -139,9 +139,9 @@ def test_own_targets_do_not_depend_on_the_micro_batch():
 @pytest.mark.parametrize(
     ("groups", "settings", "words"),
     [
-        ((1, 3), {"targets": "own"}, "is for teachers of one token per group"),
-        ((1,) * 4, {}, "0 or more, and 0 with targets pairs"),
-        ((1,) * 4, {"targets": "pair"}, "targets: got 'pair', expected pairs or own"),
+        ((1, 3), {"own_share": 0.5}, "is for teachers of one token per group"),
+        ((1,) * 4, {}, "0 or more, and 0 with own_share 0"),
+        ((1,) * 4, {"own_share": 1.5}, r"own_share: got 1.5, expected in \[0, 1\]"),
     ],
 )
 def test_a_look_ahead_that_cannot_be_is_refused(groups, settings, words):
