@@ -395,6 +395,7 @@ class TransformerStudent(DD1Student):
 
     @property
     def width(self) -> int:
+        """Of the hidden states."""
         return self.body.width
 
     @property

@@ -531,6 +531,7 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
 
     @property
     def width(self) -> int:
+        """Of the hidden states."""
         return self.sizes.dim
 
     @property

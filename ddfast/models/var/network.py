@@ -470,6 +470,7 @@ class VARStudent(_VARNetwork, DD1Student):
 
     @property
     def width(self) -> int:
+        """Of the hidden states."""
         return self.sizes.embed_dim
 
     @property
