@@ -215,8 +215,8 @@ def test_public_names_are_documented(path):
     ]
     # What overrides a documented method (forward, a teacher's interface) says nothing new.
     inherited = {
-        "forward", "begin", "advance", "advance_window", "keep_rows", "read_out", "logits", "encode", "decode", "num_tokens",
-        "group_cfg_scale", "condition_of", "num_conditions", "check_condition",
+        "forward", "begin", "advance", "advance_window", "keep_rows", "read_out", "logits", "encode", "decode",
+        "num_tokens", "group_cfg_scale", "condition_of", "num_conditions", "check_condition",
         "accepted", "filters", "codes_of", "codebook", "config",
         "features", "code_logits", "continuous", "involve_teacher", "settings", "sizes_config", "header", "read_header",
         "untrained", "build", "said", "conditioned", "read", "read_tokenizer", "describe", "student_config",
