@@ -14,6 +14,9 @@ from ddfast.config import (
     AdaptConfig,
     DD1Config,
     DD2Config,
+    DigitsConvTokenizerConfig,
+    DigitsLlamaGenTeacherConfig,
+    DigitsVARTeacherConfig,
     EvaluationConfig,
     LlamaGenTeacherConfig,
     MatchConfig,
@@ -32,6 +35,28 @@ from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 def digits() -> TrainConfig:
     """The embedded default: handwritten digits on a 16x16 canvas; minutes on two CPU cores, nothing downloaded."""
     return TrainConfig(recipe="digits", out=Path("runs/digits"))
+
+
+def digits_llamagen() -> TrainConfig:
+    """The same digits by a small LlamaGen, trained on first use: its own networks, one token after the other."""
+    return TrainConfig(
+        recipe="digits-llamagen",
+        out=Path("runs/digits-llamagen"),
+        tokenizer=DigitsConvTokenizerConfig(),
+        teacher=DigitsLlamaGenTeacherConfig(),
+        dd2=DD2Config(adapt=AdaptConfig(iterations=1000, fit_iterations=500)),
+    )
+
+
+def digits_var() -> TrainConfig:
+    """The same digits by a small VAR, trained on first use: its own networks, scale after scale."""
+    return TrainConfig(
+        recipe="digits-var",
+        out=Path("runs/digits-var"),
+        tokenizer=DigitsConvTokenizerConfig(),
+        teacher=DigitsVARTeacherConfig(),
+        dd1=DD1Config(point=2),
+    )
 
 
 def _published(
@@ -207,6 +232,8 @@ def llamagen_xl_t2i() -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "digits": digits,
+    "digits-llamagen": digits_llamagen,
+    "digits-var": digits_var,
     "var-d16": var_d16,
     "var-d20": var_d20,
     "var-d24": var_d24,
