@@ -44,6 +44,11 @@ def _require_positive(config: object, *names: str) -> None:
         _require(getattr(config, name) > 0, name, getattr(config, name), "a positive number")
 
 
+def _require_rising(patch_nums: tuple[int, ...]) -> None:
+    rising = list(patch_nums) == sorted(set(patch_nums)) and patch_nums[:1] > (0,)
+    _require(rising, "patch_nums", patch_nums, "rising positive sides")
+
+
 def _require_lpips(config: DD1Config | EvaluationConfig) -> None:
     both = bool(config.lpips_vgg) == bool(config.lpips_linear)
     expected = "both of LPIPS's files, lpips_vgg and lpips_linear, or neither"
@@ -108,6 +113,28 @@ class DigitsTokenizerConfig(TokenizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "width", "iterations", "batch_size", "learning_rate")
+
+
+@dataclass(kw_only=True)
+class DigitsConvTokenizerConfig(DigitsTokenizerConfig):
+    """VAR's or LlamaGen's tokenizer, small and trained on the digits on first use.
+
+    Attributes:
+        levels: of its encoder and decoder, all of `width` channels; each but the last halves the canvas of 16 pixels.
+        blocks: residual blocks per level.
+    """
+
+    width: int = 32
+    levels: int = 3
+    blocks: int = 1
+    iterations: int = 1200
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "blocks")
+        _require(self.width % 32 == 0, "width", self.width, "a multiple of 32, the groups of GroupNorm")
+        _require(1 <= self.levels <= 5, "levels", self.levels, "in 1..5: the canvas has 16 pixels")
 
 
 @dataclass(kw_only=True)
@@ -222,6 +249,27 @@ class DigitsTeacherConfig(TeacherConfig):
 
 
 @dataclass(kw_only=True)
+class DigitsLlamaGenTeacherConfig(DigitsTeacherConfig):
+    """A small LlamaGen, trained on the digits on first use; one token per latent of its tokenizer."""
+
+
+@dataclass(kw_only=True)
+class DigitsVARTeacherConfig(DigitsTeacherConfig):
+    """A small VAR, trained on the digits on first use.
+
+    Attributes:
+        patch_nums: side of every scale, the last one that of the tokenizer's latents.
+    """
+
+    cfg_scale: float = 1.0
+    patch_nums: tuple[int, ...] = (1, 2, 3, 4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_rising(self.patch_nums)
+
+
+@dataclass(kw_only=True)
 class PretrainedTeacherConfig(TeacherConfig):
     """A teacher from a checkpoint, or of random weights.
 
@@ -263,8 +311,7 @@ class VARTeacherConfig(PretrainedTeacherConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "num_classes", "depth")
-        rising = list(self.patch_nums) == sorted(set(self.patch_nums)) and self.patch_nums[:1] > (0,)
-        _require(rising, "patch_nums", self.patch_nums, "rising positive sides")
+        _require_rising(self.patch_nums)
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,9 @@ from ddfast.config import (
     AdaptConfig,
     DD1Config,
     DD2Config,
+    DigitsConvTokenizerConfig,
+    DigitsLlamaGenTeacherConfig,
+    DigitsVARTeacherConfig,
     EvaluationConfig,
     LlamaGenTeacherConfig,
     MatchConfig,
@@ -32,8 +35,11 @@ from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 PRESETS = ("ddfast", "paper")
 """Whose settings a recipe distils with: what was found to be best on digits, or the papers', literally."""
 
-_OUR_DD1: dict[str, Any] = {"optimizer": "muon", "own_share": 1.0, "lookahead_weight": 1.0}
-"""DD1 as digits found it best: what DD2's first updates are, with DD1's heads (docs/notes/dd1.md)."""
+
+def _our_dd1(*, one_by_one: bool) -> dict[str, Any]:
+    """DD1 as digits found it best: what DD2's first updates are, with DD1's heads (docs/notes/dd1.md)."""
+    return {"optimizer": "muon", "own_share": 1.0, "lookahead_weight": 1.0 if one_by_one else 0.0}
+
 
 _PAPERS_MATCH: dict[str, Any] = {
     "optimizer": "adamw", "form": "sid", "alpha": 1.0, "prefix": "continuous", "fake_score": "velocity",
@@ -45,11 +51,43 @@ _PAPERS_MATCH: dict[str, Any] = {
 
 def digits(preset: str) -> TrainConfig:
     """The embedded default: handwritten digits on a 16x16 canvas; minutes on two CPU cores, nothing downloaded."""
-    config = TrainConfig(recipe="digits", out=Path("runs/digits"))
-    config.dd1 = DD1Config(**_OUR_DD1, learning_rate=5e-3, iterations=1500)
+    return _on_digits(TrainConfig(recipe="digits", out=Path("runs/digits")), preset)
+
+
+def digits_llamagen(preset: str) -> TrainConfig:
+    """The same digits by a small LlamaGen, trained on first use: its own networks, one token after the other."""
+    config = TrainConfig(
+        recipe="digits-llamagen",
+        out=Path("runs/digits-llamagen"),
+        tokenizer=DigitsConvTokenizerConfig(),
+        teacher=DigitsLlamaGenTeacherConfig(),
+        dd2=DD2Config(adapt=AdaptConfig(iterations=1000, fit_iterations=500)),
+    )
+    return _on_digits(config, preset)
+
+
+def digits_var(preset: str) -> TrainConfig:
+    """The same digits by a small VAR, trained on first use: its own networks, scale after scale."""
+    config = TrainConfig(
+        recipe="digits-var",
+        out=Path("runs/digits-var"),
+        tokenizer=DigitsConvTokenizerConfig(),
+        teacher=DigitsVARTeacherConfig(),
+        dd1=DD1Config(point=2),
+    )
+    return _on_digits(config, preset, one_by_one=False)
+
+
+def _on_digits(config: TrainConfig, preset: str, *, one_by_one: bool = True) -> TrainConfig:
+    """A recipe of digits with a preset's distillation."""
     if preset == "paper":
-        config.init, config.dd1 = "stage1", DD1Config()
-        config.dd2.match = MatchConfig(**_PAPERS_MATCH, guidance_updates=5)
+        config.init = "stage1"
+        match = dataclasses.replace(config.dd2.match, **_PAPERS_MATCH, guidance_updates=5)
+        config.dd2 = dataclasses.replace(config.dd2, match=match)
+    else:
+        config.dd1 = dataclasses.replace(
+            config.dd1, **_our_dd1(one_by_one=one_by_one), learning_rate=7e-3, iterations=1500
+        )
     return config
 
 
@@ -101,7 +139,7 @@ def _take_ours(config: TrainConfig, *, one_by_one: bool) -> None:
     rate, updates = dd1.learning_rate / 1e-3, match.iterations + match.later_iterations
     start = round(updates * ours.start_iterations / (ours.start_iterations + ours.iterations))
     config.init = "teacher"
-    config.dd1 = dataclasses.replace(dd1, **_OUR_DD1 if one_by_one else _OUR_DD1 | {"lookahead_weight": 0.0})
+    config.dd1 = dataclasses.replace(dd1, **_our_dd1(one_by_one=one_by_one))
     config.dd2.match = dataclasses.replace(
         ours,
         **{name: getattr(match, name) for name in _KEPT},
@@ -249,6 +287,8 @@ def llamagen_xl_t2i(preset: str) -> TrainConfig:
 
 RECIPES: dict[str, Callable[[str], TrainConfig]] = {
     "digits": digits,
+    "digits-llamagen": digits_llamagen,
+    "digits-var": digits_var,
     "var-d16": var_d16,
     "var-d20": var_d20,
     "var-d24": var_d24,

@@ -8,13 +8,24 @@ from typing import Any
 from ddfast.config import TeacherConfig, TrainConfig
 from ddfast.errors import DDFastError
 from ddfast.models.digits.files import DigitsFamily
+from ddfast.models.digits.small import DigitsLlamaGenFamily, DigitsVARFamily
 from ddfast.models.family import Family
 from ddfast.models.llamagen.files import LlamaGenFamily
 from ddfast.models.official import Kind, Signs
 from ddfast.models.protocol import Teacher
 from ddfast.models.var.files import VARFamily
 
-_FAMILIES: dict[str, Family] = {family.name: family for family in (DigitsFamily(), VARFamily(), LlamaGenFamily())}
+_FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        DigitsFamily(),
+        VARFamily(),
+        LlamaGenFamily(),
+        DigitsVARFamily(),
+        DigitsLlamaGenFamily(),
+    )
+}
+"""A family that derives from another stands behind it: the last that knows a teacher has it."""
 
 
 class _NoFamily(Family):

@@ -1,4 +1,4 @@
-"""Every recipe, whole, at sizes of seconds and with random weights."""
+"""Every recipe, whole, at sizes of seconds: those of published teachers with random weights, the others trained."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,17 @@ import torch
 from commands import few_marginals
 from lpips_files import write_lpips
 
-from ddfast.config import update
+from ddfast.config import config_hash, update
 from ddfast.errors import DDFastError
 from ddfast.hub import Generator
 from ddfast.models.converting import export_student, export_teacher
-from ddfast.models.loading import build_teacher, load_student, start_student, untrained_teacher
+from ddfast.models.loading import build_teacher, load_student, load_teacher, start_student, untrained_teacher
 from ddfast.pipeline import train
 from ddfast.recipes import RECIPES, get_recipe
 from ddfast.runs import open_student
 from ddfast.sampling import sample_student
 
+SMALL = ["digits-llamagen", "digits-var"]
 PUBLISHED = [name for name in RECIPES if not name.startswith("digits")]
 OURS = ["var-d16", "llamagen-b", "llamagen-xl-t2i"]
 """Of every kind one: the others differ in sizes and schedules."""
@@ -45,6 +46,13 @@ LLAMAGEN = {
     "dd1": {"point": 3, "split": 5},
 }
 TEXT = {"teacher": {"cls_token_num": 6, "caption_dim": 8}}
+BRIEFLY = TINY | {
+    "tokenizer": {"num_codes": 16, "iterations": 6, "warmup": 2, "batch_size": 8},
+    "teacher": {
+        "width": 32, "depth": 1, "heads": 2, "iterations": 4, "batch_size": 8, "training_images": 40,
+    },
+    "evaluation": {"samples": 100, "batch_size": 50, "batch_sizes": [1, 2], "paths": 4},
+}  # fmt: skip
 
 
 def tiny(name: str, out: Path, preset: str = "", **teacher: object):
@@ -119,6 +127,36 @@ def test_training_by_dd2(name, tmp_path):
         loaded.teacher.captions = generator.teacher.captions
     for steps in (1, 2):
         torch.testing.assert_close(loaded.images([0, 1], steps=steps), generator.images([0, 1], steps=steps))
+
+
+@pytest.mark.parametrize("method", ["dd1", "dd2"])
+@pytest.mark.parametrize("name", SMALL)
+def test_training_on_a_small_teacher_of_digits(name, method, cache, tmp_path, monkeypatch):
+    """From nothing: the teacher is trained on first use, and its images have figures of their own."""
+    monkeypatch.setenv("DDFAST_CACHE", str(cache))
+
+    def settings():
+        config = get_recipe(name)
+        update(config, BRIEFLY | {"out": str(tmp_path / "run"), "method": method, "seed": 7})
+        update(config, {"dd2": {"match": {"start_iterations": 2, "guidance_first": 1}}})
+        return config
+
+    metrics = train(settings(), progress_bar=silent)
+    one_by_one = name == "digits-llamagen"
+    for source in ("teacher", "ode_pairs", "student_1step", "student_2step", "independent_marginals"):
+        assert {"frechet", "class_accuracy", "teacher_nll", "pair_tv"} <= set(metrics[source]), source
+    assert ("speculative_jacobi" in metrics) == one_by_one
+    assert train(settings(), progress_bar=silent) == metrics
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    by_dd2 = ["adaptation", "matching"] if one_by_one else ["matching"]
+    assert list(dict.fromkeys(line["stage"] for line in lines)) == {"dd1": ["distillation"], "dd2": by_dd2}[method]
+    (path,) = cache.glob(f"{name}-teacher-{config_hash(settings().tokenizer, settings().teacher, 7)}.safetensors")
+    generator = Generator.from_run(tmp_path / "run")
+    assert type(generator.teacher) is type(load_teacher(path))
+    generator.save_pretrained(tmp_path / "hub")
+    images = Generator.from_pretrained(str(tmp_path / "hub")).images([0, 1], steps=2)
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.equal(images, generator.images([0, 1], steps=2))
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -39,8 +39,9 @@ class DigitsClassifier(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features [B, 48] of images [B, 1, 16, 16] in [0, 1]."""
-        return torch.cat([self.trunk(2 * chunk - 1) for chunk in images.split(2000)])
+        """Features [B, 48] of images [B, C, 16, 16] in [0, 1]; of several channels it sees their mean."""
+        grey = images.mean(1, keepdim=True)
+        return torch.cat([self.trunk(2 * chunk - 1) for chunk in grey.split(2000)])
 
     def logits(self, features: Tensor) -> Tensor:
         """Class logits [B, 10] of features."""

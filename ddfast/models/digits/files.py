@@ -1,25 +1,56 @@
-"""The digits' teacher in files: trained on first use, and kept."""
+"""The digits' teachers in files: trained on first use, and kept.
+
+`OfDigits` is what every family of the digits has: the cache, the classifier, the real images.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
-from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TrainConfig, config_hash
+from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TeacherConfig, TrainConfig, config_hash
 from ddfast.env import cache_dir
-from ddfast.models.checkpoint import load_tensors
+from ddfast.models.checkpoint import build_around, load_tensors
 from ddfast.models.digits.classifier import DigitsClassifier, load_or_train_classifier
 from ddfast.models.digits.data import digit_batch
 from ddfast.models.digits.network import DigitsTeacher, train_teacher
 from ddfast.models.digits.tokenizer import Tokenizer, train_tokenizer
-from ddfast.models.family import Family, Parts
+from ddfast.models.family import Family
+from ddfast.models.protocol import Teacher
 from ddfast.progress import Progress
 
 
-class DigitsFamily(Family):
-    """The digits' teacher, whose tokenizer and weights are trained on first use."""
+class OfDigits(Family):
+    """A family whose tokenizer and teacher are trained on the digits on first use."""
+
+    @abstractmethod
+    def trained(self, config: TrainConfig, progress: Progress | None = None) -> Teacher:
+        """A teacher of these settings and this seed, trained now."""
+
+    def build(self, config: TrainConfig, progress: Progress | None = None) -> Teacher:
+        """The teacher of these settings and this seed: from the cache, or trained now (minutes) and cached."""
+        settings = config_hash(config.tokenizer, config.teacher, config.seed)
+        path = cache_dir() / f"{self.name}-teacher-{settings}.safetensors"
+        if not path.exists():
+            self.save(path, self.trained(config, progress))
+        return build_around(lambda: self.untrained(config), load_tensors(path)[0], path)
+
+    def conditioned(self, teacher: Teacher, config: TeacherConfig) -> Teacher:
+        return teacher
+
+    def feature_network(self, progress: Progress | None = None) -> DigitsClassifier:
+        return load_or_train_classifier(progress)
+
+    def real_images(self, count: int, seed: int) -> Tensor:
+        """Of the training split, as FID on ImageNet uses the training images."""
+        return digit_batch("train", count, seed, number=10)[0]
+
+
+class DigitsFamily(OfDigits):
+    """The digits' own teacher."""
 
     name = "digits"
     teacher, config, tokenizer_config = DigitsTeacher, DigitsTeacherConfig, DigitsTokenizerConfig
@@ -34,22 +65,8 @@ class DigitsFamily(Family):
         assert isinstance(config.teacher, DigitsTeacherConfig)
         return DigitsTeacher(Tokenizer(config.tokenizer), config.teacher)
 
-    def build(self, config: TrainConfig, progress: Progress | None = None) -> DigitsTeacher:
-        """The teacher of these settings and this seed: from the cache, or trained now (two minutes) and cached."""
-        path = cache_dir() / f"digits-teacher-{config_hash(config.tokenizer, config.teacher, config.seed)}.safetensors"
-        if not path.exists():
-            assert isinstance(config.tokenizer, DigitsTokenizerConfig)
-            assert isinstance(config.teacher, DigitsTeacherConfig)
-            tokenizer = train_tokenizer(config.tokenizer, seed=config.seed, progress=progress)
-            self.save(path, train_teacher(tokenizer, config.teacher, seed=config.seed, progress=progress))
-        tensors, header = load_tensors(path)
-        made = self.read(Parts(tensors=tensors, source=path, header=header))
-        assert isinstance(made, DigitsTeacher)
-        return made
-
-    def feature_network(self, progress: Progress | None = None) -> DigitsClassifier:
-        return load_or_train_classifier(progress)
-
-    def real_images(self, count: int, seed: int) -> Tensor:
-        """Of the training split, as FID on ImageNet uses the training images."""
-        return digit_batch("train", count, seed, number=10)[0]
+    def trained(self, config: TrainConfig, progress: Progress | None = None) -> DigitsTeacher:
+        assert isinstance(config.tokenizer, DigitsTokenizerConfig)
+        assert isinstance(config.teacher, DigitsTeacherConfig)
+        tokenizer = train_tokenizer(config.tokenizer, seed=config.seed, progress=progress)
+        return train_teacher(tokenizer, config.teacher, seed=config.seed, progress=progress)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ddfast.config import LlamaGenTeacherConfig, TeacherConfig, TrainConfig, VQTokenizerConfig
+from ddfast.config import LlamaGenTeacherConfig, TeacherConfig, TokenizerConfig, TrainConfig, VQTokenizerConfig
 from ddfast.errors import DDFastError
 from ddfast.messages import say
 from ddfast.models.autoregressive import SamplingDefaults
@@ -47,7 +47,9 @@ class LlamaGenFamily(Family):
     """LlamaGen and its students."""
 
     name, title = "llamagen", "LlamaGen"
-    teacher, config, tokenizer_config = LlamaGenTeacher, LlamaGenTeacherConfig, VQTokenizerConfig
+    teacher: ClassVar[type[LlamaGenTeacher]] = LlamaGenTeacher
+    config: ClassVar[type[TeacherConfig]] = LlamaGenTeacherConfig
+    tokenizer_config: ClassVar[type[TokenizerConfig]] = VQTokenizerConfig
     students: ClassVar[Mapping[str, type[Student]]] = {"dd1": LlamaGenStudent, "dd2": LlamaGenFlowNetwork}
     signs: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tokenizer": (
@@ -91,7 +93,7 @@ class LlamaGenFamily(Family):
         return teacher
 
     def read(self, parts: Parts) -> LlamaGenTeacher:
-        return _teacher(parts)
+        return _teacher(parts, self.teacher)
 
     def read_tokenizer(self, parts: Parts) -> LlamaGenTokenizer:
         return _tokenizer(parts.tensors, parts.source, parts.config, parts.stored)
@@ -123,13 +125,18 @@ class LlamaGenFamily(Family):
         return {name: getattr(LLAMAGEN_SIZES["L"], name) for name in names} | {"codebook_l2_norm": True}
 
 
+def swiglu_width(dim: int) -> int:
+    """Width of the feed-forward layers of a transformer of width `dim`, by the official rule."""
+    return 256 * -(-int(8 * dim / 3) // 256)
+
+
 def _sizes(teacher: LlamaGenTeacherConfig) -> LlamaGenSizes:
     return LlamaGenSizes(
         dim=teacher.dim,
         n_layer=teacher.n_layer,
         n_head=teacher.n_head,
         n_kv_head=teacher.n_kv_head or teacher.n_head,
-        ffn_dim=teacher.ffn_dim or 256 * -(-int(8 * teacher.dim / 3) // 256),
+        ffn_dim=teacher.ffn_dim or swiglu_width(teacher.dim),
         block_size=teacher.block_size,
         model_type=teacher.model_type,
         num_classes=teacher.num_classes,
@@ -185,7 +192,8 @@ def _sizes_in(tensors: Mapping[str, AnyTensor]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _teacher(parts: Parts) -> LlamaGenTeacher:
+def _teacher(parts: Parts, kind: type[LlamaGenTeacher]) -> LlamaGenTeacher:
+    """The teacher of a file, of a class for LlamaGen's."""
     for_tokenizer, rest = part(parts.config, _TOKENIZER_SETTINGS)
     tensors, source, stored = parts.tensors, parts.source, [_with_derived(said) for said in parts.stored]
     of_tokenizer = [*parts.tokenizer_stored, *(only(said, {"codebook_l2_norm"}) for said in parts.stored)]
@@ -242,7 +250,7 @@ def _teacher(parts: Parts) -> LlamaGenTeacher:
     _check_angles(tensors.get("freqs_cis"), sizes, source)
 
     def make() -> LlamaGenTeacher:
-        return LlamaGenTeacher(tokenizer, sizes, defaults=parts.defaults)
+        return kind(tokenizer, sizes, defaults=parts.defaults)
 
     return parts.around(tokenizer, make, head="output.weight", derived=LlamaGenFamily.derived)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ddfast.config import TeacherConfig, TrainConfig, VARTeacherConfig, VQTokenizerConfig
+from ddfast.config import TeacherConfig, TokenizerConfig, TrainConfig, VARTeacherConfig, VQTokenizerConfig
 from ddfast.errors import DDFastError
 from ddfast.messages import say
 from ddfast.models.attention import block_mask, group_levels, level_mask
@@ -51,7 +51,9 @@ class VARFamily(Family):
     """VAR and its students."""
 
     name, title = "var", "VAR"
-    teacher, config, tokenizer_config = VARTeacher, VARTeacherConfig, VQTokenizerConfig
+    teacher: ClassVar[type[VARTeacher]] = VARTeacher
+    config: ClassVar[type[TeacherConfig]] = VARTeacherConfig
+    tokenizer_config: ClassVar[type[TokenizerConfig]] = VQTokenizerConfig
     students: ClassVar[Mapping[str, type[Student]]] = {"dd1": VARStudent, "dd2": VARFlowNetwork}
     signs: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tokenizer": (
@@ -85,7 +87,7 @@ class VARFamily(Family):
         return {name: value for name, value in said.items() if name not in unsaid}
 
     def read(self, parts: Parts) -> VARTeacher:
-        return _teacher(parts)
+        return _teacher(parts, self.teacher)
 
     def read_tokenizer(self, parts: Parts) -> VARTokenizer:
         return _tokenizer(parts.tensors, parts.source, parts.config, parts.stored)
@@ -187,7 +189,8 @@ def _sizes_in(tensors: Mapping[str, AnyTensor]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _teacher(parts: Parts) -> VARTeacher:
+def _teacher(parts: Parts, kind: type[VARTeacher]) -> VARTeacher:
+    """The teacher of a file, of a class for VAR's."""
     for_tokenizer, rest = part(parts.config, _TOKENIZER_SETTINGS)
     tensors, source = parts.tensors, parts.source
     try:
@@ -224,7 +227,7 @@ def _teacher(parts: Parts) -> VARTeacher:
     tokenizer = _tokenizer(parts.tokenizer, parts.tokenizer_source, given, of_tokenizer)
 
     def make() -> VARTeacher:
-        return VARTeacher(tokenizer, sizes, defaults=parts.defaults)
+        return kind(tokenizer, sizes, defaults=parts.defaults)
 
     return parts.around(tokenizer, make, head="head.weight", derived=VARFamily.derived)
 
