@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=100, help="of what is timed")
     parser.add_argument("--passes", type=int, nargs="*", default=[1, 2, 3, 4, 6, 8, 12])
-    parser.add_argument("--windows", type=int, nargs="*", default=[])
+    parser.add_argument("--windows", type=int, nargs="*", default=[0], help="tokens of an exact pass; 0: all left")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is timed, after one that warms up")
     parser.add_argument("--no-quality", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -86,7 +87,7 @@ def measured(
     own = teacher.generate(condition, sampler="flow", noise=eps)
     evaluator = None if options.no_quality else Evaluator(config, teacher, silent)
     few = slice(0, options.batch_size)
-    decoding = seconds(lambda: teacher.generate(condition[few], sampler="flow", noise=eps[few]))
+    decoding = seconds(lambda: teacher.generate(condition[few], sampler="flow", noise=eps[few]), options.rounds)
     rows = []
 
     def told(name: str, **figures: Any) -> None:
@@ -105,14 +106,14 @@ def measured(
             now = refined(teacher, condition, eps, guess, passes)[0]
             agree = float((now == own).double().mean())
             told(name, passes=passes, agree=agree, **quality(evaluator, now, teacher, condition))
-        for window in (None, *options.windows):
-            found, passes = refined(teacher, condition, eps, guess, "exact", window=window)
+        for window in options.windows:
+            found, passes = refined(teacher, condition, eps, guess, "exact", window=window or None)
             different = int((found != own).any(1).sum())
 
-            def exact(guess: Tensor = guess, window: int | None = window) -> Tensor:
-                return refined(teacher, condition[few], eps[few], guess[few], "exact", window=window)[0]
+            def exact(guess: Tensor = guess, window: int = window) -> Tensor:
+                return refined(teacher, condition[few], eps[few], guess[few], "exact", window=window or None)[0]
 
-            took = seconds(exact)
+            took = seconds(exact, options.rounds)
             mean, most = float(passes.double().mean()), int(passes.max())
             told(
                 name, passes="exact", window=window, mean_passes=mean, most_passes=most, different=different,
@@ -137,7 +138,7 @@ def quality(evaluator: Evaluator | None, codes: Tensor, teacher: Teacher, condit
     return {name: float(found[name]) for name in ("frechet", "teacher_nll", "pair_tv") if name in found}
 
 
-def seconds(work: Callable[[], object], rounds: int = 3) -> float:
+def seconds(work: Callable[[], object], rounds: int) -> float:
     """Median of some rounds, after one that warms up."""
     times = []
     for _ in range(rounds + 1):
