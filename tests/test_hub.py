@@ -14,6 +14,7 @@ from ddfast.errors import DDFastError
 from ddfast.hub import Generator
 from ddfast.models.llamagen.captions import random_captions, save_captions
 from ddfast.models.loading import start_student, student_class, untrained_teacher
+from ddfast.ops import noise
 from ddfast.recipes import get_recipe
 
 
@@ -243,6 +244,14 @@ def test_the_teachers_part_takes_settings():
     labels = list(range(5)) * 8
     plain, guided = made.images(labels, steps=2), made.images(labels, steps=2, cfg_scale=30.0)
     assert not torch.equal(plain, guided)
+
+
+def test_refined_to_the_end_they_are_the_teachers():
+    made = generator("digits")
+    teacher = made.teacher
+    eps = noise(4, torch.arange(3), (teacher.num_tokens, teacher.code_dim), "cpu")
+    own = teacher.generate(torch.tensor([0, 1, 2]), sampler="flow", noise=eps)
+    assert torch.equal(made.codes([0, 1, 2], seed=4, refine="exact"), own)
 
 
 def test_a_text_generator_is_given_captions(tmp_path):

@@ -315,6 +315,8 @@ def test_another_runtime_error_is_not_taken_for_it(generators, monkeypatch):
         ("teacher_steps: has no effect on DD2's", ["dd2", "--teacher-steps=1"]),
         ("teacher_steps: got 2, expected 1 to 1, the groups from point 2", ["var", "--teacher-steps=2"]),
         ("teacher_steps: got -1, expected 1 to 1", ["var", "--teacher-steps=-1"]),
+        ("refine: has no effect with steps=0", ["var", "--steps=0", "--refine=1"]),
+        ("refine: got -1, expected a number of passes, 0 or more, or 'exact'", ["var", "--refine=-1"]),
         ("seed: got -5, expected 0 to 2^64 - 1", ["var", "--seed=-5"]),
         ("seed: got 18446744073709551616, expected", ["var", f"--seed={2**64}"]),
         ("steps: got -1", ["var", "--steps=-1"]),
@@ -338,9 +340,27 @@ def test_a_flag_has_an_effect_or_is_an_error(here, generators, tmp_path, words, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("guidance", [[], ["--guidance.cfg-scale=3", "--guidance.top-k=9"]], ids=["usual", "other"])
+@pytest.mark.parametrize("name", ["var", "digits", "llamagen", "dd2"])
+def test_refined_to_the_end_samples_are_the_teachers_flow(here, generators, tmp_path, name, guidance):
+    asked = ("sample", "--student", generators / name, "--format=codes", "--count=9", "--seed=5", *guidance)
+    assert here(*asked, "--refine=exact", "--to", tmp_path / "exact")[0] == 0
+    assert here(*asked, "--refine=2", "--to", tmp_path / "two")[0] == 0
+    teacher = load_teacher(generators / name)
+    found = load_file(tmp_path / "exact.safetensors")
+    eps = noise(5, torch.arange(9), (teacher.num_tokens, teacher.code_dim), "cpu")
+    settings = {"cfg_scale": 3.0, "top_k": 9} if guidance else {}
+    own = teacher.generate(found["condition"], sampler="flow", noise=eps, **settings)
+    assert torch.equal(found["codes"], own)
+    twice, second = load_file(tmp_path / "two.safetensors")["codes"], teacher.group_starts()[2]
+    assert torch.equal(twice[:, :second], own[:, :second])
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["var", "--refine=1"],
+        ["digits", "--refine=exact", "--guidance.cfg-scale=30"],
         ["var", "--steps=0", "--guidance.cfg-scale=3"],
         ["var", "--teacher-steps=1", "--point=1", "--guidance.cfg-scale=30"],
         ["var", "--steps=2", "--point=1"],
