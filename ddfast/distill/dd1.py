@@ -30,7 +30,8 @@ def add_lookahead(student: DD1Student) -> None:
 
     It starts as the identity, and is the student's while it learns: `remove_lookahead`.
     """
-    layer = Linear(student.width, student.width).to(student.codebook.device)
+    with student.codebook.device:
+        layer = Linear(student.width, student.width)
     with torch.no_grad():
         nn.init.eye_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -105,7 +106,7 @@ class DD1(Method):
         later = torch.rand(part.size, generator=part.generator, dtype=torch.float32) < config.point_probability
         points = (part.own(later).long() * config.point).to(batch.noise.device)
         is_data = student.data_mask(points, len(batch.noise))
-        given = self._own_codes(batch, points) if phase == "own" else batch.codes
+        given = self._own_codes(batch, part.own(later)) if phase == "own" else batch.codes
         assert given is not None
         x = torch.where(is_data[..., None], student.codebook[given], batch.noise)
         hidden, context = student.features(batch.condition, student.check_point(batch.condition, x), points)
@@ -134,11 +135,12 @@ class DD1(Method):
         return loss, logged | ({"lookahead": ahead.detach()} if phase == "own" and config.lookahead_weight else {})
 
     @torch.no_grad()
-    def _own_codes(self, batch: Batch, points: Tensor) -> Tensor:
-        """Codes int64 [B, N] of a first pass, which the sequences that start later go on from."""
+    def _own_codes(self, batch: Batch, later: Tensor) -> Tensor:
+        """Codes int64 [B, N] of a first pass, which the sequences that start later, bool [B], go on from."""
         student = self.student
         codes = torch.zeros(batch.noise.shape[:2], dtype=torch.int64, device=batch.noise.device)
-        rows = points.nonzero()[:, 0]
+        # Chosen on the host, which need not wait for a GPU to know how many there are.
+        rows = torch.arange(len(later), dtype=torch.int64)[later].to(codes.device)
         if len(rows):
             hidden, context = student.features(take(batch.condition, rows), batch.noise[rows], 0)
             codes[rows] = student.code_logits(hidden, context).argmax(-1)

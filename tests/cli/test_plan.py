@@ -15,6 +15,7 @@ def test_a_plan_says_what_a_training_takes(here, tmp_path):
     code, shown, errors = here(
         "plan",
         *TINY,
+        "--preset=paper",
         "--devices=4",
         "--dd1.batch-size=64",
         "--parallel.micro-batch=6",
@@ -70,3 +71,10 @@ def test_memory_is_told_with_its_unit():
     assert parse_bytes("24 GB") == 24 * 10**9
     with pytest.raises(ValueError, match="memory: got 'much', expected a size such as 80GiB"):
         parse_bytes("much")
+
+
+def test_own_targets_need_no_trajectories(here, tmp_path):
+    code, _, errors = here("plan", *TINY, "--memory=1GiB", "--json", tmp_path / "plan.json")
+    assert code == 0, errors
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert [stage["stage"] for stage in found["stages"]] == ["distillation"]

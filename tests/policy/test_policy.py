@@ -219,7 +219,7 @@ def test_public_names_are_documented(path):
         "num_tokens", "group_cfg_scale", "condition_of", "num_conditions", "check_condition",
         "accepted", "filters", "codes_of", "codebook", "config",
         "features", "code_logits", "continuous", "involve_teacher", "settings", "sizes_config", "header", "read_header",
-        "untrained", "build", "said", "conditioned", "read", "read_tokenizer", "describe", "student_config",
+        "untrained", "trained", "build", "said", "conditioned", "read", "read_tokenizer", "describe", "student_config",
         "official_teacher", "official_student", "usual", "feature_network", "real_images", "condition", "step_ops",
     }  # fmt: skip
     missing = [
