@@ -252,6 +252,9 @@ class DigitsTeacherConfig(TeacherConfig):
 class DigitsLlamaGenTeacherConfig(DigitsTeacherConfig):
     """A small LlamaGen, trained on the digits on first use; one token per latent of its tokenizer."""
 
+    training_images: int = 30_000
+    iterations: int = 1200
+
 
 @dataclass(kw_only=True)
 class DigitsVARTeacherConfig(DigitsTeacherConfig):
@@ -261,7 +264,10 @@ class DigitsVARTeacherConfig(DigitsTeacherConfig):
         patch_nums: side of every scale, the last one that of the tokenizer's latents.
     """
 
-    cfg_scale: float = 1.0
+    cfg_scale: float = 0.75
+    training_images: int = 30_000
+    iterations: int = 1200
+    batch_size: int = 64
     patch_nums: tuple[int, ...] = (1, 2, 3, 4)
 
     def __post_init__(self) -> None:

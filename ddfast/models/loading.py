@@ -66,7 +66,8 @@ def load_teacher(
             its config.json, or what ddfast wrote.
         tokenizer: the tokenizer's checkpoint (`vae_ch160v4096z32.pth`, `vq_ds16_c2i.pt`, ...); a file that holds both
             (ours, and those of VAR's trainer) needs none.
-        family: "var", "llamagen", "digits" or one that was registered; None: recognised from the file.
+        family: "var", "llamagen", "digits", "digits-var", "digits-llamagen", or one that was registered; None:
+            recognised from the file.
         dtype: of the transformer's weights, such as `torch.bfloat16`; None: as stored. Codebook and tokenizer are
             float32 whatever their file holds.
         defaults: sampling settings; None: the published ones.
@@ -188,7 +189,7 @@ def save_teacher(path: str | Path, teacher: Teacher) -> None:
 
 
 def build_teacher(config: TrainConfig, progress: Progress | None = None) -> Teacher:
-    """The configuration's teacher, on its device: trained on first use (digits), read from files, or random.
+    """The configuration's teacher, on its device: trained on first use (of digits), read from files, or random.
 
     Of several processes the first one trains it, and the others find it.
 

@@ -161,7 +161,7 @@ class DigitsVARFamily(_SmallFamily, VARFamily):
                 f"latents of {settings.levels} --tokenizer.levels"
             )
         for layer in made.modules():
-            if isinstance(layer, Phi):  # it starts as the identity: with few steps it comes no nearer by itself
+            if isinstance(layer, Phi):  # it starts as the identity: random ones cost more steps than there are
                 assert layer.bias is not None
                 nn.init.dirac_(layer.weight)
                 nn.init.zeros_(layer.bias)
