@@ -268,13 +268,15 @@ class _Loop:
             answer = _agreed(wishes)
             if answer:
                 return answer
-            if number == 0:
-                network.zero_grad(set_to_none=True)
-                if method.starts_from_average(self.step):
-                    self.average.copy_to(self.averaged)
+            if number == 0 and method.starts_from_average(self.step):
+                self.average.copy_to(self.averaged)
             self.spread.accumulate(last=number == len(parts) - 1)
             with fitting(len(part), self.device, "--parallel.micro-batch"):
                 contribution, figures = self._contribution(phase, draw, part, micro_batch.recompute)
+                if number == 0:
+                    # Not before: while the last step's gradients stand at the heap's end, what the pass needs below them
+                    # does not go back to the system, to be asked for again (a twentieth of a step on a CPU).
+                    network.zero_grad(set_to_none=True)
                 with span("backward"):
                     contribution.backward()
             own += contribution.detach()
@@ -287,7 +289,8 @@ class _Loop:
             )
         with span("optimizer"):
             norm = self._update(phase)
-        network.zero_grad(set_to_none=True)  # the other networks' turns need the memory
+        if len(self.networks) > 1:  # the other networks' turns need the memory
+            network.zero_grad(set_to_none=True)
         return loss, norm, logged
 
     def _micro_batch(self, phase: str, draw: Draw) -> MicroBatch:
