@@ -274,8 +274,8 @@ class _Loop:
             with fitting(len(part), self.device, "--parallel.micro-batch"):
                 contribution, figures = self._contribution(phase, draw, part, micro_batch.recompute)
                 if number == 0:
-                    # Not before: while the last step's gradients stand at the heap's end, what the pass needs below them
-                    # does not go back to the system, to be asked for again (a twentieth of a step on a CPU).
+                    # Not before: while the last step's gradients stand at the heap's end, what the pass needs below
+                    # them does not go back to the system, to be asked for again (a twentieth of a step on a CPU).
                     network.zero_grad(set_to_none=True)
                 with span("backward"):
                     contribution.backward()
