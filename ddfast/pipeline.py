@@ -118,15 +118,15 @@ def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
     """DD1's stages: trajectories, distillation."""
     out = config.out
     check_point(config.dd1, teacher)
-    trajectories = None
+    store = None
     if config.dd1.pair_iterations:
         with stages.timed("trajectories"):
             store = make_trajectories(config, teacher, progress_bar("trajectories"))
-            trajectories = store.load(config.trajectories.count)
     if exists(out / STUDENT_FILE):
         say(f"student: {out / STUDENT_FILE} exists, skipped")
     else:
         with stages.timed("distillation"):
+            trajectories = store.load(config.trajectories.count) if store else None
             trained, live = distill(config, teacher, trajectories, out, progress=progress_bar("distillation"))
         finish_student(config, trained, live)
         del trained, live

@@ -17,6 +17,7 @@ from ddfast.pipeline import train
 from ddfast.recipes import RECIPES, get_recipe
 from ddfast.runs import open_student
 from ddfast.sampling import sample_student
+from ddfast.trajectories.store import TrajectoryStore
 
 SMALL = ["digits-llamagen", "digits-var"]
 PUBLISHED = [name for name in RECIPES if not name.startswith("digits")]
@@ -74,7 +75,7 @@ def silent(title):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_training(name, tmp_path):
+def test_training(name, tmp_path, monkeypatch):
     config = tiny(name, tmp_path / "run")
     metrics = train(config, progress_bar=silent)
     assert {"teacher", "ode_pairs", "student_1step", "student_2step", "skip_last"} <= set(metrics)
@@ -84,6 +85,7 @@ def test_training(name, tmp_path):
     assert "| DD1 student | 1 |" in (tmp_path / "run" / "report.md").read_text()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
+    monkeypatch.setattr(TrajectoryStore, "load", lambda *_: pytest.fail("pairs were read for a student that is there"))
     again = train(tiny(name, tmp_path / "run"), progress_bar=silent)
     assert again == metrics
     # and what a user does next
