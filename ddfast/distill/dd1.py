@@ -104,14 +104,15 @@ class DD1(Method):
         """Loss on the tokens that each sequence's point leaves open."""
         student, config = self.student, self.config
         later = torch.rand(part.size, generator=part.generator, dtype=torch.float32) < config.point_probability
-        points = (part.own(later).long() * config.point).to(batch.noise.device)
+        own_later = part.own(later)
+        points = (own_later.long() * config.point).to(batch.noise.device)
         is_data = student.data_mask(points, len(batch.noise))
-        given = self._own_codes(batch, part.own(later)) if phase == "own" else batch.codes
+        given = self._own_codes(batch, own_later) if phase == "own" else batch.codes
         assert given is not None
         x = torch.where(is_data[..., None], student.codebook[given], batch.noise)
         hidden, context = student.features(batch.condition, student.check_point(batch.condition, x), points)
         logits, embeddings = student.code_logits(hidden, context), student.continuous(hidden, context)
-        share = self._open_tokens(part.own(later)) / self._open_tokens(later)
+        share = self._open_tokens(own_later) / self._open_tokens(later)
         ahead = logits.new_zeros(())
         if phase == "own":
             made = torch.where(is_data, given, logits.argmax(-1))

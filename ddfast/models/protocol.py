@@ -168,9 +168,10 @@ class Teacher(AutoRegressive):
         """
         defaults = defaults or self.defaults
         top_k, top_p = (defaults.top_k, defaults.top_p) if filtered else (0, 1.0)
-        settings = self.filters(temperature=defaults.temperature, top_k=top_k, top_p=top_p)
+        scales, settings = self.guidance_and_filters(
+            cfg_scale=defaults.cfg_scale, temperature=defaults.temperature, top_k=top_k, top_p=top_p
+        )
         logits = self.logits(condition, codes)
-        scales = [self.group_cfg_scale(defaults.cfg_scale, group) for group in range(len(self.groups))]
         if all(scale == 1.0 for scale in scales):
             return filter_logits(logits, **settings)
         level = group_levels(self.groups, logits.device)

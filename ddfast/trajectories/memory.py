@@ -102,7 +102,7 @@ def sample_bytes(teacher: Teacher, condition: Condition | None = None) -> int:
     so that a cache is full, also one that grows. What a step holds for a moment is counted as `_ROWS` says.
     """
     device = teacher.codebook.device
-    scales = [teacher.group_cfg_scale(teacher.defaults.cfg_scale, group) for group in range(len(teacher.groups))]
+    scales, _ = teacher.guidance_and_filters()
     with torch.inference_mode():
         if condition is None:
             condition = teacher.condition_of(torch.zeros(1, dtype=torch.int64, device=device))
