@@ -26,6 +26,8 @@ else:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+OPTIMIZERS = ("adamw", "muon")
+
 DD1_PREFIX = "dd1:"
 """Of an `init` that names a DD1 run's folder."""
 
@@ -42,6 +44,10 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         _require(getattr(config, name) > 0, name, getattr(config, name), "a positive number")
+
+
+def _require_optimizer(name: str) -> None:
+    _require(name in OPTIMIZERS, "optimizer", name, " or ".join(OPTIMIZERS))
 
 
 def _require_rising(patch_nums: tuple[int, ...]) -> None:
@@ -227,8 +233,9 @@ class DigitsTeacherConfig(TeacherConfig):
         training_images: rendered digits that it is trained on.
         iterations: training steps.
         batch_size: sequences per step.
-        learning_rate: peak, of AdamW.
-        weight_decay: of AdamW.
+        optimizer: adamw or muon, as of `OptimisationConfig`.
+        learning_rate: peak.
+        weight_decay: decoupled from the gradient.
     """
 
     width: int = 96
@@ -236,9 +243,10 @@ class DigitsTeacherConfig(TeacherConfig):
     heads: int = 4
     class_dropout: float = 0.1
     training_images: int = 60_000
-    iterations: int = 1500
+    iterations: int = 450
     batch_size: int = 128
-    learning_rate: float = 2e-3
+    optimizer: str = "muon"
+    learning_rate: float = 7e-3
     weight_decay: float = 0.02
 
     def __post_init__(self) -> None:
@@ -246,6 +254,7 @@ class DigitsTeacherConfig(TeacherConfig):
             self, "width", "depth", "heads", "training_images", "iterations", "batch_size", "learning_rate"
         )
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
+        _require_optimizer(self.optimizer)
 
 
 @dataclass(kw_only=True)
@@ -253,7 +262,6 @@ class DigitsLlamaGenTeacherConfig(DigitsTeacherConfig):
     """A small LlamaGen, trained on the digits on first use; one token per latent of its tokenizer."""
 
     training_images: int = 30_000
-    iterations: int = 1200
 
 
 @dataclass(kw_only=True)
@@ -448,7 +456,7 @@ class OptimisationConfig:
         _require_positive(
             self, "iterations", "batch_size", "learning_rate", "gradient_clip", "log_every", "checkpoint_every"
         )
-        _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
+        _require_optimizer(self.optimizer)
         _require(self.precision in DTYPES[:2], "precision", self.precision, f"one of {', '.join(DTYPES[:2])}")
 
 
@@ -687,8 +695,8 @@ class TrainConfig:
 
     Attributes:
         recipe: where the defaults come from.
-        preset: ddfast (what was found to be best on digits) or paper (the papers' settings, literally); default: the
-            recipe's.
+        preset: ddfast (what was found to be best on digits), long (on digits, four times as many updates of that) or
+            paper (the papers' settings, literally); default: the recipe's.
         method: dd1 or dd2.
         init: where DD2's generator starts: teacher, stage1, scratch, or dd1:PATH (a DD1 run's folder).
         out: folder of the run; the default gets -dd2 for that method.
@@ -746,6 +754,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise DDFastError(f"{path} is not TOML: {error}") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings; what files of before do not say is as it was then.
+
+    Raises:
+        DDFastError: as of `read_toml`.
+    """
+    values = read_toml(path)
+    teacher = values.get("teacher")
+    if isinstance(teacher, dict) and "training_images" in teacher:  # the digits', which AdamW trained
+        teacher.setdefault("optimizer", "adamw")
+    return values
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -824,4 +845,6 @@ def _hashed(part: Any) -> Any:
     values = {field.name: _hashed(getattr(part, field.name)) for field in dataclasses.fields(part)}
     if isinstance(part, TargetConfig):
         values = _UNSAID | {name: value for name, value in values.items() if value is not None}
+    if isinstance(part, DigitsTeacherConfig) and part.optimizer == "adamw":
+        del values["optimizer"]  # as when there was no other
     return values

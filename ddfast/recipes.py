@@ -32,14 +32,15 @@ from ddfast.errors import DDFastError
 from ddfast.models import families
 from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 
-PRESETS = ("ddfast", "paper")
-"""Whose settings a recipe distils with: what was found to be best on digits, or the papers', literally."""
+PRESETS = ("ddfast", "long", "paper")
+"""Whose settings a recipe distils with: what was found to be best on digits, in minutes or (digits alone) in four times
+as many updates; or the papers', literally."""
+
+_LONGER = 4
 
 
-def _our_dd1(*, one_by_one: bool) -> dict[str, Any]:
-    """DD1 as digits found it best: what DD2's first updates are, with DD1's heads (docs/notes/dd1.md)."""
-    return {"optimizer": "muon", "own_share": 1.0, "lookahead_weight": 1.0 if one_by_one else 0.0}
-
+_OUR_DD1: dict[str, Any] = {"optimizer": "muon"}
+"""DD1 as digits found it best: by pairs, as its paper, with Muon and small batches (docs/notes/dd1.md)."""
 
 _PAPERS_MATCH: dict[str, Any] = {
     "optimizer": "adamw", "form": "sid", "alpha": 1.0, "prefix": "continuous", "fake_score": "velocity",
@@ -75,20 +76,40 @@ def digits_var(preset: str) -> TrainConfig:
         teacher=DigitsVARTeacherConfig(),
         dd1=DD1Config(point=2),
     )
-    return _on_digits(config, preset, one_by_one=False)
+    return _on_digits(config, preset)
 
 
-def _on_digits(config: TrainConfig, preset: str, *, one_by_one: bool = True) -> TrainConfig:
+def _on_digits(config: TrainConfig, preset: str) -> TrainConfig:
     """A recipe of digits with a preset's distillation."""
     if preset == "paper":
         config.init = "stage1"
         match = dataclasses.replace(config.dd2.match, **_PAPERS_MATCH, guidance_updates=5)
         config.dd2 = dataclasses.replace(config.dd2, match=match)
-    else:
-        config.dd1 = dataclasses.replace(
-            config.dd1, **_our_dd1(one_by_one=one_by_one), learning_rate=7e-3, iterations=1500
-        )
+        return config
+    config.dd1 = dataclasses.replace(config.dd1, **_OUR_DD1, learning_rate=5e-3, iterations=2300, batch_size=64)
+    config.dd2.match = dataclasses.replace(
+        config.dd2.match,
+        batch_size=64,
+        start_iterations=1600,
+        guidance_first=130,
+        iterations=1050,
+        start_learning_rate=6e-3,
+        learning_rate=7e-4,
+        guidance_learning_rate=3e-3,
+    )
+    if preset == "long":
+        _lengthen(config)
     return config
+
+
+def _lengthen(config: TrainConfig) -> None:
+    """More updates of a student, of what learns with it, and more pairs."""
+    match = config.dd2.match
+    config.trajectories.count *= _LONGER
+    config.dd1.iterations *= _LONGER
+    match.start_iterations *= _LONGER
+    match.guidance_first *= _LONGER
+    match.iterations *= _LONGER
 
 
 def _published(
@@ -126,11 +147,11 @@ def _published(
         evaluation=EvaluationConfig(samples=5000, batch_size=64, batch_sizes=(1, 64)),
     )
     if preset == "ddfast":
-        _take_ours(config, one_by_one=isinstance(teacher, LlamaGenTeacherConfig))
+        _take_ours(config)
     return config
 
 
-def _take_ours(config: TrainConfig, *, one_by_one: bool) -> None:
+def _take_ours(config: TrainConfig) -> None:
     """The digits' settings in place of the papers': as many updates of the student, and the papers' rate for 1e-3.
 
     Nobody has tried them on a teacher of this size (docs/dd2.md says what is known).
@@ -139,7 +160,7 @@ def _take_ours(config: TrainConfig, *, one_by_one: bool) -> None:
     rate, updates = dd1.learning_rate / 1e-3, match.iterations + match.later_iterations
     start = round(updates * ours.start_iterations / (ours.start_iterations + ours.iterations))
     config.init = "teacher"
-    config.dd1 = dataclasses.replace(dd1, **_our_dd1(one_by_one=one_by_one))
+    config.dd1 = dataclasses.replace(dd1, **_OUR_DD1)
     config.dd2.match = dataclasses.replace(
         ours,
         **{name: getattr(match, name) for name in _KEPT},
@@ -313,7 +334,7 @@ def get_recipe(name: str, *, preset: str = "", told: Path | None = None) -> Trai
     if not isinstance(name, str):
         raise DDFastError(f"recipe: got {name!r}, expected a name")
     if preset not in ("", *PRESETS):
-        raise DDFastError(f"--preset: got {preset!r}, expected {' or '.join(PRESETS)}")
+        raise DDFastError(f"--preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
     if ":" in name:
         if preset:
             raise DDFastError(f"--preset {preset}: has no effect on a recipe of your own, {name}")
@@ -325,7 +346,10 @@ def get_recipe(name: str, *, preset: str = "", told: Path | None = None) -> Trai
     if name not in RECIPES:
         own = "or one of your own, MODULE:FUNCTION"
         raise DDFastError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, {own}")
-    preset = preset or ("ddfast" if name.startswith("digits") else "paper")
+    of_digits = name.startswith("digits")
+    if preset == "long" and not of_digits:
+        raise DDFastError(f"--preset long: is one of the digits' recipes; of {name}, ddfast or paper")
+    preset = preset or ("ddfast" if of_digits else "paper")
     config = RECIPES[name](preset)
     config.preset = preset
     return config

@@ -14,7 +14,7 @@ import tomli_w
 import torch
 
 from ddfast import env, processes
-from ddfast.config import TrainConfig, plain, read_toml, update
+from ddfast.config import TrainConfig, plain, read_settings, update
 from ddfast.distill.checkpoints import FOLDER as CHECKPOINTS
 from ddfast.errors import DDFastError
 from ddfast.files import locked, read_text, write_atomically
@@ -82,7 +82,7 @@ def open_teacher(folder: Path, device: str, progress: Progress) -> tuple[TrainCo
         return TrainConfig(recipe=folder.name, device=device, out=folder), load_teacher(folder).to(device)
     if not (folder / CONFIG).exists():
         raise DDFastError(f"--student {folder}: no {CONFIG} and no {TEACHER_FILE} there; `ddfast train` makes them")
-    values = read_toml(folder / CONFIG)
+    values = read_settings(folder / CONFIG)
     if "recipe" not in values:
         raise DDFastError(f"{folder / CONFIG} names no recipe: it is not a run's")
     config = get_recipe(values["recipe"], preset=values.get("preset", ""), told=folder / CONFIG)
@@ -116,7 +116,7 @@ def claim_folder(config: TrainConfig) -> None:
             "begin its stage again"
         )
     if any((out / name).exists() for name in artefacts) and path.exists():
-        theirs, wanted = _said(read_toml(path)), _said(mine)
+        theirs, wanted = _said(read_settings(path)), _said(mine)
         different = [
             f"{name} is {theirs.get(name)!r}, not {wanted.get(name)!r}"
             for name in {**wanted, **{name: None for name in theirs if _LEFT.fullmatch(name)}}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ddfast import private_api, processes
-from ddfast.distill.muon import Muon
 from ddfast.errors import DDFastError
+from ddfast.optimizers import Muon
 from ddfast.trajectories.memory import free_bytes, is_out_of_memory
 
 ENOUGH = 8

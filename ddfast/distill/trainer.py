@@ -20,7 +20,6 @@ from ddfast.distill.checkpoints import Checkpoints
 from ddfast.distill.memory_model import USABLE, Size, choose_strategy, part_of, shards_teacher, state_bytes
 from ddfast.distill.method import ExponentialMovingAverage, Method
 from ddfast.distill.micro_batch import MicroBatch, choose, missing_bytes
-from ddfast.distill.muon import Muon
 from ddfast.distill.sharding import Spread
 from ddfast.distill.tracking import stage_log
 from ddfast.errors import DDFastError
@@ -29,6 +28,7 @@ from ddfast.messages import warn
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.blocks import recomputing
 from ddfast.models.protocol import Teacher
+from ddfast.optimizers import optimizers, step_at
 from ddfast.progress import Progress
 from ddfast.tracing import span
 from ddfast.trajectories.memory import fitting, free_bytes
@@ -204,7 +204,10 @@ class _Loop:
             teacher_too=self.layout["teacher_too"],
         )
         method.call = self.spread
-        self.optimizers = {name: _optimizers(network, config) for name, network in self.networks.items()}
+        kind = {"weight_decay": config.weight_decay, "dtype": getattr(torch, config.precision)}
+        self.optimizers = {
+            name: optimizers(network, config.optimizer, **kind) for name, network in self.networks.items()
+        }
         self.owners = {
             parameter: optimizer
             for optimizers in self.optimizers.values()
@@ -345,9 +348,7 @@ class _Loop:
         self.learning_rate = self.method.learning_rate(phase, self.updates[name])
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.config.gradient_clip)
         for optimizer in self.optimizers[name]:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate
-            optimizer.step()
+            step_at(optimizer, self.learning_rate)
         if network is self.averaged:
             self.average.update(network, self.updates[name])
         self.updates[name] += 1
@@ -418,21 +419,6 @@ def _sums(contributed: dict[str, Tensor]) -> dict[str, float]:
         return {}
     own = torch.stack([value.detach().double() for value in contributed.values()]).cpu()
     return dict(zip(contributed, processes.total(own).tolist(), strict=True))
-
-
-def _optimizers(network: nn.Module, config: OptimisationConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and where it is asked for Muon for the linear layers' weights."""
-    matrices: list[Tensor] = []
-    if config.optimizer == "muon":
-        linear = (module for module in network.modules() if isinstance(module, nn.Linear))
-        matrices = list(dict.fromkeys(module.weight for module in linear))
-    taken = set(matrices)
-    rest = [parameter for parameter in network.parameters() if parameter not in taken]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=config.weight_decay, betas=(0.9, 0.95))]
-    if matrices:
-        dtype = getattr(torch, config.precision)
-        made.append(Muon(matrices, weight_decay=config.weight_decay, dtype=dtype))
-    return made
 
 
 def _named(what: str, phase: str, method: Method) -> str:

@@ -120,7 +120,7 @@ def _speculative_jacobi(request: Request) -> Tensor:
     return request.teacher.embed(codes)
 
 
-def marginal_tables(teacher: Teacher, generator: torch.Generator, *, samples_per_class: int = 4000) -> Tensor:
+def marginal_tables(teacher: Teacher, generator: torch.Generator, *, samples_per_class: int = 1000) -> Tensor:
     """Every token's marginal distribution given the class, estimated from the teacher's samples: [classes, N, V]."""
     shape = (teacher.num_conditions, teacher.num_tokens, teacher.num_codes)
     tables = torch.zeros(shape, dtype=torch.float32, device=teacher.codebook.device)

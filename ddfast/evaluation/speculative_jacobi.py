@@ -28,7 +28,16 @@ from ddfast.models.windows import windows
 from ddfast.ops import draw_codes, filter_logits
 
 WINDOW = 16
-"""Tokens of a window: the published setting."""
+"""Tokens of a window: the published setting, of hundreds of tokens."""
+
+
+def usual_window(count: int) -> int:
+    """S for sequences of `count` tokens: the published one, but no more than about a third of them.
+
+    What lies behind the first drafts that are not kept was read in vain, and a pass costs by its tokens as soon as there
+    is a batch. Digits' 16 tokens (docs/decoding.md): 9.7 passes in windows of 6, 9.6 in windows of 15, in 0.4 of the time.
+    """
+    return max(min(WINDOW, -(-count // 3)), 1)
 
 
 def speculative_jacobi(
@@ -36,7 +45,7 @@ def speculative_jacobi(
     condition: Condition,
     uniform: Callable[[int, int], Tensor],
     *,
-    window: int = WINDOW,
+    window: int | None = None,
     cached: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw images from the same distribution as `Teacher.generate` with the teacher's defaults, in fewer passes.
@@ -46,7 +55,7 @@ def speculative_jacobi(
         condition: int64 [B], or text.
         uniform: the chance of every pass: of its number 0, 1, ... and a count m, numbers [B, m] in [0, 1). A sample
             whose numbers depend on itself alone does so too, whatever its batch.
-        window: S, tokens that a pass reads; 1 is ordinary decoding.
+        window: S, tokens that a pass reads; 1 is ordinary decoding; None: `usual_window`.
         cached: with a KV cache of what is decided, or in teacher-forced passes over the whole sequence; None: cached
             where the teacher can (`has_windows`).
 
@@ -59,9 +68,10 @@ def speculative_jacobi(
     """
     if not teacher.one_by_one:
         raise ValueError(f"teacher: got groups of {max(teacher.groups)} tokens, expected one token per group")
+    count, device = teacher.num_tokens, teacher.codebook.device
+    window = usual_window(count) if window is None else window
     if window < 1:
         raise ValueError(f"window: got {window}, expected at least 1")
-    count, device = teacher.num_tokens, teacher.codebook.device
     size = min(window, max(count - 1, 1))
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         network = windows(teacher, teacher.accepted(condition), *teacher.guidance_and_filters(), cached=cached)

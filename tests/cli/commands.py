@@ -22,9 +22,6 @@ TINY = [
     "--evaluation.samples=200", "--evaluation.paths=4", "--evaluation.batch-sizes", "1", "4",
 ]  # fmt: skip
 
-PAIRS = ["--dd1.own-share=0", "--dd1.lookahead-weight=0"]
-"""DD1 as the paper's: tests of what becomes of a store need one."""
-
 
 def command(*arguments: object) -> list[str]:
     """The command line of a process of its own."""

@@ -17,14 +17,14 @@ import pytest
 import tomli_w
 import torch
 from checkpointed import last_step
-from commands import PAIRS, TINY, command, in_this_process, refused
+from commands import TINY, command, in_this_process, refused
 from safetensors.torch import load_file
 
 from ddfast.config import read_toml
 
 SIZES = [
     *TINY,
-    *PAIRS,
+   
     "--dd1.iterations=60", "--dd1.batch-size=32", "--dd1.warmup=5", "--dd1.log-every=10", "--dd1.checkpoint-every=10",
 ]  # fmt: skip
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import PAIRS, TINY
+from commands import TINY
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.sbatch"
 
@@ -60,7 +60,6 @@ def slurm(environment, tmp_path) -> dict[str, str]:
 def test_a_job_whose_time_is_over_saves_and_queues_itself_again(slurm, tmp_path):
     flags = [
         *TINY,
-        *PAIRS,
         "--dd1.iterations=100000",
         "--dd1.batch-size=8",
         "--dd1.log-every=1",

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from commands import PAIRS, TINY, in_this_process
+from commands import TINY, in_this_process
 
 from ddfast.distill.tracking import METRICS
 from ddfast.files import read_text
@@ -13,7 +13,7 @@ FEW = ["--evaluation.samples=100", "--evaluation.batch-sizes", "1"]
 
 SIZES = {
     "dd1": [
-        *TINY, *FEW, *PAIRS,
+        *TINY, *FEW,
         "--dd1.iterations=12", "--dd1.batch-size=16", "--dd1.log-every=5", "--dd1.checkpoint-every=2",
     ],
     "dd2": [

@@ -17,7 +17,7 @@ from ddfast.distill.micro_batch import (
     peak_bytes,
     predicted,
 )
-from ddfast.distill.muon import Muon
+from ddfast.optimizers import Muon
 from ddfast.errors import DDFastError
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddfast.evaluation import speculative_jacobi as module
 from ddfast.evaluation.quality import Evaluator
 from ddfast.evaluation.sources import sample, sources_for
-from ddfast.evaluation.speculative_jacobi import speculative_jacobi
+from ddfast.evaluation.speculative_jacobi import speculative_jacobi, usual_window
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.protocol import Teacher
 from ddfast.models.toy import ToyTeacher
@@ -212,6 +212,19 @@ def test_groups_of_many_tokens_are_left_out():
     assert "speculative_jacobi" not in [source.name for source in sources_for(teacher)]
     with pytest.raises(ValueError, match="teacher: got groups of 9 tokens, expected one token per group"):
         speculative_jacobi(teacher, LABELS, chance(4))
+
+
+@pytest.mark.parametrize(("count", "window"), [(1, 1), (2, 1), (4, 2), (16, 6), (48, 16), (256, 16)])
+def test_the_usual_window(count, window):
+    assert usual_window(count) == window
+
+
+def test_a_window_that_is_not_told_is_the_usual_one():
+    teacher, count = toy(), 50
+    condition = torch.zeros(count, dtype=torch.int64)
+    asked = [speculative_jacobi(teacher, condition, chance(count), window=window)[1] for window in (None, 2, 3)]
+    assert torch.equal(asked[0], asked[1])
+    assert not torch.equal(asked[1], asked[2])
 
 
 def test_errors():

@@ -1,6 +1,17 @@
+import dataclasses
+
+import pytest
+import tomli_w
 import torch
 
-from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TrainConfig
+from ddfast.config import (
+    DigitsTeacherConfig,
+    DigitsTokenizerConfig,
+    TrainConfig,
+    config_hash,
+    plain,
+    read_settings,
+)
 from ddfast.models.digits.data import digit_batch, digit_images
 from ddfast.models.loading import build_teacher, load_teacher, untrained_teacher
 
@@ -43,6 +54,30 @@ def test_trained_once_then_read_from_the_cache(tmp_path, monkeypatch):
     assert torch.equal(teacher.logits(labels, codes), again.logits(labels, codes))
     (path,) = tmp_path.glob("digits-teacher-*.safetensors")
     assert torch.equal(load_teacher(path).logits(labels, codes), teacher.logits(labels, codes))
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("muon", 7e-3), ("adamw", 2e-3)])
+def test_a_teacher_learns_by_either_optimizer(optimizer, rate, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDFAST_CACHE", str(tmp_path))
+    settings = dataclasses.replace(TINY.teacher, optimizer=optimizer, learning_rate=rate, iterations=60)
+    losses = []
+    build_teacher(
+        dataclasses.replace(TINY, teacher=settings), lambda done, total, text: losses.append(float(text.split()[-1]))
+    )
+    assert losses[-1] < 0.85 * losses[-60]
+
+
+def test_a_teacher_of_before_is_the_same(tmp_path):
+    """AdamW trained it, which its run's settings do not say; the cache has it under the name that it had."""
+    config = TrainConfig(teacher=DigitsTeacherConfig(optimizer="adamw", iterations=1500, learning_rate=2e-3))
+    assert config_hash(config.tokenizer, config.teacher, 0) == "329f55722cce"
+    assert config_hash(dataclasses.replace(config.teacher, optimizer="muon")) != config_hash(config.teacher)
+    settings = plain(config)
+    del settings["teacher"]["optimizer"]
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(settings))
+    assert read_settings(tmp_path / "config.toml") == plain(config)
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(plain(TrainConfig())))
+    assert read_settings(tmp_path / "config.toml") == plain(TrainConfig())
 
 
 def test_decoding_accepts_codes_and_embeddings():

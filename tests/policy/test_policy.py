@@ -19,7 +19,18 @@ PACKAGE = ROOT / "ddfast"
 
 # A module may import from its own and lower layers, and no modules import each other in a circle.
 LAYERS = [
-    {"errors", "env", "files", "config", "interruption", "messages", "precision", "private_api", "processes"}
+    {
+        "errors",
+        "env",
+        "files",
+        "config",
+        "interruption",
+        "messages",
+        "optimizers",
+        "precision",
+        "private_api",
+        "processes",
+    }
     | {"progress", "schedule", "seeds", "tracing", "frechet"},
     {"ops"},
     {"models"},

@@ -19,6 +19,7 @@ from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig
 from ddfast.models.digits.data import NUM_CLASSES, digit_batch, digit_images, render
 from ddfast.models.protocol import Teacher
 from ddfast.ops.nearest_code import nearest_code
+from ddfast.optimizers import optimizers, step_at
 from ddfast.progress import Progress
 from ddfast.schedule import warmup_cosine
 
@@ -152,10 +153,7 @@ def fit_teacher(
         progress: called after every step.
     """
     parameters = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, partial(warmup_cosine, total=config.iterations, warmup=config.iterations // 20)
-    )
+    trained = optimizers(teacher, config.optimizer, weight_decay=config.weight_decay)
     images, labels = digit_batch("train", config.training_images, seed, number=1)
     with torch.no_grad():
         chunks = images.expand(-1, channels, -1, -1).split(4096)
@@ -166,11 +164,13 @@ def fit_teacher(
         dropped = torch.rand(config.batch_size, generator=generator, dtype=torch.float32) < config.class_dropout
         condition = torch.where(dropped, NUM_CLASSES, labels[rows])
         loss = F.cross_entropy(logits(condition, codes[rows]).flatten(0, 1), codes[rows].flatten())
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in trained:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        factor = warmup_cosine(step, total=config.iterations, warmup=config.iterations // 20)
+        for optimizer in trained:
+            step_at(optimizer, factor * config.learning_rate)
         if progress:
             progress(step + 1, config.iterations, f"loss {loss.item():.4f}")
     return teacher.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalised, each whole, wherever its parts lie."""
+"""What updates weights: AdamW, and Muon, momentum whose matrices are orthogonalised, each whole, wherever its parts lie."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddfast import processes
 
@@ -71,3 +71,33 @@ def orthogonal(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
+
+
+def optimizers(
+    network: nn.Module, kind: str, *, weight_decay: float, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Those of a network's parameters: AdamW, and where it is asked for Muon for its linear layers' weights.
+
+    Args:
+        network: of whose parameters those that take a gradient are updated.
+        kind: adamw or muon.
+        weight_decay: decoupled.
+        dtype: in which Muon orthogonalises.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    matrices: list[Tensor] = []
+    if kind == "muon":
+        linear = {module.weight for module in network.modules() if isinstance(module, nn.Linear)}
+        matrices = [parameter for parameter in parameters if parameter in linear]
+    rest = [parameter for parameter in parameters if parameter not in set(matrices)]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=weight_decay, betas=(0.9, 0.95))]
+    if matrices:
+        made.append(Muon(matrices, weight_decay=weight_decay, dtype=dtype))
+    return made
+
+
+def step_at(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """A step at a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
