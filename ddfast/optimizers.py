@@ -1,4 +1,4 @@
-"""What updates weights: AdamW, and Muon, momentum whose matrices are orthogonalised, each whole, wherever its parts lie."""
+"""What updates weights: AdamW, and Muon, whose matrices are orthogonalised, each whole, wherever its parts lie."""
 
 from __future__ import annotations
 

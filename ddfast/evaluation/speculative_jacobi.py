@@ -34,8 +34,8 @@ WINDOW = 16
 def usual_window(count: int) -> int:
     """S for sequences of `count` tokens: the published one, but no more than about a third of them.
 
-    What lies behind the first drafts that are not kept was read in vain, and a pass costs by its tokens as soon as there
-    is a batch. Digits' 16 tokens (docs/decoding.md): 9.7 passes in windows of 6, 9.6 in windows of 15, in 0.4 of the time.
+    What lies behind the first draft that is not kept was read in vain, and in a batch a pass costs by its tokens.
+    Digits' 16 tokens (docs/decoding.md): 9.7 passes in windows of 6, 9.6 in windows of 15, in 0.4 of the time.
     """
     return max(min(WINDOW, -(-count // 3)), 1)
 

@@ -17,8 +17,8 @@ from ddfast.distill.micro_batch import (
     peak_bytes,
     predicted,
 )
-from ddfast.optimizers import Muon
 from ddfast.errors import DDFastError
+from ddfast.optimizers import Muon
 
 CPU = torch.device("cpu")
 
