@@ -262,6 +262,9 @@ class DigitsLlamaGenTeacherConfig(DigitsTeacherConfig):
     """A small LlamaGen, trained on the digits on first use; one token per latent of its tokenizer."""
 
     training_images: int = 30_000
+    iterations: int = 1200
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-3
 
 
 @dataclass(kw_only=True)
@@ -276,6 +279,8 @@ class DigitsVARTeacherConfig(DigitsTeacherConfig):
     training_images: int = 30_000
     iterations: int = 1200
     batch_size: int = 64
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-3
     patch_nums: tuple[int, ...] = (1, 2, 3, 4)
 
     def __post_init__(self) -> None:

@@ -74,7 +74,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def optimizers(
-    network: nn.Module, kind: str, *, weight_decay: float, dtype: torch.dtype = torch.float32
+    network: nn.Module,
+    kind: str,
+    *,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """Those of a network's parameters: AdamW, and where it is asked for Muon for its linear layers' weights.
 
@@ -82,6 +87,7 @@ def optimizers(
         network: of whose parameters those that take a gradient are updated.
         kind: adamw or muon.
         weight_decay: decoupled.
+        betas: of AdamW's moments.
         dtype: in which Muon orthogonalises.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -90,7 +96,7 @@ def optimizers(
         linear = {module.weight for module in network.modules() if isinstance(module, nn.Linear)}
         matrices = [parameter for parameter in parameters if parameter in linear]
     rest = [parameter for parameter in parameters if parameter not in set(matrices)]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=weight_decay, betas=(0.9, 0.95))]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=weight_decay, betas=betas)]
     if matrices:
         made.append(Muon(matrices, weight_decay=weight_decay, dtype=dtype))
     return made

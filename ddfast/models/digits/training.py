@@ -153,7 +153,8 @@ def fit_teacher(
         progress: called after every step.
     """
     parameters = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
-    trained = optimizers(teacher, config.optimizer, weight_decay=config.weight_decay)
+    betas = (0.9, 0.999 if config.optimizer == "adamw" else 0.95)  # alone, as always: a teacher of before is made again
+    trained = optimizers(teacher, config.optimizer, weight_decay=config.weight_decay, betas=betas)
     images, labels = digit_batch("train", config.training_images, seed, number=1)
     with torch.no_grad():
         chunks = images.expand(-1, channels, -1, -1).split(4096)
