@@ -86,7 +86,7 @@ def _on_digits(config: TrainConfig, preset: str) -> TrainConfig:
         match = dataclasses.replace(config.dd2.match, **_PAPERS_MATCH, guidance_updates=5)
         config.dd2 = dataclasses.replace(config.dd2, match=match)
         return config
-    config.dd1 = dataclasses.replace(config.dd1, **_OUR_DD1, learning_rate=5e-3, iterations=2300, batch_size=64)
+    config.dd1 = dataclasses.replace(config.dd1, **_OUR_DD1, learning_rate=5e-3, iterations=1900, batch_size=64)
     config.dd2.match = dataclasses.replace(
         config.dd2.match,
         batch_size=64,
