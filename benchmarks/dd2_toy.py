@@ -5,7 +5,6 @@ python benchmarks/dd2_toy.py directions --tokens 2 --start 1200    # after ancho
 python benchmarks/dd2_toy.py tokens --tokens 3 --start 250         # whose term moves whose divergence
 python benchmarks/dd2_toy.py recipe match.form=sid tune.loss=gts   # any settings, trained and judged
 python benchmarks/dd2_toy.py recipe --oracle --tokens 2               # the generator's score counted, not learnt
-python benchmarks/dd2_toy.py recipe --depth 6 match.score-weight=0  # a deeper generator, regressed alone
 python benchmarks/dd2_toy.py recipe --curriculum 1500              # token after token instead of all at once
 """
 
@@ -139,10 +138,10 @@ def _first(table: Tensor, tokens: int) -> Tensor:
     return table.sum(later) if later else table
 
 
-def network(teacher: ToyTeacher, seed: int, depth: int = 3) -> TransformerFlowNetwork:
-    """The size of tests/test_toy_quality.py, or a deeper one."""
+def network(teacher: ToyTeacher, seed: int) -> TransformerFlowNetwork:
+    """The size of tests/test_toy_quality.py."""
     torch.manual_seed(seed)
-    return TransformerFlowNetwork(teacher, width=64, depth=depth, heads=4, head_width=64, head_depth=2)
+    return TransformerFlowNetwork(teacher, width=64, depth=3, heads=4, head_width=64, head_depth=2)
 
 
 def prepared(tokens: int, start: int, seed: int) -> tuple[Matching, Judge]:
@@ -256,7 +255,7 @@ def recipe(options: argparse.Namespace, settings: dict[str, object]) -> None:
         parts[part][field.replace("-", "_")] = value
     update(config.dd2, parts)
     judge, folder = Judge(teacher), Path(tempfile.mkdtemp())
-    student, guidance = network(teacher, seed, options.depth), network(teacher, seed + 1)
+    student, guidance = network(teacher, seed), network(teacher, seed + 1)
     started = time.perf_counter()
     if needs_tuning(config):
         tuned = network(teacher, seed)
@@ -297,7 +296,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", default="scratch", choices=["stage1", "scratch"])
     parser.add_argument("--oracle", action="store_true", help="of a recipe: count the generator's law")
-    parser.add_argument("--depth", type=int, default=3, help="of a recipe: the generator's blocks")
     parser.add_argument("--curriculum", type=int, default=0, help="of a recipe: updates until all tokens learn")
     options = parser.parse_intermixed_args()
     if options.experiment == "recipe":

@@ -84,18 +84,18 @@ def optimizers(
     """Those of a network's parameters: AdamW, and where it is asked for Muon for its linear layers' weights.
 
     Args:
-        network: of whose parameters those that take a gradient are updated.
+        network: whose parameters they update, but for those that have no gradient.
         kind: adamw or muon.
         weight_decay: decoupled.
         betas: of AdamW's moments.
         dtype: in which Muon orthogonalises.
     """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     matrices: list[Tensor] = []
     if kind == "muon":
-        linear = {module.weight for module in network.modules() if isinstance(module, nn.Linear)}
-        matrices = [parameter for parameter in parameters if parameter in linear]
-    rest = [parameter for parameter in parameters if parameter not in set(matrices)]
+        linear = (module for module in network.modules() if isinstance(module, nn.Linear))
+        matrices = list(dict.fromkeys(module.weight for module in linear))
+    taken = set(matrices)
+    rest = [parameter for parameter in network.parameters() if parameter not in taken]
     made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=weight_decay, betas=betas)]
     if matrices:
         made.append(Muon(matrices, weight_decay=weight_decay, dtype=dtype))

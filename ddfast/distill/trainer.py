@@ -204,9 +204,10 @@ class _Loop:
             teacher_too=self.layout["teacher_too"],
         )
         method.call = self.spread
-        kind = {"weight_decay": config.weight_decay, "dtype": getattr(torch, config.precision)}
+        dtype = getattr(torch, config.precision)
         self.optimizers = {
-            name: optimizers(network, config.optimizer, **kind) for name, network in self.networks.items()
+            name: optimizers(network, config.optimizer, weight_decay=config.weight_decay, dtype=dtype)
+            for name, network in self.networks.items()
         }
         self.owners = {
             parameter: optimizer

@@ -24,7 +24,6 @@ from ddfast.config import read_toml
 
 SIZES = [
     *TINY,
-   
     "--dd1.iterations=60", "--dd1.batch-size=32", "--dd1.warmup=5", "--dd1.log-every=10", "--dd1.checkpoint-every=10",
 ]  # fmt: skip
 

@@ -74,9 +74,7 @@ def test_memory_is_told_with_its_unit():
 
 
 def test_own_targets_need_no_trajectories(here, tmp_path):
-    code, _, errors = here(
-        "plan", *TINY, "--dd1.own-share=1", "--memory=1GiB", "--json", tmp_path / "plan.json"
-    )
+    code, _, errors = here("plan", *TINY, "--dd1.own-share=1", "--memory=1GiB", "--json", tmp_path / "plan.json")
     assert code == 0, errors
     found = json.loads((tmp_path / "plan.json").read_text())
     assert [stage["stage"] for stage in found["stages"]] == ["distillation"]
