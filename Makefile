@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard constraints/*.
 .PHONY: help demo test test-all lint types bench gpu-check clean
 
 help:
-	@echo "make demo    install into $(VENV), then distil the digits teacher (minutes on 2 cores): runs/digits/report.html"
+	@echo "make demo    install into $(VENV), then distil the digits teacher (5 minutes on 2 cores): runs/digits/report.html"
 	@echo "make test    install into $(VENV), then run the tests but those that take minutes by nature"
 	@echo "make test-all  as make test, and those too"
 	@echo "make lint    ruff check and format check"
