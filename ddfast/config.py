@@ -476,6 +476,7 @@ class DD1Config(OptimisationConfig, MethodConfig):
     Attributes:
         point: t1, the trajectory point beside 0 that is trained, and where the second step starts.
         point_probability: share of sequences that start from it.
+        recycles: how often the student's network is run again within a pass, reading the codes it made before.
         own_share: of the iterations, the last ones, in which a token's target is the code that the teacher's flow,
             given the student's own earlier codes, takes its noise to: from fresh noise. In those before it is that of a
             stored trajectory; with 1 there are none.
@@ -491,6 +492,7 @@ class DD1Config(OptimisationConfig, MethodConfig):
 
     point: int = 5
     point_probability: float = 0.3
+    recycles: int = 0
     own_share: float = 0.0
     lookahead_weight: float = 0.0
     ema_decay: float = 0.999
@@ -503,6 +505,7 @@ class DD1Config(OptimisationConfig, MethodConfig):
         super().__post_init__()
         _require_positive(self, "point")
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
+        _require(self.recycles >= 0, "recycles", self.recycles, "0 or more runs after the first")
         _require(0.0 <= self.own_share <= 1.0, "own_share", self.own_share, "in [0, 1]")
         fits = self.lookahead_weight == 0.0 or (self.lookahead_weight > 0.0 and self.own_share > 0.0)
         _require(fits, "lookahead_weight", self.lookahead_weight, "0 or more, and 0 with own_share 0")
@@ -643,6 +646,7 @@ class DD2Config(MethodConfig):
         head_width: of the velocity head.
         head_depth: its blocks.
         time: flow time at which the generator's head takes the noise.
+        recycles: how often the generator is run again within a pass, reading the codes it made before.
         split: group from which the student's samples are its continuous values, not their nearest codes; -1: none.
         adapt: stage 0, for LlamaGen.
         tune: stage 1, AR-diffusion tuning.
@@ -652,6 +656,7 @@ class DD2Config(MethodConfig):
     head_width: int = 96
     head_depth: int = 2
     time: float = 1.0
+    recycles: int = 0
     split: int = -1
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -660,6 +665,7 @@ class DD2Config(MethodConfig):
     def __post_init__(self) -> None:
         _require_positive(self, "head_width", "head_depth")
         _require(0.0 < self.time <= 1.0, "time", self.time, "in (0, 1]")
+        _require(self.recycles >= 0, "recycles", self.recycles, "0 or more runs after the first")
         _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
 
 
@@ -852,4 +858,6 @@ def _hashed(part: Any) -> Any:
         values = _UNSAID | {name: value for name, value in values.items() if value is not None}
     if isinstance(part, DigitsTeacherConfig) and part.optimizer == "adamw":
         del values["optimizer"]  # as when there was no other
+    if values.get("recycles") == 0:
+        del values["recycles"]  # as when there were none
     return values

@@ -173,7 +173,6 @@ def _starts(
 ) -> tuple[FlowNetwork, FlowNetwork | None]:
     """Generator and guidance network as the matching starts from them, after the stages before it."""
     out, match_config = config.out, config.dd2.match
-    device = teacher.codebook.device
     base = new_network(config, teacher).cpu()
     if base.looks_up:
 
@@ -194,13 +193,14 @@ def _starts(
         with stages.timed("tuning"):
             tuned = _after(tuning, base, out / TUNED_FILE)
 
-    def started(where: str) -> FlowNetwork:
+    def started(where: str, recycles: int = 0) -> FlowNetwork:
+        network = new_network(config, teacher, from_teacher=False, recycles=recycles)
         trained = {"stage1": tuned, "teacher": base}.get(where)
-        if trained is None:
-            return new_network(config, teacher, from_teacher=False)
-        return copy.deepcopy(trained).to(device)
+        if trained is not None:
+            network.share(trained)
+        return network
 
-    student = started(config.init)
+    student = started(config.init, config.dd2.recycles)
     if config.init.startswith(DD1_PREFIX):
         student.start_from_student(load_student(config.init.removeprefix(DD1_PREFIX), teacher))
     guidance = started(match_config.guidance_start) if match_config.score_weight else None

@@ -248,12 +248,14 @@ def _without_files(config: TrainConfig) -> TrainConfig:
 
 
 def _dd1_networks(config: TrainConfig, teacher: Teacher) -> dict[str, nn.Module]:
-    return {"student": start_student(teacher)}
+    return {"student": start_student(teacher, recycles=config.dd1.recycles)}
 
 
 def _dd2_networks(config: TrainConfig, teacher: Teacher) -> dict[str, nn.Module]:
-    names = ("student", "guidance") if config.dd2.match.score_weight else ("student",)
-    return {name: new_network(config, teacher) for name in names}
+    networks: dict[str, nn.Module] = {"student": new_network(config, teacher, recycles=config.dd2.recycles)}
+    if config.dd2.match.score_weight:
+        networks["guidance"] = new_network(config, teacher)
+    return networks
 
 
 _NETWORKS: dict[str, Callable[[TrainConfig, Teacher], dict[str, nn.Module]]] = {

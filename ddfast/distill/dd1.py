@@ -63,7 +63,8 @@ class DD1(Method):
     """From X_t with t in {0, t1}, predict the final sequence: cross-entropy + a distance of the continuous prediction.
 
     The final sequence is that of a stored pair (the paper's DD1), or every token's own: what the teacher's flow makes
-    of its noise, given the codes that the student itself makes before it (`own_share`).
+    of its noise, given the codes that the student itself makes before it (`own_share`). A student that recycles learns
+    the cross-entropy of every run.
 
     The distance is LPIPS of the decoded images where its weights are given, else L1 of the embeddings;
     docs/method.md section 8 (DD1: losses and training).
@@ -110,8 +111,10 @@ class DD1(Method):
         given = self._own_codes(batch, own_later) if phase == "own" else batch.codes
         assert given is not None
         x = torch.where(is_data[..., None], student.codebook[given], batch.noise)
-        hidden, context = student.features(batch.condition, student.check_point(batch.condition, x), points)
-        logits, embeddings = student.code_logits(hidden, context), student.continuous(hidden, context)
+        runs = student.runs(batch.condition, student.check_point(batch.condition, x), points)
+        made_by_run = [student.code_logits(*run) for run in runs]
+        (hidden, context), logits = runs[-1], made_by_run[-1]
+        embeddings = student.continuous(hidden, context)
         share = self._open_tokens(own_later) / self._open_tokens(later)
         ahead = logits.new_zeros(())
         if phase == "own":
@@ -124,15 +127,15 @@ class DD1(Method):
                 ahead = part.share * next_token_divergence(seen, log_probs[:, 1:])
         else:
             codes, target = given, student.codebook[given]
-        cross_entropy = share * token_cross_entropy(logits, codes, ~is_data)
+        by_run = [share * token_cross_entropy(one, codes, ~is_data) for one in made_by_run]
         if self.lpips is None:
             name, distance = "embedding_distance", share * embedding_distance(embeddings, target, ~is_data)
         else:
             decode = partial(self.roles.teacher.decode, clamp=False)
             name = "lpips"
             distance = part.share * perceptual_distance(embeddings, target, ~is_data, decode, self.lpips)
-        loss = cross_entropy + config.embedding_weight * distance + config.lookahead_weight * ahead
-        logged = {"cross_entropy": cross_entropy.detach(), name: distance.detach()}
+        loss = sum(by_run) + config.embedding_weight * distance + config.lookahead_weight * ahead
+        logged = {"cross_entropy": by_run[-1].detach(), name: distance.detach()}
         return loss, logged | ({"lookahead": ahead.detach()} if phase == "own" and config.lookahead_weight else {})
 
     @torch.no_grad()
@@ -143,8 +146,8 @@ class DD1(Method):
         # Chosen on the host, which need not wait for a GPU to know how many there are.
         rows = torch.arange(len(later), dtype=torch.int64)[later].to(codes.device)
         if len(rows):
-            hidden, context = student.features(take(batch.condition, rows), batch.noise[rows], 0)
-            codes[rows] = student.code_logits(hidden, context).argmax(-1)
+            last = student.runs(take(batch.condition, rows), batch.noise[rows], 0)[-1]
+            codes[rows] = student.code_logits(*last).argmax(-1)
         return codes
 
     def _open_tokens(self, later: Tensor) -> int:

@@ -157,7 +157,8 @@ class Matching(Method):
     generator's update moves every token given the ones before it. Beside the score distance, two terms need no
     guidance network: the *anchor* draws every token to the code that the teacher's flow, given the generator's own
     earlier tokens, takes that token's noise to; the *look-ahead* has the teacher's head read the next-token
-    distribution off the generator's features. Phases: "start" (those two alone), "guidance", "student".
+    distribution off the generator's features. Of a generator that recycles, every run learns these two, with the last
+    one's targets, and the last one the score distance. Phases: "start" (those two alone), "guidance", "student".
 
     Args:
         roles: generator, guidance network and teacher.
@@ -221,7 +222,8 @@ class Matching(Method):
         if phase == "guidance":
             return part.share * self._guidance_step(batch, part), {}
         config, student, teacher = self.config, self.student, self.roles.teacher
-        x, features = student.generate(batch.condition, batch.noise)
+        runs = student.runs(batch.condition, batch.noise)
+        x = runs[-1][0]
         prefix = self._prefix(x)
         with torch.no_grad():
             log_probs = teacher.log_probs(batch.condition, prefix, defaults=self.sampling)
@@ -230,11 +232,13 @@ class Matching(Method):
         if config.anchor_weight:
             with torch.no_grad():
                 target = flow_sample(log_probs, batch.noise, student.codebook)[1]
-            logged["anchor"] = anchor_distance(x, target, self.anchor_width)
-            loss = loss + config.anchor_weight * logged["anchor"]
+            by_run = [anchor_distance(made, target, self.anchor_width) for made, _ in runs]
+            logged["anchor"] = by_run[-1]
+            loss = loss + config.anchor_weight * sum(by_run)
         if config.lookahead_weight:
-            logged["lookahead"] = next_token_divergence(student.code_logits(features), log_probs)
-            loss = loss + config.lookahead_weight * logged["lookahead"]
+            by_run = [next_token_divergence(student.code_logits(features), log_probs) for _, features in runs]
+            logged["lookahead"] = by_run[-1]
+            loss = loss + config.lookahead_weight * sum(by_run)
         if config.score_weight and phase == "student":
             distance, by_time = self._score_distance(x, prefix, log_probs, batch.condition, part)
             logged["score_distance"] = distance

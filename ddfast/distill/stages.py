@@ -14,10 +14,9 @@ from ddfast.distill.dd1 import DD1, remove_lookahead
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
 from ddfast.distill.method import Roles
 from ddfast.distill.trainer import from_noise, from_store, optimise, pairs_or_noise
-from ddfast.models import families
 from ddfast.models.checkpoint import AnyTensor, state_of
 from ddfast.models.flow_network import FlowNetwork
-from ddfast.models.loading import start_student, student_class
+from ddfast.models.loading import start_student, student_class, student_sizes
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
 from ddfast.progress import Progress
@@ -44,7 +43,7 @@ def distill(
     """
     seeds.seed_all(config.seed)
     if student is None:
-        student = start_student(teacher)
+        student = start_student(teacher, recycles=config.dd1.recycles)
     student.point = config.dd1.point
     if config.dd1.split >= 0:
         student.split = config.dd1.split
@@ -67,14 +66,11 @@ def distill(
     return student.eval().requires_grad_(False), live
 
 
-def new_network(config: TrainConfig, teacher: Teacher, *, from_teacher: bool = True) -> FlowNetwork:
+def new_network(config: TrainConfig, teacher: Teacher, *, from_teacher: bool = True, recycles: int = 0) -> FlowNetwork:
     """A DD2 network of the configuration's size: the teacher's backbone, or one drawn anew, and a new head."""
     seeds.seed_all(config.seed)
-    family, dd2 = families.of_teacher(teacher), config.dd2
-    kind, sizes = (
-        student_class(teacher, "dd2"),
-        {**family.sizes, "head_width": dd2.head_width, "head_depth": dd2.head_depth},
-    )
+    dd2, kind = config.dd2, student_class(teacher, "dd2")
+    sizes = {**student_sizes(teacher, recycles), "head_width": dd2.head_width, "head_depth": dd2.head_depth}
     network = kind.from_teacher(teacher, **sizes) if from_teacher else kind(teacher, **sizes)
     assert isinstance(network, FlowNetwork)
     return network.to(config.device, torch.float32)
@@ -85,9 +81,9 @@ def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
     kind = student_class(teacher, config.method)
     student: Student
     if issubclass(kind, FlowNetwork):
-        student = new_network(config, teacher)
+        student = new_network(config, teacher, recycles=config.dd2.recycles)
     else:
-        student = kind.from_teacher(teacher, **families.of_teacher(teacher).sizes)
+        student = kind.from_teacher(teacher, **student_sizes(teacher, config.dd1.recycles))
     if isinstance(student, DD1Student):
         student.point = config.dd1.point
     return student.to(config.device).eval()

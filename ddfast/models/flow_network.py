@@ -88,10 +88,10 @@ class FlowNetwork(Student):
     """DD2's generator or guidance network; as a `Student`, it is the generator.
 
     A subclass builds the backbone, implements `features`, `code_logits` and `sizes_config`, and calls `add_head` with
-    the width of its features.
+    the width of its features and `add_recycling` with that of its input.
 
     Args:
-        teacher: as in `Student`.
+        teacher, recycles: as in `Student`.
         head_width, head_depth: of the velocity head.
         time: flow time at which the generator's head takes the noise; below 1 it starts less collapsed, because a
             guidance network at t=1 knows nothing but the mean.
@@ -105,8 +105,10 @@ class FlowNetwork(Student):
     starts_anywhere = False
     looks_up: ClassVar[bool] = False
 
-    def __init__(self, teacher: Teacher, *, head_width: int, head_depth: int, time: float = 1.0) -> None:
-        super().__init__(teacher)
+    def __init__(
+        self, teacher: Teacher, *, head_width: int, head_depth: int, time: float = 1.0, recycles: int = 0
+    ) -> None:
+        super().__init__(teacher, recycles=recycles)
         self.head_width, self.head_depth, self.time = head_width, head_depth, time
 
     def add_head(self, width: int) -> None:
@@ -117,16 +119,14 @@ class FlowNetwork(Student):
 
     @abstractmethod
     def features(self, condition: Condition, tokens: Tensor) -> Tensor:
-        """float32 [B, N, W] from tokens [B, N, D]; position i sees the condition and the groups before its own."""
+        """float32 [B, N, W] from tokens [B, N, D]; position i sees the condition and the groups before its own.
+
+        Of the generator's later runs, tokens are [B, N, 2 D], and `read` makes the input of either.
+        """
 
     @abstractmethod
     def code_logits(self, features: Tensor) -> Tensor:
         """The teacher's head over codes: features [B, N, W] to logits [B, N, V]."""
-
-    @property
-    @abstractmethod
-    def sizes_config(self) -> dict[str, Any]:
-        """The backbone's part of `config`."""
 
     def embedding_error(self) -> Tensor:
         """Distance between the table of a teacher that `looks_up` and what stands in its place."""
@@ -136,18 +136,19 @@ class FlowNetwork(Student):
 
     @property
     def config(self) -> dict[str, Any]:
-        return {"head_width": self.head_width, "head_depth": self.head_depth, "time": self.time, **self.sizes_config}
+        return {"head_width": self.head_width, "head_depth": self.head_depth, "time": self.time, **super().config}
 
     def start_from(self, teacher: Teacher) -> None:
-        """Take over what backbone and teacher (or DD1 student) have in common by name and shape."""
-        self._share(teacher)
+        """Take over what backbone and teacher have in common."""
+        self.share(teacher)
 
     def start_from_student(self, student: Student) -> None:
         """Take over a DD1 student's backbone, which reads noise already."""
-        self._share(student)
+        self.share(student)
 
     @torch.no_grad()
-    def _share(self, source: nn.Module) -> None:
+    def share(self, source: nn.Module) -> None:
+        """Take over what both have by name and shape."""
         theirs, own = source.state_dict(), self.state_dict()
         for name, value in own.items():
             if name in theirs and theirs[name].shape == value.shape:
@@ -166,7 +167,18 @@ class FlowNetwork(Student):
 
     def generate(self, condition: Condition, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The generator: continuous tokens [B, N, D] from noise [B, N, D], and the features that made them."""
-        features = self.features(condition, noise)
+        return self.runs(condition, noise)[-1]
+
+    def runs(self, condition: Condition, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What every run of the generator makes; later ones read the codes made before, without gradient."""
+        found = [self._made(condition, noise, noise)]
+        for _ in range(self.recycles):
+            made = self.codebook[nearest_code(found[-1][0].detach(), self.codebook)]
+            found.append(self._made(condition, noise, torch.cat((noise, made), dim=-1)))
+        return found
+
+    def _made(self, condition: Condition, noise: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(condition, tokens)
         return self.x0(noise, noise.new_full(noise.shape[:-1], self.time), features), features
 
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[None, Tensor]:
@@ -219,7 +231,7 @@ class TransformerFlowNetwork(TransformerNetwork, FlowNetwork):
     Args:
         teacher: as in `Student`.
         width, depth, heads: size of the transformer; None takes the teacher's, if it is a `TransformerTeacher`.
-        head_width, head_depth, time: as in `FlowNetwork`.
+        head_width, head_depth, time, recycles: as in `FlowNetwork`.
     """
 
     def __init__(
@@ -232,11 +244,13 @@ class TransformerFlowNetwork(TransformerNetwork, FlowNetwork):
         head_width: int = 128,
         head_depth: int = 3,
         time: float = 1.0,
+        recycles: int = 0,
     ) -> None:
-        super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time)
+        super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time, recycles=recycles)
         sizes = transformer_sizes(teacher, width, depth, heads)
         self._add_layers(teacher.code_dim, teacher.num_codes, *sizes)
         self.add_head(self.body.width)
+        self.add_recycling(self.body.width)
 
     @property
     def sizes_config(self) -> dict[str, Any]:
@@ -245,6 +259,9 @@ class TransformerFlowNetwork(TransformerNetwork, FlowNetwork):
     def features(self, condition: Condition, tokens: Tensor) -> Tensor:
         self.teacher.check_training_condition(condition)
         return self.hidden(self.labels(condition), tokens)
+
+    def _words(self, embeddings: Tensor) -> Tensor:
+        return self.read(self.input, embeddings)
 
     def code_logits(self, features: Tensor) -> Tensor:
         return self.head(features)

@@ -262,9 +262,14 @@ def check_student(teacher: Teacher, method: str) -> None:
             raise DDFastError(f"{error}: `sizes` of the family ({families.of_teacher(teacher).name})") from error
 
 
-def start_student(teacher: Teacher) -> DD1Student:
-    """A new DD1 student that starts from its teacher's weights."""
-    made = student_class(teacher, "dd1").from_teacher(teacher, **families.of_teacher(teacher).sizes)
+def student_sizes(teacher: Teacher, recycles: int) -> dict[str, Any]:
+    """What a student of the teacher's family is built with; recycles: as in `Student`."""
+    return {**families.of_teacher(teacher).sizes, **({"recycles": recycles} if recycles else {})}
+
+
+def start_student(teacher: Teacher, *, recycles: int = 0) -> DD1Student:
+    """A new DD1 student that starts from its teacher's weights; recycles: as in `Student`."""
+    made = student_class(teacher, "dd1").from_teacher(teacher, **student_sizes(teacher, recycles))
     assert isinstance(made, DD1Student)
     return made
 

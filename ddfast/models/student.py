@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -33,11 +33,15 @@ if TYPE_CHECKING:
 class Student(nn.Module, ABC):
     """Network that turns noise into all tokens in one pass: DD1's and DD2's.
 
-    A subclass builds its layers and implements `complete`, `predict`, `settings`, `config` and `start_from`.
+    A subclass builds its layers, calls `add_recycling` after them, and implements `complete`, `predict`, `settings`,
+    `sizes_config` and `start_from`.
 
     Args:
         teacher: gives the codebook, the groups and the classes; teacher-involved sampling calls it. It is referred to,
             not contained: it is no part of the student's parameters, state or device moves.
+        recycles: how often the network is run again within a pass. Every run after the first reads, beside its input,
+            the codes that the run before made: an error of one token, which misleads all after it, is seen and can be
+            mended (recycling as in AlphaFold 2, Jumper et al. 2021).
 
     Attributes:
         method: that trains it, as files and commands call it.
@@ -56,8 +60,11 @@ class Student(nn.Module, ABC):
     level: Tensor
     split: int | None = None
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, *, recycles: int = 0) -> None:
         super().__init__()
+        if isinstance(recycles, bool) or not isinstance(recycles, int) or recycles < 0:
+            raise ValueError(f"recycles: got {recycles!r}, expected 0 or more runs after the first")
+        self.recycles = recycles
         self._teacher = (teacher,)  # in a tuple, so that nn.Module does not adopt it
         self.groups, self.num_classes = teacher.groups, teacher.num_classes
         self.derive_buffers()
@@ -101,8 +108,8 @@ class Student(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """What rebuilds this module, beside the teacher: `type(self)(teacher, **config)`."""
+    def sizes_config(self) -> dict[str, Any]:
+        """The network's part of `config`."""
 
     @abstractmethod
     def start_from(self, teacher: Teacher) -> None:
@@ -116,6 +123,28 @@ class Student(nn.Module, ABC):
         student = cls(teacher, **config).to(teacher.codebook.device)
         student.start_from(teacher)
         return student
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this module, beside the teacher: `type(self)(teacher, **config)`."""
+        return {**({"recycles": self.recycles} if self.recycles else {}), **self.sizes_config}
+
+    def add_recycling(self, width: int) -> None:
+        """Make the layer by which a run reads what the one before made, of the width of the network's input.
+
+        It starts at 0, so that all runs do at first what the first one does; without recycling there is none.
+        """
+        if self.recycles:
+            self.recycled = Linear(self.teacher.code_dim, width)
+            nn.init.zeros_(self.recycled.weight)
+            nn.init.zeros_(self.recycled.bias)
+
+    def read(self, embed: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The input's tokens [B, m, W] for x [B, m, D], or [B, m, 2 D]: x, and beside it what the run before made."""
+        if x.shape[-1] == self.teacher.code_dim:
+            return embed(x)
+        x, made = x.chunk(2, dim=-1)
+        return embed(x) + self.recycled(made)
 
     def header(self) -> dict[str, Any]:
         """What its file says of it beside `config`."""
@@ -243,10 +272,11 @@ def _check_refined(given: Mapping[str, Any]) -> None:
 class DD1Student(Student):
     """DD1's student: [condition, X_t] in one causal pass, from any point of a trajectory.
 
-    A subclass builds its layers and implements `features`, `code_logits`, `continuous`, `config` and `start_from`.
+    A subclass builds its layers and implements `features`, `code_logits`, `continuous`, `sizes_config` and
+    `start_from`.
 
     Args:
-        teacher: as in `Student`.
+        teacher, recycles: as in `Student`.
 
     Attributes:
         point: t1, where the second of two steps starts; None: nobody has said.
@@ -272,7 +302,10 @@ class DD1Student(Student):
 
     @abstractmethod
     def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Any]:
-        """Hidden states [B, N, W] at the tokens of the point X_t, and what the heads need of the condition."""
+        """One run: hidden states [B, N, W] at the tokens of the point X_t, and what the heads need of the condition.
+
+        x is the point [B, N, D], or [B, N, 2 D] in a later run; `read` makes the input's tokens of either.
+        """
 
     @abstractmethod
     def code_logits(self, hidden: Tensor, context: Any) -> Tensor:
@@ -303,8 +336,18 @@ class DD1Student(Student):
 
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """As `Student.predict`; position i sees the condition, the groups before i's and itself."""
-        hidden, context = self.features(condition, self.check_point(condition, x), t)
+        hidden, context = self.runs(condition, self.check_point(condition, x), t)[-1]
         return self.code_logits(hidden, context), self.continuous(hidden, context)
+
+    def runs(self, condition: Condition, x: Tensor, t: int | Tensor) -> list[tuple[Tensor, Any]]:
+        """`features` of all runs of a pass: the first, and those that read the codes made before, without gradient."""
+        found = [self.features(condition, x, t)]
+        for _ in range(self.recycles):
+            with torch.no_grad():
+                codes = self.code_logits(*found[-1]).argmax(-1)
+                made = torch.where(self.data_mask(t, len(x))[..., None], x, self.codebook[codes])
+            found.append(self.features(condition, torch.cat((x, made), dim=-1), t))
+        return found
 
     def data_levels(self, t: int | Tensor, batch: int, condition_tokens: int) -> Tensor:
         """int64 [B, C + N]: 1 where the sequence of C condition tokens and X_t holds data, 0 where noise."""
@@ -332,7 +375,7 @@ class DD1Student(Student):
             return x
         border = count if split is None else max(starts[split], first)
         given = torch.cat((x[:, :first], noise[:, first:]), dim=1) if first else noise
-        hidden, context = self.features(condition, given, point)
+        hidden, context = self.runs(condition, given, point)[-1]
         parts = [x[:, :first]] if first else []
         if border > first:
             parts.append(self.codebook[self.code_logits(hidden[:, first:border], context).argmax(-1)])
@@ -345,14 +388,20 @@ class TransformerStudent(DD1Student):
     """A DD1 student with the small transformer of `TransformerTeacher`, for any teacher.
 
     Args:
-        teacher: as in `Student`.
+        teacher, recycles: as in `Student`.
         width, depth, heads: size of the transformer; None takes the teacher's, if it is a `TransformerTeacher`.
     """
 
     def __init__(
-        self, teacher: Teacher, *, width: int | None = None, depth: int | None = None, heads: int | None = None
+        self,
+        teacher: Teacher,
+        *,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        recycles: int = 0,
     ) -> None:
-        super().__init__(teacher)
+        super().__init__(teacher, recycles=recycles)
         width, depth, heads = transformer_sizes(teacher, width, depth, heads)
         self.class_embedding = Embedding(self.num_classes + 1, width)
         self.position_embedding = nn.Parameter(torch.empty(teacher.num_tokens + 1, width, dtype=torch.float32))
@@ -370,6 +419,7 @@ class TransformerStudent(DD1Student):
             self.continuous_modulation,
         ):
             nn.init.normal_(parameter, std=0.02)
+        self.add_recycling(width)
 
     @torch.no_grad()
     def start_from(self, teacher: Teacher) -> None:
@@ -390,7 +440,7 @@ class TransformerStudent(DD1Student):
         self.position_embedding[1 + first :] = source["position_embedding"][first:]
 
     @property
-    def config(self) -> dict[str, Any]:
+    def sizes_config(self) -> dict[str, Any]:
         return {"width": self.body.width, "depth": self.body.depth, "heads": self.body.heads}
 
     @property
@@ -407,7 +457,7 @@ class TransformerStudent(DD1Student):
         if not isinstance(condition, Tensor):
             raise TypeError(f"condition: got {type(condition).__name__}, expected int64 labels [B]")
         label = self.class_embedding(condition)
-        tokens = torch.cat((label[:, None], self.input(x)), dim=1)
+        tokens = torch.cat((label[:, None], self.read(self.input, x)), dim=1)
         tokens = tokens + self.position_embedding + self.data_embedding(self.data_levels(t, len(x), 1))
         return self.body(tokens, self.mask)[:, 1:], label
 

@@ -131,13 +131,17 @@ class TransformerNetwork(nn.Module):
                 parts.append(self.class_embedding(labels)[:, None].expand(-1, size, -1))
                 continue
             previous = self.groups[group - 1]
-            token = self.input(embeddings[:, offset : offset + previous])
+            token = self._words(embeddings[:, offset : offset + previous])
             if previous != size:
                 token = F.interpolate(token.transpose(1, 2), size=size, mode="linear").transpose(1, 2)
             parts.append(token)
             offset += previous
         tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return tokens + self.position_embedding[starts[first] : starts[last + 1]]
+
+    def _words(self, embeddings: Tensor) -> Tensor:
+        """What embeddings [R, m, D] are in the transformer, [R, m, W]."""
+        return self.input(embeddings)
 
     def hidden(self, labels: Tensor, embeddings: Tensor) -> Tensor:
         """Hidden states [R, N, W] of whole sequences, embeddings [R, N, D]; what the head over codes reads."""

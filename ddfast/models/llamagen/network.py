@@ -511,18 +511,20 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
 
     Args:
         teacher: as in `Student`, with a LlamaGen tokenizer.
+        recycles: as in `Student`.
         sizes: of the transformer, by their official names; those left out are the teacher's.
     """
 
-    def __init__(self, teacher: LlamaGenTeacher, **sizes: Any) -> None:
+    def __init__(self, teacher: LlamaGenTeacher, *, recycles: int = 0, **sizes: Any) -> None:
         own = LlamaGenSizes(**{**vars(teacher.sizes), **sizes})
         self.sizes = own
-        super().__init__(teacher)
+        super().__init__(teacher, recycles=recycles)
         self.tok_embeddings = Linear(teacher.code_dim, own.dim)
         self.n_d_embed = Embedding(2, own.dim)
         self._add_layers(own, teacher.num_codes, unconditional=True)  # officially always there, and never used
         nn.init.zeros_(self.tok_embeddings.bias)
         self.final_layer_conti = ContinuousHead(own.dim, teacher.code_dim)
+        self.add_recycling(own.dim)
 
     def derive_buffers(self) -> None:
         """Fill what follows from the teacher and the sizes and is in no file."""
@@ -535,7 +537,7 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
         return self.sizes.dim
 
     @property
-    def config(self) -> dict[str, Any]:
+    def sizes_config(self) -> dict[str, Any]:
         return dict(vars(self.sizes))
 
     @torch.no_grad()
@@ -557,7 +559,7 @@ class LlamaGenStudent(_LlamaGenNetwork, DD1Student):
         tokens, valid = self._condition_tokens(condition)
         width = tokens.shape[1]
         is_data = self.n_d_embed(self.data_levels(t, len(x), width))
-        sequence = torch.cat((tokens, self.tok_embeddings(x.to(self.dtype))), dim=1) + is_data
+        sequence = torch.cat((tokens, self.read(self.tok_embeddings, x.to(self.dtype))), dim=1) + is_data
         mask = padded_mask(valid, sequence.shape[1])
         x, branch = self._run(sequence, self._sequence(sequence.shape[1], MaskedAttention(mask)))
         hidden = x + branch
@@ -583,23 +585,31 @@ class LlamaGenFlowNetwork(_LlamaGenNetwork, FlowNetwork):
 
     Args:
         teacher: as in `Student`, with a LlamaGen tokenizer.
-        head_width, head_depth, time: as in `FlowNetwork`.
+        head_width, head_depth, time, recycles: as in `FlowNetwork`.
         sizes: of the transformer, by their official names; those left out are the teacher's.
     """
 
     looks_up = True
 
     def __init__(
-        self, teacher: LlamaGenTeacher, *, head_width: int = 1024, head_depth: int = 3, time: float = 1.0, **sizes: Any
+        self,
+        teacher: LlamaGenTeacher,
+        *,
+        head_width: int = 1024,
+        head_depth: int = 3,
+        time: float = 1.0,
+        recycles: int = 0,
+        **sizes: Any,
     ) -> None:
         own = LlamaGenSizes(**{**vars(teacher.sizes), **sizes})
         self.sizes = own
-        super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time)
+        super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time, recycles=recycles)
         self._add_layers(own, teacher.num_codes, unconditional=own.class_dropout_prob > 0)
         self.tok_embeddings = nn.Sequential(
             Linear(teacher.code_dim, own.dim), nn.GELU(approximate="tanh"), Linear(own.dim, own.dim)
         )
         self.add_head(own.dim)
+        self.add_recycling(own.dim)
 
     def derive_buffers(self) -> None:
         """Fill what follows from the teacher and the sizes and is in no file."""
@@ -612,7 +622,7 @@ class LlamaGenFlowNetwork(_LlamaGenNetwork, FlowNetwork):
 
     def features(self, condition: Condition, tokens: Tensor) -> Tensor:
         self.teacher.check_training_condition(condition)
-        return self.hidden(condition, self.tok_embeddings(tokens[:, :-1].to(self.dtype)))
+        return self.hidden(condition, self.read(self.tok_embeddings, tokens[:, :-1].to(self.dtype)))
 
     def code_logits(self, features: Tensor) -> Tensor:
         return self.output(features).float()

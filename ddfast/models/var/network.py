@@ -292,11 +292,15 @@ class _VARNetwork(nn.Module):
         places = places[starts[first] : starts[last + 1]]
         if not inputs.shape[1]:
             return label[:, None] + self.pos_start + places
-        words = self.word_embed(inputs.to(self.dtype))
+        words = self._words(inputs.to(self.dtype))
         copies = 1 if len(words) == len(label) else 2  # guidance: both halves read the same codes
         if first:
             return (words.expand(copies, *words.shape) + places).flatten(0, 1)
         return torch.cat((label[:, None] + self.pos_start, words.repeat(copies, 1, 1)), dim=1) + places
+
+    def _words(self, inputs: Tensor) -> Tensor:
+        """What inputs [B, m, D] are in the transformer, [B, m, W]."""
+        return self.word_embed(inputs)
 
     def hidden(self, label: Tensor, inputs: Tensor) -> Tensor:
         """What the head over codes reads, [B, N, W]; label [B, W], inputs [B, N', D] are those after scale 0."""
@@ -451,13 +455,15 @@ class VARStudent(_VARNetwork, DD1Student):
     between attention and feed-forward of every block, and before both heads.
 
     Args:
-        teacher: as in `Student`, with a VAR tokenizer.
+        teacher, recycles: as in `Student`; the teacher has a VAR tokenizer.
         layerwise_n_d_embed: pass the data/noise embedding through one linear layer per block.
         sizes: of the transformer, by their official names; those left out are the teacher's.
     """
 
-    def __init__(self, teacher: VARTeacher, *, layerwise_n_d_embed: bool = True, **sizes: Any) -> None:
-        super().__init__(teacher)
+    def __init__(
+        self, teacher: VARTeacher, *, layerwise_n_d_embed: bool = True, recycles: int = 0, **sizes: Any
+    ) -> None:
+        super().__init__(teacher, recycles=recycles)
         own = {**vars(teacher.sizes), **sizes}
         levels = (1, *self.groups)
         self._add_layers(VARSizes(**own), teacher.code_dim, teacher.num_codes, levels)
@@ -467,6 +473,7 @@ class VARStudent(_VARNetwork, DD1Student):
         if layerwise_n_d_embed:
             self.layerwise_n_d_embed = nn.ModuleList(Linear(width, width) for _ in range(self.sizes.depth + 1))
         self.final_layer_conti = ContinuousHead(width, teacher.code_dim)
+        self.add_recycling(width)
 
     @property
     def width(self) -> int:
@@ -474,7 +481,7 @@ class VARStudent(_VARNetwork, DD1Student):
         return self.sizes.embed_dim
 
     @property
-    def config(self) -> dict[str, Any]:
+    def sizes_config(self) -> dict[str, Any]:
         return {"layerwise_n_d_embed": hasattr(self, "layerwise_n_d_embed"), **vars(self.sizes)}
 
     @torch.no_grad()
@@ -499,7 +506,7 @@ class VARStudent(_VARNetwork, DD1Student):
     def features(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(condition, Tensor)
         label = self.class_emb(condition)
-        tokens = torch.cat((label[:, None] + self.pos_start, self.word_embed(x.to(self.dtype))), dim=1)
+        tokens = torch.cat((label[:, None] + self.pos_start, self.read(self.word_embed, x.to(self.dtype))), dim=1)
         levels = F.pad(self.level + 1, (1, 0))  # the condition is level 0
         is_data = self.data_levels(t, len(x), 1)
         hidden = tokens + self.lvl_embed(levels) + self.pos_1LC + self.n_d_embed(is_data)
@@ -533,16 +540,24 @@ class VARFlowNetwork(_VARNetwork, FlowNetwork):
 
     Args:
         teacher: as in `Student`, with a VAR tokenizer.
-        head_width, head_depth, time: as in `FlowNetwork`.
+        head_width, head_depth, time, recycles: as in `FlowNetwork`.
         sizes: of the transformer, by their official names; those left out are the teacher's.
     """
 
     def __init__(
-        self, teacher: VARTeacher, *, head_width: int = 1024, head_depth: int = 3, time: float = 1.0, **sizes: Any
+        self,
+        teacher: VARTeacher,
+        *,
+        head_width: int = 1024,
+        head_depth: int = 3,
+        time: float = 1.0,
+        recycles: int = 0,
+        **sizes: Any,
     ) -> None:
-        super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time)
+        super().__init__(teacher, head_width=head_width, head_depth=head_depth, time=time, recycles=recycles)
         self._add_layers(VARSizes(**{**vars(teacher.sizes), **sizes}), teacher.code_dim, teacher.num_codes, self.groups)
         self.add_head(self.sizes.embed_dim)
+        self.add_recycling(self.sizes.embed_dim)
 
     @property
     def sizes_config(self) -> dict[str, Any]:
@@ -550,8 +565,12 @@ class VARFlowNetwork(_VARNetwork, FlowNetwork):
 
     def features(self, condition: Condition, tokens: Tensor) -> Tensor:
         self.teacher.check_training_condition(condition)
-        inputs = cast(VARTeacher, self.teacher).tokenizer.teacher_forcing_input(tokens)
-        return self.hidden(self.labels(condition), inputs)
+        tokenizer = cast(VARTeacher, self.teacher).tokenizer
+        parts = [tokenizer.teacher_forcing_input(part) for part in tokens.split(self.teacher.code_dim, dim=-1)]
+        return self.hidden(self.labels(condition), torch.cat(parts, dim=-1))
+
+    def _words(self, inputs: Tensor) -> Tensor:
+        return self.read(self.word_embed, inputs)
 
     def code_logits(self, features: Tensor) -> Tensor:
         return self.head(features).float()
