@@ -6,6 +6,7 @@ python benchmarks/dd2_toy.py tokens --tokens 3 --start 250         # whose term 
 python benchmarks/dd2_toy.py recipe match.form=sid tune.loss=gts   # any settings, trained and judged
 python benchmarks/dd2_toy.py recipe --oracle --tokens 2               # the generator's score counted, not learnt
 python benchmarks/dd2_toy.py recipe --curriculum 1500              # token after token instead of all at once
+python benchmarks/dd2_toy.py recipe --recycles 2                   # a generator that reads what it has made
 """
 
 from __future__ import annotations
@@ -119,18 +120,18 @@ class CountedGuidance(nn.Module):
 
 def token_after_token(student: TransformerFlowNetwork, updates: int) -> None:
     """Let a generator's token i learn only after i/n of so many of its passes."""
-    generate, passes, tokens = student.generate, 0, len(student.groups)
+    runs, passes, tokens = student.runs, 0, len(student.groups)
 
-    def taught(condition: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def taught(condition: Tensor, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
         nonlocal passes
-        x, features = generate(condition, noise)
+        found = runs(condition, noise)
         if torch.is_grad_enabled():
             learns = (torch.arange(tokens) <= tokens * passes / updates)[:, None]
             passes += 1
-            x, features = (torch.where(learns, part, part.detach()) for part in (x, features))
-        return x, features
+            found = [tuple(torch.where(learns, part, part.detach()) for part in run) for run in found]
+        return found
 
-    student.generate = taught
+    student.runs = taught
 
 
 def _first(table: Tensor, tokens: int) -> Tensor:
@@ -138,10 +139,11 @@ def _first(table: Tensor, tokens: int) -> Tensor:
     return table.sum(later) if later else table
 
 
-def network(teacher: ToyTeacher, seed: int) -> TransformerFlowNetwork:
+def network(teacher: ToyTeacher, seed: int, recycles: int = 0) -> TransformerFlowNetwork:
     """The size of tests/test_toy_quality.py."""
     torch.manual_seed(seed)
-    return TransformerFlowNetwork(teacher, width=64, depth=3, heads=4, head_width=64, head_depth=2)
+    sizes = {"width": 64, "depth": 3, "heads": 4, "head_width": 64, "head_depth": 2}
+    return TransformerFlowNetwork(teacher, **sizes, recycles=recycles)
 
 
 def prepared(tokens: int, start: int, seed: int) -> tuple[Matching, Judge]:
@@ -255,12 +257,13 @@ def recipe(options: argparse.Namespace, settings: dict[str, object]) -> None:
         parts[part][field.replace("-", "_")] = value
     update(config.dd2, parts)
     judge, folder = Judge(teacher), Path(tempfile.mkdtemp())
-    student, guidance = network(teacher, seed), network(teacher, seed + 1)
+    student, guidance = network(teacher, seed, options.recycles), network(teacher, seed + 1)
     started = time.perf_counter()
     if needs_tuning(config):
         tuned = network(teacher, seed)
         tune(config, teacher, tuned, None, folder)
-        student = copy.deepcopy(tuned) if init == "stage1" else student
+        if init == "stage1":
+            student.share(tuned)
         guidance = tuned if config.dd2.match.guidance_start == "stage1" else guidance
     if options.oracle:
         guidance = CountedGuidance(student)
@@ -296,6 +299,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", default="scratch", choices=["stage1", "scratch"])
     parser.add_argument("--oracle", action="store_true", help="of a recipe: count the generator's law")
+    parser.add_argument("--recycles", type=int, default=0, help="of a recipe: runs of the generator after the first")
     parser.add_argument("--curriculum", type=int, default=0, help="of a recipe: updates until all tokens learn")
     options = parser.parse_intermixed_args()
     if options.experiment == "recipe":

@@ -198,14 +198,16 @@ def test_presets(name):
 
 @pytest.mark.parametrize("name", ["digits", *SMALL])
 def test_more_updates(name):
-    """Of the student, and of what learns beside it; nothing else is another."""
+    """Of a student that recycles, and of what learns beside it; nothing else is another."""
     long, usual = get_recipe(name, preset="long"), get_recipe(name, preset="ddfast")
     assert long.dd1.iterations == 4 * usual.dd1.iterations
     for field in ("start_iterations", "guidance_first", "iterations"):
-        assert getattr(long.dd2.match, field) == 4 * getattr(usual.dd2.match, field)
+        assert getattr(long.dd2.match, field) == 2 * getattr(usual.dd2.match, field)
         setattr(long.dd2.match, field, getattr(usual.dd2.match, field))
     assert long.trajectories.count == 4 * usual.trajectories.count
+    assert (long.dd1.recycles, long.dd2.recycles, usual.dd1.recycles, usual.dd2.recycles) == (2, 1, 0, 0)
     long.trajectories, long.dd1.iterations, long.preset = usual.trajectories, usual.dd1.iterations, usual.preset
+    long.dd1.recycles = long.dd2.recycles = 0
     assert long == usual
 
 
