@@ -1,7 +1,7 @@
 """What leaves the machine names no folder of it: files by their base names, with hashes of their contents.
 
 A folder's name tells who the user is and how the machine is laid out, and helps nobody elsewhere. Which artefacts keep
-to this, and which stay local: docs/sharing.md.
+to this, and which stay local: docs/teachers.md.
 """
 
 from __future__ import annotations

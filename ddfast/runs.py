@@ -41,7 +41,7 @@ ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.s
 ADAPTATION_JSON = "adaptation.json"
 
 _LOCAL = """\
-# Of this machine: it names folders, so that the run can go on. What is for others names none (docs/sharing.md).
+# Of this machine: it names folders, so that the run can go on. What is for others names none (docs/teachers.md).
 """
 
 LOCATION = (

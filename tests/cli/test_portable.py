@@ -3,6 +3,7 @@
 import base64
 import getpass
 import gzip
+import html
 import io
 import json
 import platform
@@ -34,13 +35,12 @@ SETTINGS = {
     "recipe": "var-d16",
     "teacher": {"depth": 2, "num_classes": 5, "patch_nums": [1, 2, 3], "shared_aln": False},
     "trajectories": {"count": 24, "shard_size": 12},
-    "dd1": {"iterations": 4, "batch_size": 6, "warmup": 1, "log_every": 2, "checkpoint_every": 2, "point": 2},
+    "dd1": {"iterations": 4, "batch_size": 6, "warmup": 1, "log_every": 2, "point": 2, "split": 1},
     "dd2": {
         "head_width": 16, "head_depth": 1,
         "match": {
             "iterations": 2, "guidance_updates": 1, "align_iterations": 0, "later_iterations": 0, "batch_size": 4,
-            "start_iterations": 2, "guidance_first": 1, "log_every": 2, "watch_every": 4,
-            "guidance_start": "teacher",
+            "log_every": 2, "watch_every": 4, "guidance_start": "teacher",
         },
     },
     "evaluation": {"samples": 100, "batch_size": 50, "batch_sizes": [1], "paths": 0},
@@ -125,9 +125,9 @@ def told(folder: Path) -> list[str]:
 def test_nothing_that_is_written_tells_where(machine):
     there = {path.name for path in machine.home.rglob("*") if path.is_file()}
     assert {
-        "student.safetensors", "report.html", "report.md", "metrics.json", "metrics.jsonl", "stages.json", "samples.png",
-        "manifest.json", "shard-000000.safetensors", "throughput.jsonl", "distillation-rank0.json.gz", "README.md",
-        "model.safetensors", "config.json", "grid.png", "samples.json", "npz.npz", "codes.safetensors",
+        "student.safetensors", "report.html", "report.md", "metrics.json", "metrics.jsonl", "stages.json",
+        "samples.png", "manifest.json", "shard-000000.safetensors", "throughput.jsonl", "distillation-rank0.json.gz",
+        "README.md", "model.safetensors", "config.json", "grid.png", "samples.json", "npz.npz", "codes.safetensors",
         "evaluation.json", "student.pth", "samples-1.png", ".lock",
     } <= there  # fmt: skip
     assert told(machine.home) == ["runs/dd1/config.toml", "runs/dd2/config.toml", "settings.toml"]
@@ -164,7 +164,7 @@ def test_base_names_and_hashes_are_kept(machine):
     assert {name: converted[name] for name in ("config", "files", "learnt_from")} == {
         name: header[name] for name in ("config", "files", "learnt_from")
     }
-    report = (machine.home / "runs/dd1/report.md").read_text()
+    report = html.unescape((machine.home / "runs/dd1/report.html").read_text())
     for words in ("train --config settings.toml --out=dd1 ", 'weights = "vae.pth"', f"var_tiny.pth, SHA-256 {sha256}"):
         assert words in report, words
     assert f"# teacher.weights: var_tiny.pth, SHA-256 {sha256}" in (machine.home / "out/dd1-hub/README.md").read_text()
