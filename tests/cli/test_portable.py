@@ -244,7 +244,7 @@ def test_another_teacher_is_warned_of(machine, elsewhere, tmp_path, capsys):
 def test_files_of_before_with_folders_are_read_and_not_passed_on(machine, elsewhere, tmp_path, capsys):
     tensors, header = load_tensors(elsewhere / STUDENT_FILE)
     del header["files"], header["learnt_from"]
-    header["config"]["teacher"]["weights"] = f"/home/{TELLTALE}/var_tiny.pth"
+    header["config"]["teacher"]["weights"] = f"/Users/{TELLTALE}/var_tiny.pth"
     header["config"] |= {"out": f"C:\\Users\\{TELLTALE}\\runs\\x", "init": f"dd1:../{TELLTALE}/run"}
     save_tensors(elsewhere / STUDENT_FILE, tensors, header)
     code, _ = codes(elsewhere, tmp_path / "none")
@@ -268,10 +268,10 @@ def test_what_is_given_and_not_read_is_refused(machine, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/home/alice/var_d16.pth", "var_d16.pth"), ("~/models/llamagen/", "llamagen"), ("../alice/x.pt", "x.pt"),
-        ("C:\\Users\\alice\\x.pth", "x.pth"), ("dd1:/home/alice/runs/digits", "dd1:digits"), ("dd1:run", "dd1:run"),
+        ("/Users/alice/var_d16.pth", "var_d16.pth"), ("~/models/llamagen/", "llamagen"), ("../alice/x.pt", "x.pt"),
+        ("C:\\Users\\alice\\x.pth", "x.pth"), ("dd1:/Users/alice/runs/digits", "dd1:digits"), ("dd1:run", "dd1:run"),
         ("teacher", "teacher"), ("mine:recipe", "mine:recipe"), ("", ""), ("10:13", "10:13"),
-        ("/home/Alice B. Smith/x y.pth", "x y.pth"),
+        ("/Users/Alice B. Smith/x y.pth", "x y.pth"),
     ],
 )  # fmt: skip
 def test_base_names(text, expected):
@@ -279,8 +279,8 @@ def test_base_names(text, expected):
 
 
 def test_the_home_folders_name_is_the_users(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/alice")
-    assert [base_name(text) for text in ("/home/alice", "/home/alice/", "dd1:/home/alice")] == ["~", "~", "dd1:~"]
+    monkeypatch.setenv("HOME", "/Users/alice")
+    assert [base_name(text) for text in ("/Users/alice", "/Users/alice/", "dd1:/Users/alice")] == ["~", "~", "dd1:~"]
 
 
 def test_settings_and_command_lines():
