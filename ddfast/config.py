@@ -31,6 +31,9 @@ OPTIMIZERS = ("adamw", "muon")
 DD1_PREFIX = "dd1:"
 """Of an `init` that names a DD1 run's folder."""
 
+FILES = ("weights", "captions", "lpips_vgg", "lpips_linear")
+"""Settings, of whichever table, that name a file."""
+
 
 class SettingError(ValueError):
     """A setting that is out of range; the message names it."""
@@ -751,6 +754,30 @@ class TrainConfig:
         profiled_steps(self.profile_steps)
 
 
+@dataclass(kw_only=True)
+class TokenizerFiles:
+    """Where a student's tokenizer is on this machine.
+
+    Attributes:
+        weights: its checkpoint, where it is not where the run found it.
+    """
+
+    weights: Path | None = None
+
+
+@dataclass(kw_only=True)
+class TeacherFiles:
+    """Where a student's teacher is on this machine.
+
+    Attributes:
+        weights: its checkpoint, where it is not where the run found it.
+        captions: the file that its training pairs cycled through (text), where it is not where the run found it.
+    """
+
+    weights: Path | None = None
+    captions: Path | None = None
+
+
 def require_seed(seed: int) -> None:
     """Raise `SettingError` unless a seed is one."""
     try:
@@ -773,7 +800,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         DDFastError: as of `read_toml`.
     """
-    values = read_toml(path)
+    return as_then(read_toml(path))
+
+
+def as_then(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings, with what files of before do not say as it was then."""
     teacher = values.get("teacher")
     if isinstance(teacher, dict) and "training_images" in teacher:  # the digits', which AdamW trained
         teacher.setdefault("optimizer", "adamw")

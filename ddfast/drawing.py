@@ -15,15 +15,16 @@ import tyro
 from torch import Tensor
 
 from ddfast import processes
-from ddfast.config import require_seed
+from ddfast.config import TeacherFiles, TokenizerFiles, require_seed
 from ddfast.errors import DDFastError
 from ddfast.messages import say
+from ddfast.models.checkpoint import digest
 from ddfast.models.llamagen.captions import give_captions
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
 from ddfast.presets import Preset, get_preset
 from ddfast.progress import ProgressBar
-from ddfast.runs import open_student, open_teacher
+from ddfast.runs import GivenFiles, open_student, open_teacher
 from ddfast.sampling import (
     Guidance,
     Samples,
@@ -64,6 +65,7 @@ class DrawOptions:
         quantise: how values become 8 bits: nearest, or as var, llamagen or dd1 do; default: nearest, or the preset's.
         resize: side in pixels that images are resized to before that, bicubic; 0: none; default: 0, or the preset's.
         device: where to run.
+        teacher, tokenizer: files of the teacher of a run, where they are not where the run found them.
     """
 
     steps: int = 1
@@ -83,6 +85,14 @@ class DrawOptions:
     quantise: Literal["nearest", "var", "llamagen", "dd1"] | None = None
     resize: int | None = None
     device: str = "cpu"
+    teacher: TeacherFiles = dataclasses.field(default_factory=TeacherFiles)
+    tokenizer: TokenizerFiles = dataclasses.field(default_factory=TokenizerFiles)
+
+    @property
+    def files(self) -> GivenFiles:
+        """Those of the teacher, as `open_student` takes them."""
+        tables = {"teacher": self.teacher, "tokenizer": self.tokenizer}
+        return {f"{table}.{name}": path for table, files in tables.items() for name, path in vars(files).items()}
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
@@ -174,10 +184,11 @@ def opened(
     """
     steps, teacher_steps, form = options.steps, options.teacher_steps, chosen.format
     network: Student | None = None
+    bar = progress_bar("teacher")
     if steps:
-        _, teacher, network = open_student(options.student, options.device, progress_bar("teacher"))
+        _, teacher, network = open_student(options.student, options.device, bar, files=options.files)
     else:
-        _, teacher = open_teacher(options.student, options.device, progress_bar("teacher"))
+        _, teacher = open_teacher(options.student, options.device, bar, files=options.files)
     if form != "codes" and not teacher.has_decoder:
         raise DDFastError(f"--format {form}: this teacher has no image tokenizer; --format codes writes its codes")
     if options.captions is not None or options.caption:
@@ -289,9 +300,9 @@ def of_networks(teacher: Teacher, student: Student | None, guidance: Guidance | 
         teacher, student: that make them.
         guidance: of the teacher's part; None: it has none.
     """
-    decided: dict[str, Any] = {"teacher": _digest(teacher.state_dict())}
+    decided: dict[str, Any] = {"teacher": digest(teacher.state_dict())}
     if student is not None:
-        decided["student"] = _digest(student.state_dict())
+        decided["student"] = digest(student.state_dict())
         decided["split"] = student.split
         decided["point"] = student.point if isinstance(student, DD1Student) else None
     if guidance is not None:
@@ -307,23 +318,12 @@ def _captions_digest(teacher: Teacher) -> str:
     texts = getattr(getattr(teacher, "captions", None), "texts", None)
     if texts is not None:
         return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:12]
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     for some in torch.arange(teacher.num_conditions, dtype=torch.int64, device=teacher.codebook.device).split(64):
         made = teacher.condition_of(some)
         tensors = made if isinstance(made, tuple) else (made,)
-        digest.update(_digest({str(number): tensor for number, tensor in enumerate(tensors)}).encode())
-    return digest.hexdigest()[:12]
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Twelve hex digits that tell tensors from others: of their names, shapes and some of each one's numbers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 1000)].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(some.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
+        whole.update(digest({str(number): tensor for number, tensor in enumerate(tensors)}).encode())
+    return whole.hexdigest()[:12]
 
 
 def _guidance(options: SampleOptions, teacher: Teacher, decodes: bool) -> Guidance:

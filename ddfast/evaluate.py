@@ -33,7 +33,7 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
         raise DDFastError("--student: missing; give the folder of a run, or --protocol with --images")
     if target:
         processes.first_does(lambda: check_new(target, "--json"))
-    config, teacher, student = open_student(folder, options.device, progress_bar("teacher"))
+    config, teacher, student = open_student(folder, options.device, progress_bar("teacher"), files=options.files)
     texts = options.captions or options.caption
     if texts:
         give_captions(teacher, texts, encoder=options.text_encoder, device=options.device)

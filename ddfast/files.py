@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import os
 import platform
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ddfast import processes
 from ddfast.errors import DDFastError
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -127,7 +129,10 @@ def locked(path: Path, occupied: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)  # nobody's any more, and the machine's name stays with nobody
 
 
 def check_new(path: Path, option: str) -> None:
@@ -169,6 +174,15 @@ def read_text(path: Path) -> str:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         raise DDFastError(f"{path} is not {encoding[:6].upper()} text ({error.reason}); save it as UTF-8") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file, processes.busy():
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from ddfast.config import plain
 from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, whole_folder, write_atomically
 from ddfast.models.autoregressive import Condition, condition_size, on_device, take
+from ddfast.models.checkpoint import read_checkpoint
 from ddfast.models.layers import num_parameters
 from ddfast.models.llamagen.captions import captions_for
 from ddfast.models.loading import save_student, save_teacher
@@ -32,10 +32,11 @@ from ddfast.models.official import CONFIG_FILE, STUDENT_FILE, TEACHER_FILE
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
 from ddfast.ops import nearest_code, noise
+from ddfast.portable import shared_settings
 from ddfast.progress import silent
 from ddfast.report import quality_table
 from ddfast.runs import CONFIG as RUN_CONFIG
-from ddfast.runs import LOCATION, METRICS_JSON, STAGES, open_student, read_json
+from ddfast.runs import LOCATION, METRICS_JSON, STAGES, hashed_files, open_student, read_json
 from ddfast.sampling import condition_index
 from ddfast.trajectories.memory import fitting, largest_sampling_batch
 
@@ -119,16 +120,31 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             self.student.point = point
 
     @classmethod
-    def from_run(cls, folder: str | Path, *, device: str = "cpu") -> Generator:
+    def from_run(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        weights: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+    ) -> Generator:
         """The generator of a finished `ddfast train` run, with what its files say of recipe, cost and evaluation.
+
+        Args:
+            folder: of the run, or one with its student.safetensors.
+            device: where to run.
+            weights, tokenizer: files of its teacher, where they are not where the run found them.
 
         Raises:
             DDFastError: the folder holds no finished run.
         """
         folder = Path(folder)
-        config, teacher, student = open_student(folder, device, silent)
-        settings = _shareable({name: value for name, value in plain(config).items() if name not in LOCATION})
-        card = {"recipe": f"`{config.recipe}`; every setting:\n\n```toml\n{tomli_w.dumps(settings)}```"}
+        files = {"teacher.weights": weights, "tokenizer.weights": tokenizer}
+        config, teacher, student = open_student(folder, device, silent, files=files)
+        settings = {name: value for name, value in plain(config).items() if name not in LOCATION}
+        hashes = read_checkpoint(folder / STUDENT_FILE)[1].get("files") or hashed_files(config)  # of before: none
+        told = shared_settings(settings, hashes)
+        card = {"recipe": f"`{config.recipe}`; every setting:\n\n```toml\n{told}```"}
         if (folder / STAGES).exists():
             seconds = read_json(folder / STAGES)
             card["cost"] = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()) + f" on {device}."
@@ -363,15 +379,3 @@ def _from_the_hub(call: Callable[[], Any], source: object) -> Any:
     except Exception as error:  # huggingface_hub's, its HTTP library's and the system's: they differ by version
         advice = "check the name, the connection, and `hf auth login` for a private one"
         raise DDFastError(f"{source}: {type(error).__name__}: {first_line(error)}; {advice}") from error
-
-
-def _shareable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings whose paths are reduced to the file's name: a card goes to people who know no folder of this machine."""
-    return {
-        name: _shareable(value)
-        if isinstance(value, dict)
-        else Path(value).name
-        if isinstance(value, str) and os.path.isabs(value)
-        else value
-        for name, value in settings.items()
-    }

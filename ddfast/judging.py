@@ -16,11 +16,11 @@ from ddfast.drawing import Choices, DrawOptions, SampleOptions, check, of_networ
 from ddfast.errors import DDFastError
 from ddfast.evaluation.clip import Clip, ClipScore, FileScore
 from ddfast.evaluation.images import Images, Pictured, open_images
-from ddfast.evaluation.inception import Inception, file_sha256
+from ddfast.evaluation.inception import Inception
 from ddfast.evaluation.instruments import INCEPTIONS, OfInception
 from ddfast.evaluation.judgements import Judgement, check_comparable, read_judgement, table, usual_count
 from ddfast.evaluation.references import ReferenceFile, write_reference
-from ddfast.files import check_new, write_atomically
+from ddfast.files import check_new, file_sha256, write_atomically
 from ddfast.messages import warn
 from ddfast.models.caption_files import read_texts
 from ddfast.pictures import stream_pictures
@@ -79,7 +79,7 @@ def without_effect(options: EvaluateOptions) -> dict[str, str]:
     judged = ["protocol", "reference", "inception", "images", "beside", "clip"]
     if not options.judges:
         why = "it is for --protocol; a run's own figures have --evaluation.samples, --evaluation.batch-size"
-        shared = ("captions", "caption", "text-encoder")
+        shared = ("captions", "caption", "text-encoder", "teacher", "tokenizer")
         ignored = dict.fromkeys((name for name in drawn if name not in shared), why)
         return ignored | {"to": "no --make-reference", "clip": why}
     ignored = {"evaluation": "it is of a run's own figures; --protocol has --count and --batch-size"}

@@ -26,6 +26,7 @@ from ddfast.models.loading import build_teacher, check_student, load_student, sa
 from ddfast.models.official import STUDENT_FILE
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
+from ddfast.portable import portable
 from ddfast.progress import Progress, ProgressBar
 from ddfast.report import machine, quality_table, write_pictures, write_report
 from ddfast.runs import (
@@ -43,6 +44,7 @@ from ddfast.runs import (
     check_device,
     claim_folder,
     complete,
+    hashed_files,
     occupied,
     read_json,
 )
@@ -160,7 +162,9 @@ def train_dd2(config: TrainConfig, teacher: Teacher, stages: Stages, progress_ba
 
 def finish_student(config: TrainConfig, student: Student, live: Live) -> None:
     """Write a trained student."""
-    save_student(config.out / STUDENT_FILE, student, {"config": plain(config)}, live=live)
+    files = processes.first_does(lambda: hashed_files(config))
+    about = {"config": portable(plain(config)), "files": files}
+    save_student(config.out / STUDENT_FILE, student, about, live=live)
     processes.wait()
 
 

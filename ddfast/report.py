@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import tomli_w
 import torch
 from torch import Tensor
 
@@ -27,7 +26,8 @@ from ddfast.models.student import Student
 from ddfast.ops import native
 from ddfast.page import Block, Charts, Code, Facts, Page, Section, Text
 from ddfast.pictures import decoded, grid
-from ddfast.runs import PAGE, PICTURES, REPORT
+from ddfast.portable import portable_command, shared_settings
+from ddfast.runs import PAGE, PICTURES, REPORT, hashed_files
 
 Shown: TypeAlias = tuple[list[int], dict[str, Tensor]]
 """What `gallery.same_noise` makes."""
@@ -42,7 +42,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ddfast": ddfast.__version__ + (f", commit {commit()}" if commit() else ""),
-        "cpu kernels": native.cpu_reason,
+        "cpu kernels": "none; `ddfast doctor` says why" if native.cpu is None else native.cpu_reason,
     }
 
 
@@ -220,9 +220,9 @@ def _origin(config: TrainConfig, seconds: dict[str, float]) -> Section:
     return Section(
         title="What produced it",
         blocks=[
-            Code(text=command_line("train")),
+            Code(text=portable_command(command_line("train"))),
             Facts(facts=facts, timed=("seconds per stage",)),
-            Code(title="All settings", text=tomli_w.dumps(plain(config))),
+            Code(title="All settings", text=shared_settings(plain(config), hashed_files(config))),
         ],
     )
 

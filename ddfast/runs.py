@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import tomli_w
 import torch
 
 from ddfast import env, processes
-from ddfast.config import TrainConfig, plain, read_settings, update
+from ddfast.config import DD1_PREFIX, FILES, TrainConfig, as_then, plain, read_settings, update
 from ddfast.distill.checkpoints import FOLDER as CHECKPOINTS
 from ddfast.errors import DDFastError
-from ddfast.files import locked, read_text, write_atomically
+from ddfast.files import file_sha256, locked, read_text, write_atomically
 from ddfast.messages import say
-from ddfast.models.loading import build_teacher, load_student, load_teacher
-from ddfast.models.official import STUDENT_FILE, TEACHER_FILE, UNFINISHED
+from ddfast.models.checkpoint import read_checkpoint
+from ddfast.models.loading import TEACHER_FILES, build_teacher, load_student, load_teacher
+from ddfast.models.official import STUDENT_FILE, TEACHER_FILE, UNFINISHED, checkpoint_file
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
+from ddfast.portable import base_name, portable
 from ddfast.progress import Progress
 from ddfast.recipes import get_recipe
 from ddfast.tracing import span
@@ -36,6 +40,10 @@ _LEASE_SECONDS = 150.0
 ADAPTED_FILE, TUNED_FILE, GUIDANCE_FILE = "adapted.safetensors", "ar-diffusion.safetensors", "guidance.safetensors"
 ADAPTATION_JSON = "adaptation.json"
 
+_LOCAL = """\
+# Of this machine: it names folders, so that the run can go on. What is for others names none (docs/teachers.md).
+"""
+
 LOCATION = (
     "out", "device", "resume", "trajectories.batch_size", "parallel", "track", "profile_steps",
     "evaluation.paths", "evaluation.lpips_vgg", "evaluation.lpips_linear",
@@ -43,16 +51,24 @@ LOCATION = (
 """Fields, and tables of fields, that decide where and how a run goes on and what it tells, not what it makes."""
 
 
-def open_student(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher, Student]:
+GivenFiles: TypeAlias = Mapping[str, "str | Path | None"]
+"""Files of a teacher by their settings (`TEACHER_FILES`), where they are not where a run found them; None: they are."""
+
+
+def open_student(
+    folder: Path, device: str, progress: Progress, *, files: GivenFiles = MappingProxyType({})
+) -> tuple[TrainConfig, Teacher, Student]:
     """Configuration, teacher and student of a finished run, or of a folder of `ddfast convert` or `ddfast.hub`.
 
+    Of a run, its student.safetensors is enough.
+
     Raises:
-        DDFastError: `folder` holds none of them.
+        DDFastError: `folder` holds none of them, or a file of the teacher is not to be found.
     """
     if not (folder / STUDENT_FILE).exists():
         where = f"no {STUDENT_FILE} there" if folder.is_dir() else f"no {STUDENT_FILE} there: it is no folder"
         raise DDFastError(f"--student {folder}: {where}; `ddfast train` and `ddfast convert` make it")
-    config, teacher = open_teacher(folder, device, progress)
+    config, teacher = open_teacher(folder, device, progress, files=files)
     student = load_student(folder, teacher)
     if (folder / CONFIG).exists():
         complete(student, config)
@@ -69,26 +85,92 @@ def complete(student: Student, config: TrainConfig) -> None:
         student.point = config.dd1.point
 
 
-def open_teacher(folder: Path, device: str, progress: Progress) -> tuple[TrainConfig, Teacher]:
+def open_teacher(
+    folder: Path, device: str, progress: Progress, *, files: GivenFiles = MappingProxyType({})
+) -> tuple[TrainConfig, Teacher]:
     """Configuration and teacher of a finished run, or of a folder of `ddfast convert` or `ddfast.hub`.
 
     The latter two know nothing of a configuration.
 
     Raises:
-        DDFastError: `folder` holds none of them.
+        DDFastError: `folder` holds none of them, or a file of the teacher is not to be found.
     """
     check_device(device)
+    given = {name: str(path) for name, path in files.items() if path is not None}
     if (folder / TEACHER_FILE).exists():
+        if given:
+            raise DDFastError(f"--{min(given)}: has no effect: {folder} holds its teacher, {TEACHER_FILE}")
         return TrainConfig(recipe=folder.name, device=device, out=folder), load_teacher(folder).to(device)
-    if not (folder / CONFIG).exists():
-        raise DDFastError(f"--student {folder}: no {CONFIG} and no {TEACHER_FILE} there; `ddfast train` makes them")
-    values = read_settings(folder / CONFIG)
+    path, values, hashes = _settings_of(folder)
     if "recipe" not in values:
-        raise DDFastError(f"{folder / CONFIG} names no recipe: it is not a run's")
-    config = get_recipe(values["recipe"], preset=values.get("preset", ""), told=folder / CONFIG)
+        raise DDFastError(f"{path} names no recipe: it is not a run's")
+    config = get_recipe(values["recipe"], preset=values.get("preset", ""), told=path)
     update(config, values)
     config.device, config.out = device, folder
+    _find_files(config, folder, given, hashes)
     return config, build_teacher(config, progress)
+
+
+def _settings_of(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A run's settings, the file that has them, and what its student's file says of the files that they name."""
+    header: dict[str, Any] = {}
+    if (folder / STUDENT_FILE).exists():
+        header = read_checkpoint(folder / STUDENT_FILE)[1]
+    files = header.get("files", {})
+    if (folder / CONFIG).exists():
+        return folder / CONFIG, read_settings(folder / CONFIG), files
+    values = header.get("config")
+    if not isinstance(values, dict):
+        raise DDFastError(f"--student {folder}: no {CONFIG} and no {TEACHER_FILE} there; `ddfast train` makes them")
+    return folder / STUDENT_FILE, as_then(portable(values)), files  # files of before name folders of another machine
+
+
+def _find_files(config: TrainConfig, folder: Path, given: Mapping[str, str], hashes: Mapping[str, Any]) -> None:
+    """Set where the teacher's files are: where the user says, where the run found them, or beside its student.
+
+    Raises:
+        DDFastError: one is in none of these places, or was given and is not read.
+    """
+    for name in TEACHER_FILES:
+        table, _, field = name.partition(".")
+        part = getattr(config, table)
+        drawn = getattr(config.teacher, "random_weights", False) and field == "weights"
+        if drawn or not hasattr(part, field):
+            if name in given:
+                why = "are drawn" if drawn else "come from no file"
+                raise DDFastError(f"--{name}: has no effect: the weights of {folder} {why}")
+            continue
+        found = given.get(name, getattr(part, field))
+        if found and name not in given and not Path(found).expanduser().exists():
+            beside = folder / base_name(found)
+            if not beside.exists():
+                known = hashes.get(name, {}).get("sha256", "")
+                told = f"{base_name(found)}{f' (SHA-256 {known})' if known else ''}"
+                where = f"is neither at {found} nor in this folder" if found != beside.name else "is not in this folder"
+                raise DDFastError(f"--student {folder}: its {name}, {told}, {where}: give --{name} FILE")
+            found = str(beside)
+        setattr(part, field, found)
+
+
+def hashed_files(config: TrainConfig) -> dict[str, dict[str, str]]:
+    """Base name and SHA-256 of the files that a run's settings name, by setting; those that are gone are left out."""
+    settings = {name: value for name, value in _flat(plain(config)).items() if name.rpartition(".")[2] in FILES}
+    named = {name: value for name, value in settings.items() if value and isinstance(value, str)}
+    paths = {name: checkpoint_file(value) for name, value in named.items()}
+    if config.init.startswith(DD1_PREFIX):
+        start = Path(config.init.removeprefix(DD1_PREFIX))
+        paths["init"] = start / STUDENT_FILE if start.is_dir() else start
+    return {
+        name: {"file": base_name(str(named.get(name, path))), "sha256": _sha256(path, path.stat().st_mtime_ns)}
+        for name, path in paths.items()
+        if path.is_file()
+    }
+
+
+@functools.cache
+def _sha256(path: Path, changed: int) -> str:
+    """Of a file's content; a run asks more than once, and two gigabytes take seconds."""
+    return file_sha256(path)
 
 
 def check_device(device: str) -> None:
@@ -126,7 +208,7 @@ def claim_folder(config: TrainConfig) -> None:
             raise DDFastError(f"{out} holds a run with other settings ({'; '.join(different)}); choose another --out")
     elif config.resume:
         raise DDFastError(f"--resume: no run in {out}; leave --resume out to start one")
-    write_atomically(path, tomli_w.dumps(mine))
+    write_atomically(path, _LOCAL + tomli_w.dumps(mine))
 
 
 def _is_location(name: str) -> bool:

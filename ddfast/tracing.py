@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import gzip
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,10 @@ def activities(device: torch.device) -> list[ProfilerActivity]:
     return [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
 
 
+_OF_THIS_MACHINE = re.compile(rb'"(host_name|traceName)":\s*"(?:[^"\\]|\\.)*"')
+"""What the profiler says of the machine: its name, and where it wrote."""
+
+
 def write_trace(profiler: torch.profiler.profile, path: Path) -> Path:
     """Write what was recorded as a Chrome trace, compressed where the name ends in .gz; returns the path.
 
@@ -48,9 +53,11 @@ def write_trace(profiler: torch.profiler.profile, path: Path) -> Path:
     try:
         # The profiler goes by the name's end, so it writes under the same name elsewhere.
         with whole_file(path, durable=False) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
+            made = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(made))
-            os.replace(made, temporary)
+            opened = gzip.open if path.suffix == ".gz" else open
+            with made.open("rb") as lines, opened(temporary, "wb") as target:
+                target.writelines(_OF_THIS_MACHINE.sub(rb'"\1": ""', line) for line in lines)
     except RuntimeError as error:
         raise DDFastError(f"cannot write {path}: {error}") from error
     return path

@@ -28,6 +28,7 @@ from ddfast import processes
 from ddfast.config import TrainConfig, plain, profiled_steps, trackers
 from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, write_atomically
+from ddfast.portable import portable
 from ddfast.tracing import ProfileWindow
 
 METRICS, PROFILE, TENSORBOARD, WANDB_ID = "metrics.jsonl", "profile", "tensorboard", "wandb-id"
@@ -102,7 +103,7 @@ def stage_log(
     with contextlib.ExitStack() as open_until_the_end:
         sinks = []
         if rank == 0:
-            settings = plain(config) if config else {}
+            settings = portable(plain(config)) if config else {}
             for opener in (json_lines, *(SINKS[name][-1] for name in names)):
                 sinks.append(open_until_the_end.enter_context(opener(out, stage, step, settings)))
         window = ProfileWindow(steps, out / PROFILE / f"{stage}-rank{rank}.json.gz", device)

@@ -24,9 +24,8 @@ from torch import Tensor
 from ddfast import processes
 from ddfast.errors import DDFastError, first_line
 from ddfast.evaluation.images import Pictured
-from ddfast.evaluation.inception import file_sha256
 from ddfast.evaluation.resizing import clip_resize
-from ddfast.files import read_text
+from ddfast.files import file_sha256, read_text
 from ddfast.models.checkpoint import load_tensors
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

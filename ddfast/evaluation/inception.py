@@ -8,7 +8,6 @@ Dimensions: B batch, H height, W width.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from ddfast import processes
 from ddfast.errors import DDFastError, first_line
 from ddfast.evaluation.resizing import CLEAN_SIZE as SIDE
 from ddfast.evaluation.resizing import clean_resize
+from ddfast.files import file_sha256
 from ddfast.messages import warn
 from ddfast.models.checkpoint import AnyTensor, read_checkpoint, read_tensor, tensors_of
 from ddfast.precision import without_tf32
@@ -129,15 +129,6 @@ def prepared_as_pytorch_fid(pixels: Tensor) -> Tensor:
 def prepared_as_clean_fid(pixels: Tensor) -> Tensor:
     """Pixels uint8 [B, 3, H, W] as clean-fid gives them to its first layer."""
     return (clean_resize(pixels).to(pixels.device) - 128) / 128
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file, processes.busy():
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _torch_fidelity() -> Any:

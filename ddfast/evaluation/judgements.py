@@ -15,6 +15,7 @@ from typing import Any
 
 from ddfast.errors import DDFastError
 from ddfast.files import read_text
+from ddfast.portable import base_name
 
 TITLES = {
     "fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall",
@@ -34,7 +35,7 @@ class Judgement:
 
     Attributes:
         instrument: adm, dd1 or clean.
-        source: of the images: a folder or file, and how a student made them.
+        source: of the images: a folder or file (in a file: its base name), and how a student made them.
         count: of images.
         size: their height and width in pixels.
         figures: by name; a Fréchet distance has its standard error beside it, `_error`.
@@ -58,8 +59,8 @@ class Judgement:
     versions: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """As a file holds it."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """As a file holds it, which goes to others."""
+        return json.dumps(dataclasses.asdict(self) | {"source": base_name(self.source)}, indent=2) + "\n"
 
 
 def read_judgement(path: Path) -> Judgement:

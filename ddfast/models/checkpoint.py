@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -384,6 +385,17 @@ def _what_it_is(head: bytes) -> str:
     if len(text) > 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
         return f"is a text file, not a checkpoint: it begins {text[:60].decode().split(chr(10))[0].strip()!r}"
     return "is damaged or no checkpoint of PyTorch or safetensors; copy or download it again"
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits that tell tensors from others: of their names, shapes and some of each one's numbers."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 1000)].cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(some.view(torch.uint8).numpy().data)
+    return found.hexdigest()[:12]
 
 
 def tensors_of(content: Mapping[Any, Any]) -> dict[str, AnyTensor]:

@@ -19,6 +19,7 @@ from ddfast.models.loading import load_teacher, read_students, save_student, sav
 from ddfast.models.official import CONFIG_FILE, STUDENT_FILE, TEACHER_FILE, choose
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
+from ddfast.portable import portable
 
 _OFFICIAL = {"teacher.pth", "tokenizer.pth", "student.pth"}
 
@@ -154,7 +155,7 @@ def _students(
     if chosen.averaged and others:
         live = dict(student_from(choose(others, "student", file, silent=True), file, header, teacher).state_dict())
     written = {"method", "student", *made.header()}
-    return made, live, {name: value for name, value in header.items() if name not in written}
+    return made, live, {name: portable(value) for name, value in header.items() if name not in written}
 
 
 def export_teacher(teacher: Teacher, weights: Path, tokenizer: Path) -> None:

@@ -17,13 +17,14 @@ import torch
 from ddfast import processes, seeds
 from ddfast.config import PretrainedTeacherConfig, TrainConfig
 from ddfast.errors import DDFastError
-from ddfast.messages import say
+from ddfast.messages import say, warn
 from ddfast.models import families
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import (
     AnyTensor,
     build_around,
     cast_float,
+    digest,
     one_dtype,
     read_checkpoint,
     save_tensors,
@@ -46,7 +47,11 @@ from ddfast.models.official import (
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student, TransformerStudent
 from ddfast.models.transformer import transformer_sizes
+from ddfast.portable import portable
 from ddfast.progress import Progress
+
+TEACHER_FILES = ("teacher.weights", "tokenizer.weights", "teacher.captions")
+"""Settings of a run that name files of its teacher."""
 
 
 def load_teacher(
@@ -291,7 +296,24 @@ def save_student(
     tensors |= live or {}
     family = families.of_teacher(student.teacher).name
     header = {"method": student.method, "family": family, "student": student.config, **student.header()}
+    header["learnt_from"] = _identity(student.teacher)
     save_tensors(Path(path), tensors, {**header, **config})
+
+
+def _identity(teacher: Teacher) -> str:
+    """Type of a teacher's transformer, and hex digits of all weights: in another type, these are others."""
+    dtype = next((parameter.dtype for _, parameter in network_parameters(teacher)), torch.float32)
+    return f"{str(dtype).removeprefix('torch.')} {digest(teacher.state_dict())}"
+
+
+def _check_identity(header: dict[str, Any], teacher: Teacher, path: Path) -> None:
+    """Warn where a student's file says that it learnt from another teacher, as far as their types let it be told."""
+    theirs, ours = str(header.get("learnt_from", "")), _identity(teacher)
+    if theirs.partition(" ")[0] == ours.partition(" ")[0] and theirs != ours:
+        files = portable(header.get("files", {}))
+        said = [f"{one['file']}, SHA-256 {one['sha256']}" for name, one in files.items() if name in TEACHER_FILES]
+        told = f": {'; '.join(said)}" if said else ""
+        warn(f"{path}: its student learnt from other weights than this teacher's ({theirs}, not {ours}){told}")
 
 
 def load_student(
@@ -309,7 +331,7 @@ def load_student(
 
     Raises:
         DDFastError: the file is missing, damaged, unsafe or something else, or its tensors do not fit the teacher (each
-            named).
+            named). A teacher of other weights than those that the file says it learnt from is warned of.
     """
     path, found, header = read_students(weights, teacher)
     chosen = choose(found, "student", path, averaged=ema, strict=not ema, silent=bool(header))
@@ -321,6 +343,7 @@ def read_students(weights: str | Path, teacher: Teacher) -> tuple[Path, list[Wei
     path = Path(weights)
     path = path / STUDENT_FILE if (path / STUDENT_FILE).is_file() else checkpoint_file(path)
     content, header = read_checkpoint(path)
+    _check_identity(header, teacher, path)
     if "method" not in header:
         return path, find_weights(content, families.signs()), header
     tensors, family = tensors_of(content), families.of_teacher(teacher)

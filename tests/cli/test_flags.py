@@ -95,7 +95,7 @@ def test_names_of_typed_flags():
 
 def test_evaluate_keeps_the_runs_settings_but_for_typed_ones(here, tmp_path, generators, monkeypatch):
     opened = get_recipe("var-d16")  # whose batches are of 64
-    monkeypatch.setattr("ddfast.evaluate.open_student", lambda *_: (opened, None, None))
+    monkeypatch.setattr("ddfast.evaluate.open_student", lambda *_, **__: (opened, None, None))
     monkeypatch.setattr("ddfast.evaluate.evaluate", lambda config, *_: {})
     monkeypatch.setattr("ddfast.evaluate.quality_table", lambda *_: ["table"])
     assert here("evaluate", "--student", tmp_path, "--evaluation.samples=700")[0] == 0

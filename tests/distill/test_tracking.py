@@ -75,6 +75,7 @@ class StandIn(types.ModuleType):
 
     def init(self, *, id, resume, dir, config, allow_val_change, settings):
         assert resume == "allow"
+        self.config = config
         history, stand_in = self.runs.setdefault(id, []), self
 
         class Run:
@@ -98,7 +99,7 @@ class StandIn(types.ModuleType):
 def test_wandb_goes_on_with_its_run_and_gets_no_step_twice(tmp_path, monkeypatch):
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = TrainConfig(track="wandb")
+    config = TrainConfig(track="wandb", out=tmp_path / "run")
     check_trackers(config.track)
     train(tmp_path, "tuning", range(0, 2), config)
     with pytest.raises(RuntimeError), stage_log(tmp_path, "matching", 0, CPU, config) as log:
@@ -111,6 +112,7 @@ def test_wandb_goes_on_with_its_run_and_gets_no_step_twice(tmp_path, monkeypatch
     assert [line.get("matching/loss") for line in run] == [None, None, -1, -2, -3]
     assert wandb.axes == {"tuning/*": "tuning/step", "matching/*": "matching/step"}
     assert wandb.ended == [None, RuntimeError, None]
+    assert wandb.config["out"] == "run" and str(tmp_path) not in str(wandb.config)  # it goes to others
 
     def no_key(**_):
         raise OSError("no key\nmore")

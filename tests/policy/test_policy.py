@@ -27,6 +27,7 @@ LAYERS = [
         "interruption",
         "messages",
         "optimizers",
+        "portable",
         "precision",
         "private_api",
         "processes",
