@@ -33,8 +33,8 @@ from ddfast.models import families
 from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 
 PRESETS = ("ddfast", "long", "paper")
-"""Whose settings a recipe distils with: the best that digits gave, within minutes or (digits alone) with more time; or the
-papers', literally."""
+"""Whose settings a recipe distils with: the best that digits gave, within minutes or (digits alone) with more time; or
+the papers', literally."""
 
 
 _OUR_DD1: dict[str, Any] = {"optimizer": "muon"}
