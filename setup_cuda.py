@@ -6,6 +6,7 @@ setup.py builds what `plan` says. An architecture is written as CMake writes it:
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -88,7 +89,7 @@ def decision(environment: Mapping[str, str]) -> tuple[Compiler, Plan]:
     if flag(environment, "DDFAST_NO_CUDA"):
         raise LeftOut("DDFAST_NO_CUDA=1 was set; without it `pip install .` builds the module")
     nvcc = Compiler(environment)
-    found = plan(wish(environment, lambda: gpus(environment)), nvcc.knows, str(nvcc))
+    found = plan(wish(environment, lambda: gpus(environment)), functools.cache(nvcc.knows), str(nvcc))
     if found.unmet and flag(environment, "DDFAST_CUDA"):
         raise LeftOut(found.left_out)
     if refusal := nvcc.refusal(found.architectures[0].split("-")[0]):
@@ -96,8 +97,8 @@ def decision(environment: Mapping[str, str]) -> tuple[Compiler, Plan]:
     return nvcc, found
 
 
-def plan(wish: Wish, knows: Callable[[str], bool], compiler: str) -> Plan:
-    """Of a wish what the kernels can be built for.
+def plan(wanted: Wish, knows: Callable[[str], bool], compiler: str) -> Plan:
+    """What of a wish can be built.
 
     Where the compiler does not know a kind, the same without its letter is built (sm_90 for sm_90a), else PTX of the
     newest before it, which a driver translates.
@@ -112,7 +113,7 @@ def plan(wish: Wish, knows: Callable[[str], bool], compiler: str) -> Plan:
     built: dict[str, None] = {}  # an ordered set
     unknown: dict[str, str] = {}
     too_old: dict[str, None] = {}
-    for architecture in wish.architectures:
+    for architecture in wanted.architectures:
         kind, form = architecture.split("-")
         number = kind.rstrip("af")
         older = [other.rstrip("af") for other in reversed(KINDS) if int(other.rstrip("af")) < int(number)]
@@ -128,10 +129,10 @@ def plan(wish: Wish, knows: Callable[[str], bool], compiler: str) -> Plan:
             unknown[f"sm_{kind}"] = f"PTX of sm_{newest}" if newest else ""
             if newest:
                 built[f"{newest}-virtual"] = None
-    by = f" ({wish.by})" if wish.by else ""
+    by = f" ({wanted.by})" if wanted.by else ""
     lines = []
-    if wish.unreadable:
-        lines.append(f"{', '.join(wish.unreadable)}{by} is no architecture that ddfast knows, as 9.0 or 90 are")
+    if wanted.unreadable:
+        lines.append(f"{', '.join(wanted.unreadable)}{by} is no architecture that ddfast knows, as 9.0 or 90 are")
     if too_old:
         lines.append(f"{', '.join(too_old)}{by}: the kernels need compute capability {LEAST / 10} or more")
     if unknown:
@@ -144,8 +145,8 @@ def plan(wish: Wish, knows: Callable[[str], bool], compiler: str) -> Plan:
         lines.append(f"for a GPU of another machine name its kind, `CUDAARCHS={LEAST} pip install .`")
     if not built:
         raise LeftOut("; ".join(lines))
-    named = wish.by not in ("", OWN_GPU)
-    return Plan(tuple(built), "; ".join(lines), named and bool(unknown or wish.unreadable))
+    named = wanted.by not in ("", OWN_GPU)
+    return Plan(tuple(built), "; ".join(lines), named and bool(unknown or wanted.unreadable))
 
 
 def wish(environment: Mapping[str, str], gpus: Callable[[], Sequence[int]]) -> Wish:
@@ -160,13 +161,13 @@ def wish(environment: Mapping[str, str], gpus: Callable[[], Sequence[int]]) -> W
         ("CUDAARCHS", environment.get("CUDAARCHS"), _of_cmake),
         ("TORCH_CUDA_ARCH_LIST", environment.get("TORCH_CUDA_ARCH_LIST"), _of_torch),
     ):
-        if not value:
+        parsed = {entry: parse(entry) for entry in re.split(r"[;,\s]+", value or "") if entry}
+        if not parsed:
             continue
-        if value.lower() in ("all", "all-major"):
+        if parsed.keys() & {"all", "all-major"}:
             return _every_kind()
-        if value.lower() == "native":
+        if "native" in parsed:
             break
-        parsed = {entry: parse(entry) for entry in re.split(r"[;,\s]+", value.strip(";, "))}
         unreadable = tuple(entry for entry, found in parsed.items() if not found)
         return Wish(tuple(dict.fromkeys(one for found in parsed.values() for one in found)), by, unreadable)
     kinds = sorted(set(gpus()))
