@@ -41,7 +41,10 @@ MEMORY_PER_COMPILER = 1 << 30
 
 OWN_GPU = "the GPU of this machine"
 
-ELSEWHERE = "CUDA_HOME=/usr/local/cuda pip install ."
+TOOLKIT = "/usr/local/cuda"
+"""Where a CUDA toolkit lies if nothing says otherwise."""
+
+ELSEWHERE = f"CUDA_HOME={TOOLKIT} pip install ."
 """The command that builds with the toolkit in that folder."""
 
 
@@ -228,7 +231,7 @@ class Compiler:
             path = shutil.which(named, path=environment.get("PATH"))
         else:
             folders = [*(os.path.join(home, "bin") for home in homes), *environment.get("PATH", "").split(os.pathsep)]
-            path = shutil.which("nvcc", path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
+            path = shutil.which("nvcc", path=os.pathsep.join([*folders, os.path.join(TOOLKIT, "bin")]))
         if path is None:
             raise LeftOut(
                 f"no nvcc, CUDA's compiler, was found{f' as {named}' if named else ''}; for a GPU of NVIDIA's install "
