@@ -80,9 +80,9 @@ class CMakeBuild(build_ext):
             tools: what compilers besides C++'s say of themselves; objects of others are not used again.
             definitions: for CMake.
         """
+        tools += setup_cuda.output_of([*cxx(), "--version"], os.environ)[1]
         import pybind11
 
-        tools += setup_cuda.output_of([*cxx(), "--version"], os.environ)[1]
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / ext.name
         made_by = build / "made_by.txt"
