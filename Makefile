@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # On a machine without a GPU the pinned versions keep pip from fetching gigabytes of CUDA packages.
 CONSTRAINTS := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard constraints/*.txt) $(wildcard csrc/* kernels/*)
+BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py CMakeLists.txt $(wildcard constraints/*.txt) $(wildcard csrc/* kernels/*)
 
 .PHONY: help demo test test-all lint types bench gpu-check clean
 

@@ -37,7 +37,8 @@ LIMIT = 480
 
 SOURCES = (
     "ddfast", "kernels", "csrc", "tests/gpu", "tests/conftest.py", "tests/ops/[!t]*.py", "tests/ops/t[!e]*.py",
-    "tests/models/[!t]*.py", "benchmarks/*.py", "CMakeLists.txt", "setup.py", "pyproject.toml",
+    "tests/models/[!t]*.py", "benchmarks/*.py", "CMakeLists.txt", "setup.py", "setup_cuda.py",
+    "pyproject.toml",
 )  # fmt: skip
 """What a step's outcome depends on: of other tests what those on a GPU borrow from them, of results nothing."""
 

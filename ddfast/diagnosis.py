@@ -30,6 +30,8 @@ def diagnosis() -> list[str]:
     lines.append(f"CUDA kernels: {native.cuda_reason}")
     if native.cuda is not None:
         lines.append(f"  compiled for: {native.cuda.architectures}")
+        if reason := native.left_out("ddfast_cuda"):
+            lines.append(f"  left out: {reason}")
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     for index in gpus:
         major, minor = torch.cuda.get_device_capability(index)

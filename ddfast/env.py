@@ -1,6 +1,6 @@
 """Every environment variable that ddfast reads at run time, in one place; `ddfast doctor` lists them.
 
-(`setup.py` reads `DDFAST_NO_NATIVE` and `DDFAST_NO_CUDA` at build time.)
+(What `setup.py` and `setup_cuda.py` read at build time is in README.md.)
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -21,10 +22,22 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the native modules name the element type of logits."""
 
 
+def left_out(name: str) -> str:
+    """What the install left out of a native module or instead of it, why, and what to do; empty: nothing."""
+    kernels = importlib.util.find_spec("ddfast_kernels")  # setup.py writes it there
+    for folder in (kernels.submodule_search_locations or ()) if kernels else ():
+        with contextlib.suppress(OSError):
+            lines = Path(folder, "left_out.txt").read_text().splitlines()
+            return next((line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: ")), "")
+    return ""
+
+
 def _load(name: str) -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
+        if error.name == name and (reason := left_out(name)):
+            return None, f"{name} was left out of this install: {reason}"
         return None, f"{name} is not installed ({error}); run `pip install .` with a C++ compiler at hand"
     if getattr(module, "abi", None) != ABI:
         return None, f"{name} was built for another version of ddfast; run `pip install .` again"
