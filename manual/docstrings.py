@@ -1,9 +1,9 @@
-"""Griffe's extension: our docstrings as its Google style and Markdown take them, with their citations and names linked."""
+"""Griffe's extension: our docstrings as its Google style and Markdown take them, citations and names linked."""
 
 from __future__ import annotations
 
+import inspect
 import re
-import textwrap
 from typing import Any
 
 import griffe
@@ -57,7 +57,7 @@ def marked_up(text: str, obj: griffe.Object | None = None) -> str:
 def blocks(text: str) -> list[str]:
     """Paragraphs, sections and examples, in order."""
     found: list[list[str]] = [[]]
-    for line in textwrap.dedent(text).splitlines():
+    for line in inspect.cleandoc(text).splitlines():
         inside = bool(found[-1]) and SECTION.match(found[-1][0])
         ends = not line.strip() if not inside else bool(line) and not line.startswith(" ")
         if ends or SECTION.match(line):
@@ -79,9 +79,10 @@ def linked(text: str, obj: griffe.Object | None) -> str:
 
 
 def cited(found: re.Match[str]) -> str:
-    """A link to a page, or to the section of it that is cited by number and title; manual/site.py knows where they are."""
+    """A link to a page, or to the section of it that is cited by number and title; manual/hooks.py names both."""
     page, number, title = found.groups()
-    anchor = f"#{slugify(case='lower')(f'{number}. {title}', '-')}" if number else ""
+    heading = " ".join(f"{number}. {title}".split())  # a citation may go on in the next line
+    anchor = f"#{slugify(case='lower')(heading, '-')}" if number else ""
     return f"[{found[0]}][docs/{page}.md{anchor}]"
 
 
@@ -98,7 +99,7 @@ def value_of(default: Any, obj: griffe.Object) -> Any:
 
 
 def path_of(name: str, obj: griffe.Object | None) -> str | None:
-    """The full name of what a docstring calls by a name of its scope, where ddfast has it; None: it is something else."""
+    """The full name of what a docstring calls by a name of its scope; None: it is nothing of ddfast's."""
     if name.startswith("ddfast."):
         return name
     first, _, rest = name.partition(".")

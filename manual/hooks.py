@@ -1,4 +1,4 @@
-"""MkDocs' hook: the repository's pages as pages of the site, with their links; and what must hold of the site once built.
+"""MkDocs' hook: the repository's pages as pages of the site, their links turned, and what a built site must hold.
 
 Every page is read on GitHub too, so links are written as they work there, and are turned here.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -109,7 +108,8 @@ LOADED = {
 }  # fmt: skip
 """Attributes by which an element makes a browser fetch something; of `link` it depends on what it is."""
 
-KEPT_LINKS = {"stylesheet", "icon", "preload", "modulepreload", "manifest"}
+FOLLOWED = {"canonical", "prev", "next", "alternate", "edit"}
+"""Kinds of `link` that a reader may follow, and a browser does not fetch."""
 
 
 class Built(HTMLParser):
@@ -128,11 +128,11 @@ class Built(HTMLParser):
         self.anchors |= {told[name] for name in ("id", "name") if name in told}
         if tag == "a" and told.get("href"):
             self.links.append(told["href"])
-        if tag == "link" and told.get("rel", "").split()[0] not in {"canonical", "prev", "next", "alternate", "edit"}:
+        if tag == "link" and told.get("rel", "").split()[0] not in FOLLOWED:
             self.fetched.append(told.get("href", ""))
         for name in LOADED.get(tag, ()):
-            if told.get(name):
-                self.fetched += [part.split()[0] for part in told[name].split(",")] if name == "srcset" else [told[name]]
+            several = told.get(name, "").split(",") if name == "srcset" else [told.get(name, "")]
+            self.fetched += [one.split()[0] for one in several if one.strip()]
 
 
 def faults_of(site: Path) -> Iterator[str]:
