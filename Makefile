@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py CMakeLists.txt $(wildcard constraints/*.txt) $(wildcard csrc/* kernels/*)
 
-.PHONY: help demo test test-all lint types bench gpu-check clean
+.PHONY: help demo test test-all lint types docs bench gpu-check clean
 
 help:
 	@echo "make demo    install into $(VENV), then distil the digits teacher (5 minutes on 2 cores): runs/digits/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  as make test, and those too"
 	@echo "make lint    ruff check and format check"
 	@echo "make types   mypy"
+	@echo "make docs    the manual as a site: build/site/index.html"
 	@echo "make bench   the benchmarks"
 	@echo "make gpu-check  on a machine with a GPU, into the environment of PYTHON: tests, memory checks, benchmarks"
 	@echo "make clean   remove $(VENV) and build products"
@@ -46,6 +47,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# The theme's authors announce their next project in every build.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -188,6 +188,26 @@ def test_commands_for_many_gpus(tmp_path, monkeypatch):
     assert Path("codes.safetensors").exists()
 
 
+@pytest.mark.full
+def test_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDFAST_CACHE", str(tmp_path / "cache"))  # for the page's Python
+    prepare(tmp_path / "cache")
+
+    def run(command: str) -> None:
+        program, name, *arguments = shlex.split(command)
+        assert program == "ddfast"
+        arguments += DIGITS if name == "train" else []
+        assert in_this_process(tmp_path / "cache", name, *arguments) == 0, command
+
+    assert execute("docs/first-run.md", Path(), run)
+    table = (ROOT / "docs" / "first-run.md").read_text().split("\n| in `runs/digits`")[1].split("\n\n")[0]
+    promised = [name for row in table.splitlines() for name in re.findall(r"`([\w.-]+)/?`", row.split("|")[1])]
+    assert promised
+    assert all((tmp_path / "runs" / "digits" / name).exists() for name in promised)
+    assert all((tmp_path / name).exists() for name in ("one-step.png", "two-steps.png", "teacher.png"))
+
+
 @pytest.mark.parametrize("module", ["ddfast.ops.nearest_code", "ddfast.ops.noise"])
 def test_docstrings(module):
     # importlib: the package's attribute of that name is the function.
