@@ -25,6 +25,8 @@ std::vector<const Kernels*> available() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     list.push_back(&avx512::kernels);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2::kernels);
+#elif defined(DDFAST_ARM64)
+  list.push_back(&neon::kernels);  // which no such processor lacks
 #endif
   list.push_back(&baseline::kernels);
   return list;

@@ -94,6 +94,10 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+#elif defined(DDFAST_ARM64)
+namespace neon {
+extern const Kernels kernels;
+}
 #endif
 namespace baseline {
 extern const Kernels kernels;

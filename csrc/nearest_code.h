@@ -7,7 +7,7 @@
 // codebook's mean, which keeps the bound small for data far from the origin.
 // Cost: V d fused multiply-adds per row; memory: one packed copy of the codebook.
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(DDFAST_NEON)  // which have 32 registers
 constexpr int kTileRows = 4;
 #else
 constexpr int kTileRows = 2;

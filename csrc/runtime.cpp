@@ -16,6 +16,8 @@ namespace {
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");  // `yield` does nothing on most processors, so that all spins would last no time
 #endif
 }
 

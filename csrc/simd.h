@@ -1,6 +1,7 @@
 // Vectors of W floats for the instruction set of this translation unit, and the few functions on them that kernels need.
 // Included inside an anonymous namespace of every variant: nothing here may have external linkage, or a machine without
 // AVX-512 could be given the AVX-512 copy of a function. For the same reason variants use nothing of the C++ library.
+// (DDFAST_NEON is ours: every compiler for 64-bit ARM defines __ARM_NEON, for the portable variant too.)
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
@@ -72,6 +73,8 @@ static inline vf fma(vf a, vf b, vf c) {
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(DDFAST_NEON)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -81,17 +84,21 @@ static inline vf fnma(vf a, vf b, vf c) {  // c - a * b
   return (vf)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (vf)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(DDFAST_NEON)
+  return (vf)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return c - a * b;
 #endif
 }
 
-// The larger (smaller); b where either is NaN.
+// The larger (smaller); b where a is NaN.
 static inline vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(DDFAST_NEON)
+  return (vf)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b);
 #else
   return a > b ? a : b;
 #endif
@@ -101,6 +108,8 @@ static inline vf vmin(vf a, vf b) {
   return (vf)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(DDFAST_NEON)
+  return (vf)vminnmq_f32((float32x4_t)a, (float32x4_t)b);
 #else
   return a < b ? a : b;
 #endif
@@ -114,17 +123,27 @@ static inline uint32_t bits(vi mask) {
   return (uint32_t)_mm256_movemask_ps((__m256)mask);
 #elif defined(__SSE2__)
   return (uint32_t)_mm_movemask_ps((__m128)mask);
+#elif defined(DDFAST_NEON)
+  return vaddvq_u32(vandq_u32((uint32x4_t)mask, (uint32x4_t){1, 2, 4, 8}));
 #else
   uint32_t r = 0;
   for (int i = 0; i < W; ++i) r |= (uint32_t)(mask[i] & 1) << i;
   return r;
 #endif
 }
-static inline bool any(vi mask) { return bits(mask) != 0; }
+static inline bool any(vi mask) {
+#if defined(DDFAST_NEON)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
+#else
+  return bits(mask) != 0;
+#endif
+}
 
 static inline float reduce_max(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
+#elif defined(DDFAST_NEON)
+  return vmaxnmvq_f32((float32x4_t)x);
 #else
   float r = x[0];
   for (int i = 1; i < W; ++i) r = max_of(r, (float)x[i]);
@@ -134,6 +153,8 @@ static inline float reduce_max(vf x) {
 static inline float reduce_min(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_min_ps((__m512)x);
+#elif defined(DDFAST_NEON)
+  return vminnmvq_f32((float32x4_t)x);
 #else
   float r = x[0];
   for (int i = 1; i < W; ++i) r = min_of(r, (float)x[i]);
@@ -141,16 +162,24 @@ static inline float reduce_min(vf x) {
 #endif
 }
 static inline float reduce_sum(vf x) {  // pairwise
+#if defined(DDFAST_NEON)
+  return vpadds_f32(vadd_f32(vget_low_f32((float32x4_t)x), vget_high_f32((float32x4_t)x)));
+#else
   float a[W];
   __builtin_memcpy(a, &x, sizeof a);
   for (int n = W / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) a[i] += a[i + n];
   return a[0];
+#endif
 }
 static inline int64_t reduce_sum(vi x) {
+#if defined(DDFAST_NEON)
+  return vaddlvq_s32((int32x4_t)x);
+#else
   int64_t r = 0;
   for (int i = 0; i < W; ++i) r += x[i];
   return r;
+#endif
 }
 
 // e^x for x <= 88, to about one unit in the last place; exactly 0 below -87; NaN stays NaN.
@@ -222,6 +251,8 @@ static inline vf load_as_float(const void* data, int dtype, int64_t i) {
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(DDFAST_NEON)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
   vf r;
   for (int j = 0; j < W; ++j) r[j] = half_to_float(p[j]);
@@ -263,12 +294,41 @@ static inline vf load_row(const Rows& rows, int64_t row, int64_t i, int64_t V) {
   return i < V ? load_tail_as_float(data, rows.dtype, i, V - i) : splat(-kInf);
 }
 
+#if defined(DDFAST_NEON)
+// For every mask as bits, the bytes that move its lanes to the front.
+#define DDFAST_LANE(i) 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3
+alignas(16) static const uint8_t kToFront[16][16] = {
+    {},
+    {DDFAST_LANE(0)},
+    {DDFAST_LANE(1)},
+    {DDFAST_LANE(0), DDFAST_LANE(1)},
+    {DDFAST_LANE(2)},
+    {DDFAST_LANE(0), DDFAST_LANE(2)},
+    {DDFAST_LANE(1), DDFAST_LANE(2)},
+    {DDFAST_LANE(0), DDFAST_LANE(1), DDFAST_LANE(2)},
+    {DDFAST_LANE(3)},
+    {DDFAST_LANE(0), DDFAST_LANE(3)},
+    {DDFAST_LANE(1), DDFAST_LANE(3)},
+    {DDFAST_LANE(0), DDFAST_LANE(1), DDFAST_LANE(3)},
+    {DDFAST_LANE(2), DDFAST_LANE(3)},
+    {DDFAST_LANE(0), DDFAST_LANE(2), DDFAST_LANE(3)},
+    {DDFAST_LANE(1), DDFAST_LANE(2), DDFAST_LANE(3)},
+    {DDFAST_LANE(0), DDFAST_LANE(1), DDFAST_LANE(2), DDFAST_LANE(3)},
+};
+#endif
+
 // Appends the masked lanes of value and index to two lists; may write W elements behind the new end.
 static inline int64_t append(vi mask, vf value, vi index, float* values, int32_t* indices, int64_t count) {
 #if defined(__AVX512F__)
   const __mmask16 m = _mm512_movepi32_mask((__m512i)mask);
   store(values + count, (vf)_mm512_maskz_compress_ps(m, (__m512)value));
   *(vi_unaligned*)(indices + count) = (vi)_mm512_maskz_compress_epi32(m, (__m512i)index);
+  return count + __builtin_popcount(m);
+#elif defined(DDFAST_NEON)
+  const uint32_t m = bits(mask);
+  const uint8x16_t front = vld1q_u8(kToFront[m]);
+  store(values + count, (vf)vqtbl1q_u8((uint8x16_t)value, front));
+  *(vi_unaligned*)(indices + count) = (vi)vqtbl1q_u8((uint8x16_t)index, front);
   return count + __builtin_popcount(m);
 #else
   for (uint32_t left = bits(mask); left; left &= left - 1) {
@@ -280,6 +340,14 @@ static inline int64_t append(vi mask, vf value, vi index, float* values, int32_t
 #endif
 }
 
+#if defined(DDFAST_NEON)
+// Lane i of the result is the sum of the lanes of vector(i), i < W.
+template <class Vector>
+static inline __attribute__((always_inline)) vf lane_sums(const Vector& vector) {
+  const auto fold = [](vf a, vf b) { return vpaddq_f32((float32x4_t)a, (float32x4_t)b); };
+  return (vf)fold((vf)fold(vector(0), vector(1)), (vf)fold(vector(2), vector(3)));
+}
+#else
 template <int N>
 static inline vf fold_lanes(vf a, vf b) {  // lanes with bit N come from b, each added to the lane that differs in bit N
 #if defined(__clang__)
@@ -307,6 +375,7 @@ static inline __attribute__((always_inline)) vf lane_sums(const Vector& vector, 
   else
     return fold_lanes<N>(lane_sums<2 * N>(vector, i), lane_sums<2 * N>(vector, i + N));
 }
+#endif
 
 #if defined(__clang__)
 #define DDFAST_SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)

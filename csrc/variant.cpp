@@ -3,6 +3,8 @@
 #include <cstdint>
 #if defined(DDFAST_X86)
 #include <immintrin.h>
+#elif defined(DDFAST_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"

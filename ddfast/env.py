@@ -19,7 +19,7 @@ VARIABLES = {
     "DDFAST_CACHE": "folder of trained tokenizers, teachers and classifiers (default: ~/.cache/ddfast)",
     "DDFAST_BACKEND": "backends: 'cuda,triton' is preferred for all ops; 'noise=cpu' or 'noise=cpu:cuda' must run",
     "DDFAST_VERIFY": "0: kernels run on a GPU though nothing has shown that they are right there (default: 1)",
-    "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2 or baseline (default: the best one here)",
+    "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2, neon or baseline (default: the best one here)",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors too (for tests; never by itself)",
     "CC": "C compiler with which Triton builds the launches of its kernels (default: gcc, else clang)",
     "RANK": "number of this process, set by torchrun; 0 prints and writes (default: 0)",

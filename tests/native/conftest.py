@@ -1,11 +1,18 @@
-"""ddfast_native over numpy arrays: thin wrappers that turn arrays into addresses."""
+"""ddfast_native over numpy arrays: thin wrappers that turn arrays into addresses.
+
+The same functions of 64-bit ARM run in an emulator, where there is one: with all tests that ask for `isa` or `noises`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import aarch64
 import numpy as np
 import pytest
 
@@ -14,8 +21,18 @@ native = pytest.importorskip("ddfast_native")
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 
 
-def address(array: np.ndarray | None) -> int:
-    return 0 if array is None else array.ctypes.data
+_emulated: aarch64.Machine | None = None  # where the kernels are called, if not in this process
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """A function of ddfast_native's, arrays for their addresses, by the machine that the fixtures have chosen."""
+    if _emulated is not None:
+        return _emulated.call(name, *arguments)
+    return getattr(native, name)(*map(_address, arguments))
+
+
+def _address(argument: Any) -> Any:
+    return 0 if argument is None else argument.ctypes.data if isinstance(argument, np.ndarray) else argument
 
 
 def to_dtype(array: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,13 +54,13 @@ def from_dtype(bits: np.ndarray, dtype: int) -> np.ndarray:
 
 def noise(seed: int, index: np.ndarray, per_sample: int, threads: int = 1) -> np.ndarray:
     out = np.full((len(index), per_sample), np.nan, np.float32)
-    native.noise(seed, address(index), len(index), per_sample, address(out), threads)
+    call("noise", seed, index, len(index), per_sample, out, threads)
     return out
 
 
 def nearest_code(x: np.ndarray, codebook: np.ndarray, cosine: bool = False, threads: int = 1) -> np.ndarray:
     codes = np.full(len(x), -1, np.int64)
-    native.nearest_code(address(x), address(codebook), address(codes), len(x), *codebook.shape, cosine, threads)
+    call("nearest_code", x, codebook, codes, len(x), *codebook.shape, cosine, threads)
     return codes
 
 
@@ -60,10 +77,10 @@ def filter_logits(
 ) -> tuple[np.ndarray, int]:
     rows, num_codes = logits.shape
     out = np.full((rows, num_codes), np.nan, np.float32)
-    status = native.filter_logits(
-        address(logits), dtype, logits.strides[0] // logits.itemsize,
-        address(uncond), 0 if uncond is None else uncond.strides[0] // uncond.itemsize, address(cfg_scale),
-        temperature, top_k, top_p, address(out), rows, num_codes, threads,
+    status = call(
+        "filter_logits", logits, dtype, logits.strides[0] // logits.itemsize,
+        uncond, 0 if uncond is None else uncond.strides[0] // uncond.itemsize, cfg_scale,
+        temperature, top_k, top_p, out, rows, num_codes, threads,
     )  # fmt: skip
     return out, status
 
@@ -82,10 +99,10 @@ def draw_codes(
 ) -> tuple[np.ndarray, int]:
     rows, num_codes = logits.shape
     codes = np.full(rows, -1, np.int64)
-    status = native.draw_codes(
-        address(logits), dtype, logits.strides[0] // logits.itemsize,
-        address(uncond), 0 if uncond is None else uncond.strides[0] // uncond.itemsize, address(cfg_scale),
-        temperature, top_k, top_p, address(uniform), address(codes), rows, num_codes, threads,
+    status = call(
+        "draw_codes", logits, dtype, logits.strides[0] // logits.itemsize,
+        uncond, 0 if uncond is None else uncond.strides[0] // uncond.itemsize, cfg_scale,
+        temperature, top_k, top_p, uniform, codes, rows, num_codes, threads,
     )  # fmt: skip
     return codes, status
 
@@ -98,9 +115,9 @@ def decode_attention(
     rows, kv_heads, length, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
     out, here = np.zeros((rows, heads * dim), qkv.dtype), np.array([position])
-    native.decode_attention(
-        address(qkv), dtype, qkv.strides[0] // qkv.itemsize, address(keys), address(values), address(here),
-        address(rope), address(first), address(out), rows, heads, kv_heads, length, dim, scale, threads,
+    call(
+        "decode_attention", qkv, dtype, qkv.strides[0] // qkv.itemsize, keys, values, here,
+        rope, first, out, rows, heads, kv_heads, length, dim, scale, threads,
     )  # fmt: skip
     return out
 
@@ -110,7 +127,7 @@ def activate(
 ) -> np.ndarray:
     """The result's bits."""
     out = np.zeros_like(x)
-    native.activate(address(x), x.size, address(times), x.size, address(out), dtype, 1, x.size, gelu, threads)
+    call("activate", x, x.size, times, x.size, out, dtype, 1, x.size, gelu, threads)
     return out
 
 
@@ -118,9 +135,9 @@ def posterior_forward(
     x: np.ndarray, t: np.ndarray, log_probs: np.ndarray, codebook: np.ndarray, dtype: int = FLOAT32, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, int]:
     x0, lse = np.full_like(x, np.nan), np.full(len(x), np.nan, np.float32)
-    status = native.codebook_posterior_forward(
-        address(x), address(t), address(log_probs), dtype, log_probs.shape[1], address(codebook),
-        address(x0), address(lse), len(x), *codebook.shape, threads,
+    status = call(
+        "codebook_posterior_forward", x, t, log_probs, dtype, log_probs.shape[1], codebook,
+        x0, lse, len(x), *codebook.shape, threads,
     )  # fmt: skip
     return x0, lse, status
 
@@ -130,9 +147,9 @@ def posterior_backward(
     x0: np.ndarray, lse: np.ndarray, dtype: int = FLOAT32, threads: int = 1,
 ) -> np.ndarray:  # fmt: skip
     dx = np.full_like(x, np.nan)
-    native.codebook_posterior_backward(
-        address(grad), address(x), address(t), address(log_probs), dtype, log_probs.shape[1], address(codebook),
-        address(x0), address(lse), address(dx), len(x), *codebook.shape, threads,
+    call(
+        "codebook_posterior_backward", grad, x, t, log_probs, dtype, log_probs.shape[1], codebook,
+        x0, lse, dx, len(x), *codebook.shape, threads,
     )  # fmt: skip
     return dx
 
@@ -155,7 +172,7 @@ def flow_arguments(
     early_exit: bool, threads: int, codes: np.ndarray, evaluations: np.ndarray,
 ) -> tuple[Any, ...]:  # fmt: skip
     return (
-        address(noise), address(codebook), address(shape), address(codes), address(evaluations),
+        noise, codebook, shape, codes, evaluations,
         len(noise), *codebook.shape, steps, SOLVERS[solver], sigma_min, early_exit, threads,
     )  # fmt: skip
 
@@ -166,7 +183,7 @@ def flow_sample(
 ) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
     codes, evaluations = np.full(len(noise), -1, np.int64), np.full(len(noise), -1, np.int32)
     tail = flow_arguments(noise, codebook, shape, steps, solver, sigma_min, early_exit, threads, codes, evaluations)
-    status = native.flow_sample(address(log_probs), dtype, log_probs.strides[0] // log_probs.itemsize, *tail)
+    status = call("flow_sample", log_probs, dtype, log_probs.strides[0] // log_probs.itemsize, *tail)
     return codes, evaluations, status
 
 
@@ -177,20 +194,71 @@ def sample_codes(
 ) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
     codes, evaluations = np.full(len(noise), -1, np.int64), np.full(len(noise), -1, np.int32)
     tail = flow_arguments(noise, codebook, shape, steps, solver, sigma_min, True, threads, codes, evaluations)
-    status = native.sample_codes(
-        address(logits), FLOAT32, logits.shape[1], address(uncond), logits.shape[1], address(cfg_scale),
+    status = call(
+        "sample_codes", logits, FLOAT32, logits.shape[1], uncond, logits.shape[1], cfg_scale,
         temperature, top_k, top_p, *tail,
     )  # fmt: skip
     return codes, evaluations, status
 
 
-@pytest.fixture(params=native.isa_available())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per instruction-set variant of this machine."""
+@pytest.fixture(scope="session")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], aarch64.Machine]]:
+    """The emulated machine of an instruction set, built and started when it is first wanted."""
+    started: dict[str, aarch64.Machine] = {}
+
+    def machine(isa: str) -> aarch64.Machine:
+        if isa not in started:
+            if aarch64.missing():
+                pytest.skip(f"64-bit ARM: {aarch64.missing()}")
+            folder = tmp_path_factory.getbasetemp()
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                folder = folder.parent  # which the processes of this run share: one of them compiles
+            with (folder / "aarch64.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                started[isa] = aarch64.Machine(aarch64.build(folder / "aarch64"), isa)
+        return started[isa]
+
+    yield machine
+    for one in started.values():
+        one.close()
+
+
+@contextmanager
+def emulated(machine: aarch64.Machine) -> Iterator[None]:
+    global _emulated
+    _emulated = machine
+    try:
+        yield
+    finally:
+        _emulated = None
+
+
+EMULATED = [] if aarch64.NATIVE else [pytest.param(f"aarch64 {isa}", marks=pytest.mark.full) for isa in aarch64.ISAS]
+"""What tests run on beside this machine, in minutes: an emulator does floating-point numbers bit by bit."""
+
+
+@pytest.fixture(params=[*native.isa_available(), *EMULATED])
+def isa(request: pytest.FixtureRequest, machines: Callable[[str], aarch64.Machine]) -> Iterator[str]:
+    """Runs the test once per instruction-set variant of this machine, and of 64-bit ARM."""
+    _, of_arm, name = request.param.rpartition(" ")
+    if of_arm:
+        with emulated(machines(name)):
+            yield request.param
+        return
     before = native.isa()
     native.set_isa(request.param)
     yield request.param
     native.set_isa(before)
+
+
+@pytest.fixture(params=["here", *EMULATED[:1]])
+def noises(request: pytest.FixtureRequest, machines: Callable[[str], aarch64.Machine]) -> Iterator[None]:
+    """Of the noise, which is compiled once for all instruction sets of a machine, once per machine."""
+    if request.param == "here":
+        yield
+    else:
+        with emulated(machines("neon")):
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def test_philox_reference_has_the_published_answers() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 12345, 2**64 - 1])
 @pytest.mark.parametrize("index", [0, 7, 2**40 + 3, -1])
-def test_noise_is_box_muller_of_philox(kernels, seed: int, index: int) -> None:
+def test_noise_is_box_muller_of_philox(kernels, noises, seed: int, index: int) -> None:
     got = kernels.noise(seed, np.array([index]), 11)[0]
     expected = []
     for quad in range(3):
@@ -38,7 +38,7 @@ def test_noise_is_box_muller_of_philox(kernels, seed: int, index: int) -> None:
     np.testing.assert_allclose(got, np.array(expected[:11], np.float32), rtol=1.2e-7, atol=1e-12)
 
 
-def test_noise_does_not_depend_on_the_batch_or_the_threads(kernels) -> None:
+def test_noise_does_not_depend_on_the_batch_or_the_threads(kernels, noises) -> None:
     index = np.array([5, 2**33, 0, 12, 7, 5])
     together = kernels.noise(3, index, 4099, threads=4)
     for i, row in zip(index, together, strict=True):
@@ -46,7 +46,7 @@ def test_noise_does_not_depend_on_the_batch_or_the_threads(kernels) -> None:
     assert np.array_equal(kernels.noise(3, index, 10, threads=2), together[:, :10])
 
 
-def test_noise_is_standard_normal(kernels) -> None:
+def test_noise_is_standard_normal(kernels, noises) -> None:
     x = kernels.noise(11, np.arange(1000), 1000, threads=2).astype(np.float64)
     # Five standard errors of each moment of 10^6 independent normals.
     for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
@@ -57,6 +57,6 @@ def test_noise_is_standard_normal(kernels) -> None:
     np.testing.assert_allclose(quantiles, [-3.0902, -1.2816, 0, 1.2816, 3.0902], atol=0.06)
 
 
-def test_empty(kernels) -> None:
+def test_empty(kernels, noises) -> None:
     assert kernels.noise(0, np.zeros(0, np.int64), 5).shape == (0, 5)
     assert kernels.noise(0, np.arange(3), 0).shape == (3, 0)

@@ -46,3 +46,14 @@ def test_pure_wheel(source: Path, tmp_path: Path) -> None:
     assert {"ddfast/py.typed", "ddfast/page.html"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ddfast", "ddfast_kernels"}
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h", ".cu"))]
+
+
+def test_two_architectures_in_one_module_are_refused(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake")
+    done = subprocess.run(
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path)],
+        env=os.environ | {"ARCHFLAGS": "-arch arm64 -arch x86_64"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "asked for arm64;x86_64 in one module; build for one at a time" in " ".join(done.stderr.split())
