@@ -23,6 +23,7 @@ from ddfast.models.loading import build_teacher, load_student, load_teacher
 from ddfast.models.official import STUDENT_FILE, TEACHER_FILE, UNFINISHED
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
+from ddfast.ops.native import pytorch_obstacle
 from ddfast.progress import Progress
 from ddfast.recipes import get_recipe
 from ddfast.tracing import span
@@ -103,6 +104,8 @@ def check_device(device: str) -> None:
         raise DDFastError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise DDFastError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} GPUs here, counted from 0")
+    if wanted.type == "cuda" and (obstacle := pytorch_obstacle(wanted.index or 0)):
+        raise DDFastError(f"--device {device}: {obstacle}; or use --device cpu")
 
 
 def claim_folder(config: TrainConfig) -> None:
