@@ -397,7 +397,8 @@ def main(text: str) -> int:
             solve(Check(op, backend, getattr(torch, dtype.removeprefix("torch.")), dim), device)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            tell(ends=number, remarks=[line for line in native.tile_remarks() if line not in before])
+            remarks = [line for line in native.tile_remarks() if line not in before]
+            tell(ends=number, **({"remarks": remarks} if remarks else {}))
         except Wrong as wrong:
             tell(ends=number, wrong=str(wrong))
         except Exception as error:  # whatever a kernel's build or launch raises

@@ -87,7 +87,10 @@ def cases(architecture: int) -> Iterator[Case]:
 
 
 def _tabled(architecture: int) -> Iterator[Case]:
-    """Of the kernels whose tiles are in kernels/tiles.py: 8 coordinates (LlamaGen), 32 (VAR), and what lies behind."""
+    """Of the kernels whose tiles are in kernels/tiles.py: 8 coordinates (LlamaGen), 32 (VAR), and what lies behind.
+
+    With the tiles that a launch takes where this Triton makes the table's spill.
+    """
     kernels = {
         "nearest_code": nearest_code.nearest_code_kernel,
         "codebook_posterior": codebook_posterior.codebook_posterior_kernel,
@@ -106,10 +109,18 @@ def _tabled(architecture: int) -> Iterator[Case]:
                 for name, on in (("flow_sample", False), ("sample_codes", True))
             }
         for dim in (8, 32, 64, 128):
-            tile = tiles.tile_of(kernel, architecture, dim)
             for name, switches in variants.items():
-                constants = {**tiles.constants(tile, dim), **switches}
-                yield Case(name, function, constants, tile.num_warps, tile.num_stages, types, multiples=strides)
+
+                def case(
+                    tile: tiles.Tile, name=name, switches=switches, function=function, types=types, dim=dim
+                ) -> Case:
+                    constants = {**tiles.constants(tile, dim), **switches}
+                    return Case(name, function, constants, tile.num_warps, tile.num_stages, types, multiples=strides)
+
+                def stack(tile: tiles.Tile, case=case) -> int:
+                    return usage(compiled(case(tile), architecture).asm["cubin"])["STACK"]
+
+                yield case(tiles.judge(tiles.tile_of(kernel, architecture, dim), stack).tile)
 
 
 def _decode_attention() -> Iterator[Case]:
