@@ -110,17 +110,18 @@ def _tabled(architecture: int) -> Iterator[Case]:
             }
         for dim in (8, 32, 64, 128):
             for name, switches in variants.items():
+                case = Case(name, function, {**switches, "dim": dim}, types=types, multiples=strides)
+                yield _tiled(case, tiles.tile_of(kernel, architecture, dim), architecture)
 
-                def case(
-                    tile: tiles.Tile, name=name, switches=switches, function=function, types=types, dim=dim
-                ) -> Case:
-                    constants = {**tiles.constants(tile, dim), **switches}
-                    return Case(name, function, constants, tile.num_warps, tile.num_stages, types, multiples=strides)
 
-                def stack(tile: tiles.Tile, case=case) -> int:
-                    return usage(compiled(case(tile), architecture).asm["cubin"])["STACK"]
+def _tiled(case: Case, first: tiles.Tile, architecture: int) -> Case:
+    """With the tile that a launch would take."""
 
-                yield case(tiles.judge(tiles.tile_of(kernel, architecture, dim), stack).tile)
+    def of(tile: tiles.Tile) -> Case:
+        constants = {**case.constants, **tiles.constants(tile, case.constants["dim"])}
+        return case._replace(constants=constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+    return of(tiles.judge(first, lambda tile: usage(compiled(of(tile), architecture).asm["cubin"])["STACK"]).tile)
 
 
 def _decode_attention() -> Iterator[Case]:
