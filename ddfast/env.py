@@ -22,6 +22,7 @@ VARIABLES = {
     "DDFAST_ISA": "instruction set of the CPU kernels: avx512, avx2, neon or baseline (default: the best one here)",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on CPU tensors too (for tests; never by itself)",
     "CC": "C compiler with which Triton builds the launches of its kernels (default: gcc, else clang)",
+    "TRITON_PTXAS_PATH": "assembler that Triton takes (default: the one that it brings)",
     "RANK": "number of this process, set by torchrun; 0 prints and writes (default: 0)",
     "WORLD_SIZE": "how many processes share the work, set by torchrun (default: 1)",
     "LOCAL_RANK": "number among those on this machine, set by torchrun: which GPU --device cuda is (default: 0)",
@@ -105,6 +106,11 @@ def c_compiler() -> str | None:
     """Path of the C compiler that Triton would take, or None."""
     given = os.environ.get("CC")
     return shutil.which(given) if given is not None else shutil.which("gcc") or shutil.which("clang")
+
+
+def triton_assembler() -> str | None:
+    """Path of the assembler that Triton is told to take, or None."""
+    return os.environ.get("TRITON_PTXAS_PATH") or None
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -26,6 +26,7 @@ from ddfast.models.loading import TEACHER_FILES, build_teacher, load_student, lo
 from ddfast.models.official import STUDENT_FILE, TEACHER_FILE, UNFINISHED, checkpoint_file
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
+from ddfast.ops.native import pytorch_obstacle
 from ddfast.portable import base_name, portable
 from ddfast.progress import Progress
 from ddfast.recipes import get_recipe
@@ -185,6 +186,8 @@ def check_device(device: str) -> None:
         raise DDFastError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise DDFastError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} GPUs here, counted from 0")
+    if wanted.type == "cuda" and (obstacle := pytorch_obstacle(wanted.index or 0)):
+        raise DDFastError(f"--device {device}: {obstacle}; or use --device cpu")
 
 
 def claim_folder(config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ from ddfast.evaluation.workload import work
 from ddfast.messages import note
 from ddfast.models.loading import build_teacher, untrained_teacher
 from ddfast.models.protocol import Teacher
-from ddfast.ops import findings, tuning
+from ddfast.ops import findings, native, tuning
 from ddfast.progress import progress_bar
 from ddfast.runs import check_device
 
@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = tuning.tune(calls, device, seconds=options.seconds)
         for name, timed in sorted(found.items()):
             print(f"{name}: {timed['order'][0]}, {timed['reason']}")
+        for line in native.tile_remarks():
+            print(f"Triton's {line}")
         if not found:
             print("nothing was timed: no op has two backends that are right here; `ddfast doctor` says why")
         elif found.keys() <= findings.orders_on_file(device).keys():

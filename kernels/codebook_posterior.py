@@ -15,8 +15,7 @@ import math
 import triton
 import triton.language as tl
 from ddfast_kernels.codes import add_product, along, code_tile, combined, parts
-from ddfast_kernels.launch import FUSED, current_device
-from ddfast_kernels.tiles import tile
+from ddfast_kernels.tiles import launch
 from torch import Tensor
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -140,12 +139,8 @@ def codebook_posterior(x: Tensor, t: Tensor, log_probs: Tensor, codes: Tensor, o
     Into out [m P, d] and norm float32 [m P]; a row without support becomes NaN.
     """
     period, num_codes = log_probs.shape
-    sizes = tile("codebook_posterior", x)
-    with current_device(x):
-        codebook_posterior_kernel[(triton.cdiv(len(x), sizes["ROWS"]),)](
-            x, t, log_probs, codes, out, norm, period, len(x) // period, num_codes, log_probs.stride(0),
-            **sizes, **FUSED,
-        )  # fmt: skip
+    arguments = (x, t, log_probs, codes, out, norm, period, len(x) // period, num_codes, log_probs.stride(0))
+    launch("codebook_posterior", codebook_posterior_kernel, x, arguments)
 
 
 def codebook_posterior_backward(
@@ -153,9 +148,6 @@ def codebook_posterior_backward(
 ) -> None:
     """As the forward, with its results; grad, x0_hat and out [m P, d], contiguous."""
     period, num_codes = log_probs.shape
-    sizes = tile("codebook_posterior_backward", x)
-    with current_device(x):
-        codebook_posterior_backward_kernel[(triton.cdiv(len(x), sizes["ROWS"]),)](
-            grad, x, t, log_probs, codes, x0_hat, norm, out, period, len(x) // period, num_codes, log_probs.stride(0),
-            **sizes, **FUSED,
-        )  # fmt: skip
+    sizes = (period, len(x) // period, num_codes, log_probs.stride(0))
+    arguments = (grad, x, t, log_probs, codes, x0_hat, norm, out, *sizes)
+    launch("codebook_posterior_backward", codebook_posterior_backward_kernel, x, arguments)

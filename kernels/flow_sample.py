@@ -12,8 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from ddfast_kernels.codes import along, code_tile, combined, log_prob_tile
-from ddfast_kernels.launch import FUSED, current_device
-from ddfast_kernels.tiles import tile
+from ddfast_kernels.tiles import launch
 from torch import Tensor
 
 
@@ -161,14 +160,13 @@ def flow_sample(
     filtered as they are read. noise float32 [rows, d] and codes float32 [V, d], centred, both contiguous; nearest
     float32 [V + 1] as in CodebookGeometry.packed.
     """
-    rows = len(noise)
-    sizes = tile("flow_sample", noise)
-    with current_device(noise):
-        flow_sample_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
-            log_probs, log_probs if uncond is None else uncond, out if kept is None else kept,
-            noise if scale is None else scale, noise, codes, nearest, out, out if evaluations is None else evaluations,
-            rows, len(codes), log_probs.stride(0), 0 if uncond is None else uncond.stride(0),
-            float(temperature), steps, sigma_min,
-            SOLVER=solver, FILTER=kept is not None, GUIDED=uncond is not None, EARLY_EXIT=early_exit,
-            COUNT=evaluations is not None, **sizes, **FUSED,
-        )  # fmt: skip
+    arguments = (
+        log_probs, log_probs if uncond is None else uncond, out if kept is None else kept,
+        noise if scale is None else scale, noise, codes, nearest, out, out if evaluations is None else evaluations,
+        len(noise), len(codes), log_probs.stride(0), 0 if uncond is None else uncond.stride(0),
+        float(temperature), steps, sigma_min,
+    )  # fmt: skip
+    launch(
+        "flow_sample", flow_sample_kernel, noise, arguments, SOLVER=solver, FILTER=kept is not None,
+        GUIDED=uncond is not None, EARLY_EXIT=early_exit, COUNT=evaluations is not None,
+    )  # fmt: skip

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ddfast_kernels.launch import FUSED, current_device
-from ddfast_kernels.tiles import tile
+from ddfast_kernels.tiles import launch
 from torch import Tensor
 
 
@@ -41,9 +40,4 @@ def nearest_code_kernel(
 
 def nearest_code(x: Tensor, codes: Tensor, out: Tensor) -> None:
     """x [rows, d] with unit stride along d, contiguous codes [V, d], out int64 [rows]."""
-    rows = len(x)
-    sizes = tile("nearest_code", x)
-    with current_device(x):
-        nearest_code_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
-            x, codes, out, rows, len(codes), x.stride(0), **sizes, **FUSED
-        )
+    launch("nearest_code", nearest_code_kernel, x, (x, codes, out, len(x), len(codes), x.stride(0)))

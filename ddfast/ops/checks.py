@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ddfast import ops, seeds
+from ddfast.ops import native
 from ddfast.ops.findings import Check
 from ddfast.ops.tolerance import TOLERANCE
 
@@ -391,11 +392,13 @@ def main(text: str) -> int:
     tell(ready=True)
     for number, (op, backend, dtype, dim) in enumerate(wanted["checks"]):
         tell(begins=number)
+        before = native.tile_remarks()
         try:
             solve(Check(op, backend, getattr(torch, dtype.removeprefix("torch.")), dim), device)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            tell(ends=number)
+            remarks = [line for line in native.tile_remarks() if line not in before]
+            tell(ends=number, **({"remarks": remarks} if remarks else {}))
         except Wrong as wrong:
             tell(ends=number, wrong=str(wrong))
         except Exception as error:  # whatever a kernel's build or launch raises

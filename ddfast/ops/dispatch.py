@@ -241,7 +241,10 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype, d
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     if backend == "cuda" and op in _CODE_DIM and native.cuda is not None and dim > native.cuda.max_dim:
         return f"codes have {dim} dimensions, it takes {native.cuda.max_dim} at most"
-    return missing(device.index).get(backend, "")
+    obstacle = missing(device.index).get(backend, "")
+    if op == "norm_linear" and device.type == "cuda" and not (obstacle or native.multiplies_matrices(device.index)):
+        return "it is made for tensor cores of 8.0 and later, and spills registers without"
+    return obstacle
 
 
 def _verdict(check: Check, device: torch.device) -> findings.Verdict:

@@ -7,6 +7,9 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -100,7 +103,7 @@ def _current() -> int:
 def _cuda_state(device: int) -> tuple[bool, str]:
     if cuda is None:
         return False, cuda_reason
-    obstacle = _no_gpu() or _too_old(device)
+    obstacle = _no_gpu(device) or _too_old(device, "CUDA")
     if not obstacle:
         try:
             cuda.check_device(device)
@@ -116,11 +119,11 @@ def _triton_state(device: int) -> tuple[bool, str]:
             return False, f"{name} is not installed; run `{remedy}`"
     if env.triton_interpreted():
         return True, "ddfast_kernels, in Triton's interpreter"
-    obstacle = _no_gpu() or _too_old(device) or _no_compiler()
+    obstacle = _no_gpu(device) or _too_old(device, "Triton") or _no_compiler() or _no_assembler(device)
     return not obstacle, obstacle or "ddfast_kernels"
 
 
-def _no_gpu() -> str:
+def _no_gpu(device: int) -> str:
     """Why PyTorch has no GPU for any kernel, or an empty string."""
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm, the kernels are for NVIDIA's GPUs"
@@ -128,15 +131,68 @@ def _no_gpu() -> str:
         return "this PyTorch is built without CUDA; for a GPU, install a build of PyTorch with it"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU; if there is one, `nvidia-smi` says whether its driver works"
+    return pytorch_obstacle(device)
+
+
+def pytorch_obstacle(device: int) -> str:
+    """Why this PyTorch itself runs nothing on a GPU, or an empty string: it may have no code for old ones."""
+    major, minor = torch.cuda.get_device_capability(device)
+    codes = torch.cuda.get_arch_list()
+    known = [(kind, divmod(int("".join(filter(str.isdigit, number))), 10))
+             for kind, _, number in (code.partition("_") for code in codes)]  # fmt: skip
+    fits = (code[0] == major and code[1] <= minor if kind == "sm" else code <= (major, minor) for kind, code in known)
+    if not known or any(fits):
+        return ""
+    return (
+        f"PyTorch {torch.__version__} has no code for this GPU, sm_{major}{minor}, only for {', '.join(codes)}: "
+        "install a build of PyTorch for an older CUDA, such as 12.6"
+    )
+
+
+LEAST = {"CUDA": 8, "Triton": 7}
+"""Compute capability that kernels need: asynchronous copies and tensor cores for bf16 and TF32; shuffles by `.sync`."""
+
+
+def _too_old(device: int, kind: str) -> str:
+    """Why kernels of a kind cannot run on this GPU, whatever is done, or an empty string."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= LEAST[kind]:
+        return ""
+    return f"the {kind} kernels need a GPU of compute capability {LEAST[kind]}.0 or more, this one has {major}.{minor}"
+
+
+def multiplies_matrices(device: int | None) -> bool:
+    """Whether a GPU (None: the current one) has tensor cores for bf16 and TF32."""
+    return torch.cuda.get_device_capability(_current() if device is None else device)[0] >= 8
+
+
+def _no_assembler(device: int) -> str:
+    """Why this Triton makes no code for an old GPU, or an empty string, also where it cannot be asked.
+
+    CUDA leaves out old GPUs from time to time, and Triton brings an assembler of CUDA's.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= LEAST["CUDA"]:
+        return ""
+    command = [
+        env.triton_assembler() or _own_assembler(),
+        f"--gpu-name=sm_{major}{minor}",
+        os.devnull,
+        "-o",
+        os.devnull,
+    ]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
+        if "is not defined" in done.stderr:  # what it knows it assembles, and finds the file empty
+            return f"this Triton has no assembler for sm_{major}{minor}, an older one may: the reference runs"
     return ""
 
 
-def _too_old(device: int) -> str:
-    """Why no kernel can run on this GPU, whatever is done, or an empty string; 8.0 is Triton's least as well."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if major >= 8:
-        return ""
-    return f"the kernels need a GPU of compute capability 8.0 or more, this one has {major}.{minor}"
+def _own_assembler() -> str:
+    """Path of the assembler in Triton's wheel."""
+    found = importlib.util.find_spec("triton")
+    origin = getattr(found, "origin", None) or ""
+    return str(Path(origin).parent / "backends" / "nvidia" / "bin" / "ptxas")
 
 
 def _no_compiler() -> str:
@@ -169,3 +225,9 @@ def _remedy(device: int, error: str) -> str:
 def triton(op: str) -> ModuleType:
     """The module of an op's Triton kernels, compiled when they are first launched."""
     return importlib.import_module(f"ddfast_kernels.{op}")
+
+
+def tile_remarks() -> list[str]:
+    """What the Triton kernels that this process has launched tell of their tiles: which spill registers here."""
+    tiles = sys.modules.get("ddfast_kernels.tiles")
+    return [] if tiles is None else list(tiles.remarks())

@@ -153,8 +153,9 @@ def _child(checks: Sequence[Check], index: int | None, command: Sequence[str]) -
                     running = checks[event["begins"]]
                 elif "ends" in event:
                     wrong, unknown = event.get("wrong", ""), event.get("unknown", "")
+                    right = "; ".join(["verified on this GPU", *event.get("remarks", ())])
                     found[checks[event["ends"]]] = Verdict(
-                        not (wrong or unknown), wrong or unknown or "verified on this GPU", final=not unknown
+                        not (wrong or unknown), wrong or unknown or right, final=not unknown
                     )
                     running = None
             code = child.wait(timeout=TIMEOUT)

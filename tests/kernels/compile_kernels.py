@@ -87,7 +87,10 @@ def cases(architecture: int) -> Iterator[Case]:
 
 
 def _tabled(architecture: int) -> Iterator[Case]:
-    """Of the kernels whose tiles are in kernels/tiles.py: 8 coordinates (LlamaGen), 32 (VAR), and what lies behind."""
+    """Of the kernels whose tiles are in kernels/tiles.py: 8 coordinates (LlamaGen), 32 (VAR), and what lies behind.
+
+    With the tiles that a launch takes where this Triton makes the table's spill.
+    """
     kernels = {
         "nearest_code": nearest_code.nearest_code_kernel,
         "codebook_posterior": codebook_posterior.codebook_posterior_kernel,
@@ -106,10 +109,19 @@ def _tabled(architecture: int) -> Iterator[Case]:
                 for name, on in (("flow_sample", False), ("sample_codes", True))
             }
         for dim in (8, 32, 64, 128):
-            tile = tiles.tile_of(kernel, architecture, dim)
             for name, switches in variants.items():
-                constants = {**tiles.constants(tile, dim), **switches}
-                yield Case(name, function, constants, tile.num_warps, tile.num_stages, types, multiples=strides)
+                case = Case(name, function, {**switches, "dim": dim}, types=types, multiples=strides)
+                yield _tiled(case, tiles.tile_of(kernel, architecture, dim), architecture)
+
+
+def _tiled(case: Case, first: tiles.Tile, architecture: int) -> Case:
+    """With the tile that a launch would take."""
+
+    def of(tile: tiles.Tile) -> Case:
+        constants = {**case.constants, **tiles.constants(tile, case.constants["dim"])}
+        return case._replace(constants=constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+    return of(tiles.judge(first, lambda tile: usage(compiled(of(tile), architecture).asm["cubin"])["STACK"]).tile)
 
 
 def _decode_attention() -> Iterator[Case]:

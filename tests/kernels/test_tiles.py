@@ -1,5 +1,7 @@
 """Kernels give the same with any tile, a program of one token included; which one they have, a table says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiles import use_tile
@@ -44,8 +46,8 @@ def test_tokens_of_a_program_do_not_meet(tile):
     assert torch.equal(together[3:], apart)
 
 
-def test_tiles_follow_from_the_table_alone(monkeypatch):
-    """From kernel, capability and dimension: not from rows, and no kernel is tuned by time."""
+def test_tiles_follow_from_the_table():
+    """From kernel, capability and dimension; no kernel is tuned by time."""
     from ddfast_kernels import codebook_posterior as posterior
     from ddfast_kernels import flow_sample as flow
     from ddfast_kernels import nearest_code as nearest
@@ -54,14 +56,90 @@ def test_tiles_follow_from_the_table_alone(monkeypatch):
     kernels = [flow.flow_sample_kernel, nearest.nearest_code_kernel]
     kernels += [posterior.codebook_posterior_kernel, posterior.codebook_posterior_backward_kernel]
     assert all(not hasattr(kernel, "configs") for kernel in kernels)
-    monkeypatch.setattr(tiles, "EVERY", None)
-    for capability in (75, 80, 89, 90, 100, 120):
-        monkeypatch.setattr(tiles, "capability", lambda _, here=capability: here)
+    for capability in (70, 75, 80, 89, 90, 100, 120):
         for kernel in tiles.TILES:
             for dim in (1, 8, 32, 33, 64, 65, 1000):
-                few, many = (tiles.tile(kernel, torch.empty(rows, dim, device="meta")) for rows in (1, 100_000))
-                assert few == many
-                assert few["DIM"] >= max(dim, 16 if few["ROWS"] > 1 else 1)
+                tile = tiles.tile_of(kernel, capability, dim)
+                for one in (tile, *tiles.smaller(tile)):
+                    assert one.rows == tile.rows and one.codes >= 16 and one.num_warps <= 16
+                    assert tiles.constants(one, dim)["DIM"] >= max(dim, 16 if one.rows > 1 else 1)
+    # Without tensor cores for float32 a tile's products would spill by the kilobyte.
+    assert tiles.tile_of("codebook_posterior", 75, 32).rows == 1 < tiles.tile_of("codebook_posterior", 80, 32).rows
+
+
+class Kernel:
+    """One whose tiles spill as a table says, by (codes, warps), None where Triton does not tell."""
+
+    def __init__(self, words: dict) -> None:
+        self.words, self.compiled, self.launched = words, [], []
+
+    def warmup(self, *arguments, grid, **settings):
+        self.compiled.append((settings["CODES"], settings["num_warps"]))
+        self.arguments = arguments
+        return SimpleNamespace(n_spills=self.words.get(self.compiled[-1], 0))
+
+    def __getitem__(self, grid):
+        return lambda *_, **settings: self.launched.append((grid, settings["CODES"], settings["num_warps"]))
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table for a GPU of capability 9.0, with no verdict yet; nothing is interpreted."""
+    from ddfast_kernels import tiles
+
+    monkeypatch.setattr(tiles, "EVERY", None)
+    monkeypatch.setattr(tiles, "_verdicts", {})
+    assert tiles.tile_of("flow_sample", 90, 32) == (16, 32, 4, 2)
+    return tiles
+
+
+@pytest.mark.parametrize(
+    ("words", "compiled", "taken"),
+    [
+        ({}, 1, (32, 4)),
+        ({(32, 4): None}, 1, (32, 4)),
+        ({(32, 4): 2}, 2, (16, 4)),
+        ({(32, 4): 2, (16, 4): 9}, 3, (32, 8)),
+        ({(32, 4): 2, (16, 4): 9, (32, 8): 1, (16, 8): 3}, 4, (32, 8)),
+        ({(32, 4): 2, (16, 4): 9, (32, 8): 3, (16, 8): 3}, 4, (32, 4)),
+    ],
+    ids=str,
+)
+def test_what_spills_has_a_smaller_tile(table, words, compiled, taken):
+    """The first that does not, else that of the fewest spills; where a Triton does not tell, the table's."""
+    kernel, x = Kernel(words), torch.zeros(40, 32)
+    for _ in range(3):
+        table.launch("flow_sample", kernel, x, (x, 40, 0.5), GUIDED=True)
+    assert len(kernel.compiled) == compiled  # by the first launch alone
+    assert kernel.launched == [((3,), *taken)] * 3
+    told = table.remarks()
+    assert len(told) == (compiled > 1)
+    assert all(f"a tile of 16 x {taken[0]} codes, {taken[1]} warps" in line for line in told)
+
+
+def test_a_tile_that_does_not_fit_the_gpu_is_one_that_spills(table):
+    import triton
+
+    class TooLarge:
+        @property
+        def run(self):
+            raise triton.OutOfResources(200_000, 100_000, "shared memory")
+
+    assert table.spills(TooLarge()) and table.spills(None) is None
+    verdict = table.judge(table.Tile(16, 32, 4, 2), lambda tile: 0 if tile.codes == 16 else table.spills(TooLarge()))
+    assert verdict.tile == (16, 16, 4, 2) and len(verdict.before) == 1
+
+
+def test_a_tile_does_not_depend_on_sizes(table):
+    """What decides is compiled for the usual alignment, whichever call comes first; types and switches count."""
+    kernel = Kernel({(32, 4): 1})
+    calls = ((1, torch.float32, True), (70, torch.float32, True), (3, torch.bfloat16, True), (3, torch.bfloat16, False))
+    for rows, dtype, guided in calls:
+        x = torch.zeros(rows, 32, dtype=dtype)
+        table.launch("flow_sample", kernel, x, (x, rows, 0.5), GUIDED=guided)
+        assert kernel.arguments == (dtype, 16, 0.5)
+    assert kernel.compiled == [(32, 4), (16, 4)] * 3
+    assert len(table.remarks()) == 1
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 40}, {"top_p": 0.9}, {"top_k": 90, "top_p": 0.6}], ids=str)

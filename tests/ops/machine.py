@@ -32,6 +32,7 @@ def machine_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Machine:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dispatch, "missing", lambda *_: {})
     monkeypatch.setattr(native, "cuda", SimpleNamespace(max_dim=64))
+    monkeypatch.setattr(native, "multiplies_matrices", lambda _: True)
     monkeypatch.setattr(dispatch, "_choices", {})
     monkeypatch.setattr(findings, "identity", lambda index: {"gpu": "Test GPU", "index": index})
     monkeypatch.setattr(findings, "_read", {})

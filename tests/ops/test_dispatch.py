@@ -151,6 +151,13 @@ def test_what_was_timed_does_not_depend_on_who_asks_first(machine):
         assert chosen("add_norm", rows=first) == chosen("add_norm", rows=then) == "triton"
 
 
+def test_a_gpu_without_tensor_cores_has_no_norm_linear(machine, monkeypatch):
+    monkeypatch.setattr(native, "multiplies_matrices", lambda _: False)
+    choice = dispatch.choose("norm_linear", "cuda", torch.float16)
+    assert choice.backend == "reference" and "made for tensor cores" in choice.reason
+    assert dispatch.choose("add_norm", "cuda", torch.float16).backend == "triton"
+
+
 def test_verification_can_be_left_out(machine, monkeypatch):
     monkeypatch.setenv("DDFAST_VERIFY", "0")
     choice = dispatch.choose("noise", GPU, torch.float32)

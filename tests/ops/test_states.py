@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ddfast.errors import DDFastError
 from ddfast.ops import native
+from ddfast.runs import check_device
 
 DESCRIPTION = "loading the kernels: {}, as CUDA describes it"
 
@@ -57,9 +59,65 @@ def test_every_gpu_has_its_own_state(machine):
     assert machine.asked == [0]  # once; of the other one there is nothing to ask
     usable, line = native.cuda_state()
     assert not usable
-    assert line == "the kernels need a GPU of compute capability 8.0 or more, this one has 7.5"
-    assert native.triton_state(1) == native.triton_state() == (False, line)
+    assert line == "the CUDA kernels need a GPU of compute capability 8.0 or more, this one has 7.5"
+    assert native.triton_state(0) == native.triton_state(1) == native.triton_state() == (True, "ddfast_kernels")
+
+
+def test_triton_begins_with_volta(machine):
+    machine.capabilities[1] = (6, 1)
+    line = "the Triton kernels need a GPU of compute capability 7.0 or more, this one has 6.1"
+    assert native.triton_state(1) == (False, line)
+    assert not native.cuda_state(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("says", "usable"),
+    [
+        ("echo \"Value 'sm_75' is not defined for option 'gpu-name'\" >&2; exit 255", False),
+        ("echo 'Missing .version directive' >&2; exit 255", True),
+        ("exit 1", True),
+        (None, True),
+    ],
+)
+def test_tritons_assembler_is_asked_about_old_gpus_alone(machine, monkeypatch, tmp_path, says, usable):
+    """One that is not there, or says something else, is no obstacle: kernels are verified anyway."""
+    ptxas = tmp_path / "ptxas"
+    if says is not None:
+        ptxas.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "asked"}\n{says}\n')
+        ptxas.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas))
+    without = "this Triton has no assembler for sm_75, an older one may: the reference runs"
+    assert native.triton_state(1) == ((True, "ddfast_kernels") if usable else (False, without))
     assert native.triton_state(0)[0]
+    if says is not None:
+        assert (tmp_path / "asked").read_text().splitlines() == ["--gpu-name=sm_75 /dev/null -o /dev/null"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "capability", "runs"),
+    [
+        ([], (7, 0), True),
+        (["sm_70", "sm_80"], (7, 5), True),
+        (["sm_75", "sm_80", "compute_120"], (7, 0), False),
+        (["sm_80", "sm_90a"], (8, 9), True),
+        (["sm_80", "sm_90"], (12, 0), False),
+        (["sm_90", "compute_90"], (12, 0), True),
+    ],
+    ids=str,
+)
+def test_a_pytorch_without_code_for_the_gpu(machine, monkeypatch, codes, capability, runs):
+    """Then not even the references run there: every state says so, and commands do before they begin."""
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: codes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    machine.capabilities[0] = capability
+    if runs:
+        check_device("cuda:0")
+        return
+    words = f"has no code for this GPU, sm_{capability[0]}{capability[1]}, only for {', '.join(codes)}: install"
+    for usable, line in (native.cuda_state(0), native.triton_state(0)):
+        assert not usable and words in line
+    with pytest.raises(DDFastError, match=r"--device cuda:0: PyTorch .*; or use --device cpu"):
+        check_device("cuda:0")
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,13 @@ def test_a_child_that_cannot_run_says_nothing_of_the_kernels(tmp_path, body, tex
     assert all(not v.passed and not v.final and text in v.text for v in verdicts.values()), verdicts
 
 
+def test_a_verdict_tells_of_tiles(tmp_path):
+    command = child(tmp_path, "tell(ready=True); tell(begins=0); tell(ends=0, remarks=['a tile of 16 x 16'])")
+    assert verification.run(CHECKS[:1], 0, command) == {
+        CHECKS[0]: Verdict(True, "verified on this GPU; a tile of 16 x 16")
+    }
+
+
 def test_no_memory_says_nothing_of_the_kernels(tmp_path):
     command = child(tmp_path, "tell(ready=True); tell(begins=0); tell(ends=0, unknown='no memory'); sys.exit(3)")
     assert verification.run(CHECKS[:1], 0, command) == {CHECKS[0]: Verdict(False, "no memory", final=False)}
