@@ -13,7 +13,7 @@ help:
 	@echo "make demo    install into $(VENV), then distil the digits teacher (5 minutes on 2 cores): runs/digits/report.html"
 	@echo "make test    install into $(VENV), then run the tests but those that take minutes by nature"
 	@echo "make test-all  as make test, and those too"
-	@echo "make lint    ruff check and format check"
+	@echo "make lint    ruff check and format check; the workflows against their schema, and zizmor on them"
 	@echo "make types   mypy"
 	@echo "make docs    the manual as a site: build/site/index.html"
 	@echo "make bench   the benchmarks"
@@ -44,6 +44,8 @@ test-all: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet --no-progress .github
 
 types: $(STAMP)
 	$(BIN)/mypy
