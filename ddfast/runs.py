@@ -102,31 +102,32 @@ def open_teacher(
         if given:
             raise DDFastError(f"--{min(given)}: has no effect: {folder} holds its teacher, {TEACHER_FILE}")
         return TrainConfig(recipe=folder.name, device=device, out=folder), load_teacher(folder).to(device)
-    path, values, hashes = _settings_of(folder)
+    path, values = _settings_of(folder)
     if "recipe" not in values:
         raise DDFastError(f"{path} names no recipe: it is not a run's")
     config = get_recipe(values["recipe"], preset=values.get("preset", ""), told=path)
     update(config, values)
     config.device, config.out = device, folder
-    _find_files(config, folder, given, hashes)
+    _find_files(config, folder, given)
     return config, build_teacher(config, progress)
 
 
-def _settings_of(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """A run's settings, the file that has them, and what its student's file says of the files that they name."""
-    header: dict[str, Any] = {}
-    if (folder / STUDENT_FILE).exists():
-        header = read_checkpoint(folder / STUDENT_FILE)[1]
-    files = header.get("files", {})
+def _settings_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A run's settings, and the file that has them."""
     if (folder / CONFIG).exists():
-        return folder / CONFIG, read_settings(folder / CONFIG), files
-    values = header.get("config")
+        return folder / CONFIG, read_settings(folder / CONFIG)
+    values = _student_header(folder).get("config")
     if not isinstance(values, dict):
         raise DDFastError(f"--student {folder}: no {CONFIG} and no {TEACHER_FILE} there; `ddfast train` makes them")
-    return folder / STUDENT_FILE, as_then(portable(values)), files  # files of before name folders of another machine
+    return folder / STUDENT_FILE, as_then(portable(values))  # files of before name folders of another machine
 
 
-def _find_files(config: TrainConfig, folder: Path, given: Mapping[str, str], hashes: Mapping[str, Any]) -> None:
+def _student_header(folder: Path) -> dict[str, Any]:
+    path = folder / STUDENT_FILE
+    return read_checkpoint(path)[1] if path.exists() else {}
+
+
+def _find_files(config: TrainConfig, folder: Path, given: Mapping[str, str]) -> None:
     """Set where the teacher's files are: where the user says, where the run found them, or beside its student.
 
     Raises:
@@ -145,7 +146,7 @@ def _find_files(config: TrainConfig, folder: Path, given: Mapping[str, str], has
         if found and name not in given and not Path(found).expanduser().exists():
             beside = folder / base_name(found)
             if not beside.exists():
-                known = hashes.get(name, {}).get("sha256", "")
+                known = _student_header(folder).get("files", {}).get(name, {}).get("sha256", "")
                 told = f"{base_name(found)}{f' (SHA-256 {known})' if known else ''}"
                 where = f"is neither at {found} nor in this folder" if found != beside.name else "is not in this folder"
                 raise DDFastError(f"--student {folder}: its {name}, {told}, {where}: give --{name} FILE")

@@ -21,6 +21,7 @@ from commands import TINY, command, in_this_process, refused
 from safetensors.torch import load_file
 
 from ddfast.config import read_toml
+from ddfast.portable import portable_command
 
 SIZES = [
     *TINY,
@@ -54,7 +55,7 @@ def test_train_writes_everything(finished):
     report = (finished / "report.md").read_text()
     assert "| DD1 student | 1 |" in report
     assert "independent marginals" in report
-    assert shlex.join(["python", *command("train", "--out", finished, *SIZES)[1:]]) in report
+    assert portable_command(shlex.join(["python", *command("train", "--out", finished, *SIZES)[1:]])) in report
     assert (finished / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -96,7 +97,8 @@ def test_killed_twice_and_run_again_is_the_same_run(environment, finished, tmp_p
     resumed = [sys.executable, "-m", "ddfast", "train", "--out", str(out), *SIZES, "--resume"]
     resumed += ["--trajectories.batch-size=20"]  # no matter to pairs that are there
     subprocess.run(resumed, env=environment, check=True, capture_output=True)
-    assert shlex.join(["python", *command("train", *resumed[4:])[1:]]) in (out / "report.md").read_text()
+    told = portable_command(shlex.join(["python", *command("train", *resumed[4:])[1:]]))
+    assert told in (out / "report.md").read_text()
     for shard in sorted((finished / "trajectories").glob("shard-*.safetensors")):
         assert (out / "trajectories" / shard.name).read_bytes() == shard.read_bytes()
     ours, whole = load_file(out / "student.safetensors"), load_file(finished / "student.safetensors")

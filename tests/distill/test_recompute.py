@@ -185,7 +185,7 @@ def test_blocks_are_sharded_before_or_within(sharded_within):
         with recomputing(network) if sharded_within else contextlib.nullcontext():
             for module in (*blocks_of(network), network):
                 fully_shard(module)
-            register_fsdp_forward_method(network, "generate")
+            register_fsdp_forward_method(network, "runs")
             register_fsdp_forward_method(network, "code_logits")
             seen = calls_of_blocks(network)
             assert torch.equal(update(method, "student", on=not sharded_within), expected[0])
