@@ -808,6 +808,9 @@ def as_then(values: dict[str, Any]) -> dict[str, Any]:
     teacher = values.get("teacher")
     if isinstance(teacher, dict) and "training_images" in teacher:  # the digits', which AdamW trained
         teacher.setdefault("optimizer", "adamw")
+    for method in ("dd1", "dd2"):
+        if isinstance(values.get(method), dict):
+            values[method].setdefault("recycles", 0)
     return values
 
 

@@ -1,11 +1,13 @@
 """Students whose network runs again within a pass and reads the codes that it made before."""
 
+import dataclasses
+
 import pytest
 import torch
 from official import llamagen_teacher_like, randomised, var_teacher_like
 from small import build
 
-from ddfast.config import DD1Config, MatchConfig
+from ddfast.config import DD1Config, MatchConfig, as_then, config_hash, plain
 from ddfast.distill.batch import Batch, Part
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Matching
@@ -13,6 +15,7 @@ from ddfast.distill.method import Roles
 from ddfast.models.loading import load_student, save_student, start_student, student_class
 from ddfast.models.student import Student
 from ddfast.ops import nearest_code
+from ddfast.recipes import get_recipe
 
 TEACHERS = {
     "one by one": lambda: build((1,) * 7, trained=True)[0],
@@ -157,3 +160,16 @@ def test_what_is_no_number_of_runs_is_refused(recycles):
     teacher = TEACHERS["one by one"]()
     with pytest.raises(ValueError, match=r"recycles: got .*, expected 0 or more runs after the first"):
         student_of(teacher, "dd1", recycles)
+
+
+def test_a_run_of_before_goes_on():
+    """Its settings do not say that its student does not recycle, whatever its preset does now."""
+    config = get_recipe("digits", preset="ddfast")
+    settings = plain(config)
+    for method in ("dd1", "dd2"):
+        del settings[method]["recycles"]
+    assert as_then(settings) == plain(config)
+    assert config_hash(config.dd1) != config_hash(dataclasses.replace(config.dd1, recycles=1))
+    of_before = {field.name: getattr(config.dd1, field.name) for field in dataclasses.fields(config.dd1)}
+    del of_before["recycles"]
+    assert config_hash(config.dd1) == config_hash(of_before)
