@@ -242,7 +242,8 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype, d
     if backend == "cuda" and op in _CODE_DIM and native.cuda is not None and dim > native.cuda.max_dim:
         return f"codes have {dim} dimensions, it takes {native.cuda.max_dim} at most"
     obstacle = missing(device.index).get(backend, "")
-    if op == "norm_linear" and device.type == "cuda" and not (obstacle or native.multiplies_matrices(device.index)):
+    here = device.type == "cuda" and not (obstacle or env.triton_interpreted())
+    if op == "norm_linear" and here and not native.multiplies_matrices(device.index):
         return "it is made for tensor cores of 8.0 and later, and spills registers without"
     return obstacle
 
