@@ -24,7 +24,6 @@ from ddfast.config import plain
 from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text, whole_folder, write_atomically
 from ddfast.models.autoregressive import Condition, condition_size, on_device, take
-from ddfast.models.checkpoint import read_checkpoint
 from ddfast.models.layers import num_parameters
 from ddfast.models.llamagen.captions import captions_for
 from ddfast.models.loading import save_student, save_teacher
@@ -36,7 +35,7 @@ from ddfast.portable import shared_settings
 from ddfast.progress import silent
 from ddfast.report import quality_table
 from ddfast.runs import CONFIG as RUN_CONFIG
-from ddfast.runs import LOCATION, METRICS_JSON, STAGES, hashed_files, open_student, read_json
+from ddfast.runs import LOCATION, METRICS_JSON, STAGES, hashed_files, open_student, read_json, student_header
 from ddfast.sampling import condition_index
 from ddfast.trajectories.memory import fitting, largest_sampling_batch
 
@@ -142,7 +141,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         files = {"teacher.weights": weights, "tokenizer.weights": tokenizer}
         config, teacher, student = open_student(folder, device, silent, files=files)
         settings = {name: value for name, value in plain(config).items() if name not in LOCATION}
-        hashes = read_checkpoint(folder / STUDENT_FILE)[1].get("files") or hashed_files(config)  # of before: none
+        hashes = student_header(folder).get("files") or hashed_files(config)  # of before: none
         told = shared_settings(settings, hashes)
         card = {"recipe": f"`{config.recipe}`; every setting:\n\n```toml\n{told}```"}
         if (folder / STAGES).exists():

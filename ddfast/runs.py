@@ -116,13 +116,14 @@ def _settings_of(folder: Path) -> tuple[Path, dict[str, Any]]:
     """A run's settings, and the file that has them."""
     if (folder / CONFIG).exists():
         return folder / CONFIG, read_settings(folder / CONFIG)
-    values = _student_header(folder).get("config")
+    values = student_header(folder).get("config")
     if not isinstance(values, dict):
         raise DDFastError(f"--student {folder}: no {CONFIG} and no {TEACHER_FILE} there; `ddfast train` makes them")
     return folder / STUDENT_FILE, as_then(portable(values))  # files of before name folders of another machine
 
 
-def _student_header(folder: Path) -> dict[str, Any]:
+def student_header(folder: Path) -> dict[str, Any]:
+    """What the student's file in a folder says of itself; empty where there is none."""
     path = folder / STUDENT_FILE
     return read_checkpoint(path)[1] if path.exists() else {}
 
@@ -146,7 +147,7 @@ def _find_files(config: TrainConfig, folder: Path, given: Mapping[str, str]) -> 
         if found and name not in given and not Path(found).expanduser().exists():
             beside = folder / base_name(found)
             if not beside.exists():
-                known = _student_header(folder).get("files", {}).get(name, {}).get("sha256", "")
+                known = student_header(folder).get("files", {}).get(name, {}).get("sha256", "")
                 told = f"{base_name(found)}{f' (SHA-256 {known})' if known else ''}"
                 where = f"is neither at {found} nor in this folder" if found != beside.name else "is not in this folder"
                 raise DDFastError(f"--student {folder}: its {name}, {told}, {where}: give --{name} FILE")

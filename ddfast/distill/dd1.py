@@ -111,10 +111,8 @@ class DD1(Method):
         given = self._own_codes(batch, own_later) if phase == "own" else batch.codes
         assert given is not None
         x = torch.where(is_data[..., None], student.codebook[given], batch.noise)
-        runs = student.runs(batch.condition, student.check_point(batch.condition, x), points)
-        made_by_run = [student.code_logits(*run) for run in runs]
-        (hidden, context), logits = runs[-1], made_by_run[-1]
-        embeddings = student.continuous(hidden, context)
+        *earlier, (hidden, context, _) = student.runs(batch.condition, student.check_point(batch.condition, x), points)
+        logits, embeddings = student.code_logits(hidden, context), student.continuous(hidden, context)
         share = self._open_tokens(own_later) / self._open_tokens(later)
         ahead = logits.new_zeros(())
         if phase == "own":
@@ -127,7 +125,8 @@ class DD1(Method):
                 ahead = part.share * next_token_divergence(seen, log_probs[:, 1:])
         else:
             codes, target = given, student.codebook[given]
-        by_run = [share * token_cross_entropy(one, codes, ~is_data) for one in made_by_run]
+        logits_by_run = [*(before for *_, before in earlier if before is not None), logits]
+        by_run = [share * token_cross_entropy(one, codes, ~is_data) for one in logits_by_run]
         if self.lpips is None:
             name, distance = "embedding_distance", share * embedding_distance(embeddings, target, ~is_data)
         else:
@@ -146,7 +145,7 @@ class DD1(Method):
         # Chosen on the host, which need not wait for a GPU to know how many there are.
         rows = torch.arange(len(later), dtype=torch.int64)[later].to(codes.device)
         if len(rows):
-            last = student.runs(take(batch.condition, rows), batch.noise[rows], 0)[-1]
+            last = student.last_run(take(batch.condition, rows), batch.noise[rows], 0)
             codes[rows] = student.code_logits(*last).argmax(-1)
         return codes
 

@@ -308,7 +308,9 @@ def _identity(teacher: Teacher) -> str:
 
 def _check_identity(header: dict[str, Any], teacher: Teacher, path: Path) -> None:
     """Warn where a student's file says that it learnt from another teacher, as far as their types let it be told."""
-    theirs, ours = str(header.get("learnt_from", "")), _identity(teacher)
+    if "learnt_from" not in header:
+        return
+    theirs, ours = str(header["learnt_from"]), _identity(teacher)
     if theirs.partition(" ")[0] == ours.partition(" ")[0] and theirs != ours:
         files = portable(header.get("files", {}))
         said = [f"{one['file']}, SHA-256 {one['sha256']}" for name, one in files.items() if name in TEACHER_FILES]

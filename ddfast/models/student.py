@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -336,17 +336,23 @@ class DD1Student(Student):
 
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """As `Student.predict`; position i sees the condition, the groups before i's and itself."""
-        hidden, context = self.runs(condition, self.check_point(condition, x), t)[-1]
+        hidden, context = self.last_run(condition, self.check_point(condition, x), t)
         return self.code_logits(hidden, context), self.continuous(hidden, context)
 
-    def runs(self, condition: Condition, x: Tensor, t: int | Tensor) -> list[tuple[Tensor, Any]]:
-        """`features` of all runs of a pass: the first, and those that read the codes made before, without gradient."""
-        found = [self.features(condition, x, t)]
+    def runs(self, condition: Condition, x: Tensor, t: int | Tensor) -> Iterator[tuple[Tensor, Any, Tensor | None]]:
+        """`features` of every run of a pass, and logits [B, N, V] where the next one reads their codes (else None)."""
+        hidden, context = self.features(condition, x, t)
         for _ in range(self.recycles):
-            with torch.no_grad():
-                codes = self.code_logits(*found[-1]).argmax(-1)
-                made = torch.where(self.data_mask(t, len(x))[..., None], x, self.codebook[codes])
-            found.append(self.features(condition, torch.cat((x, made), dim=-1), t))
+            logits = self.code_logits(hidden, context)
+            yield hidden, context, logits
+            made = torch.where(self.data_mask(t, len(x))[..., None], x, self.codebook[logits.argmax(-1)])
+            hidden, context = self.features(condition, torch.cat((x, made), dim=-1), t)
+        yield hidden, context, None
+
+    def last_run(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Any]:
+        """`features` of a pass: what its last run has."""
+        for hidden, context, _ in self.runs(condition, x, t):
+            found = hidden, context
         return found
 
     def data_levels(self, t: int | Tensor, batch: int, condition_tokens: int) -> Tensor:
@@ -375,7 +381,7 @@ class DD1Student(Student):
             return x
         border = count if split is None else max(starts[split], first)
         given = torch.cat((x[:, :first], noise[:, first:]), dim=1) if first else noise
-        hidden, context = self.runs(condition, given, point)[-1]
+        hidden, context = self.last_run(condition, given, point)
         parts = [x[:, :first]] if first else []
         if border > first:
             parts.append(self.codebook[self.code_logits(hidden[:, first:border], context).argmax(-1)])
