@@ -34,9 +34,7 @@ def diagnosis() -> list[str]:
             lines.append(f"  left out: {reason}")
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     for index in gpus:
-        major, minor = torch.cuda.get_device_capability(index)
-        lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-        lines += [f"  {name}: {state(index)[1]}" for name, state in _STATES.items()]
+        lines += _gpu(index)
     if not gpus:
         lines += ["GPU: PyTorch sees none", *(f"  {name}: {state()[1]}" for name, state in _STATES.items())]
     lines.append(f"several processes: {_transports()}")
@@ -51,6 +49,16 @@ def diagnosis() -> list[str]:
         lines += ["", f"found on GPU {index} ({findings.path()}):", *_found(device)]
     if not gpus:
         lines += ["", "float32 tensors on cuda:", *_choices(torch.device("cuda"), torch.float32)]
+    return lines
+
+
+def _gpu(index: int) -> list[str]:
+    """Name, kind, and which kernels run there."""
+    major, minor = torch.cuda.get_device_capability(index)
+    lines = [f"GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}"]
+    lines += [f"  {name}: {state(index)[1]}" for name, state in _STATES.items()]
+    if major < 8:
+        lines.append("  bfloat16: PyTorch emulates it on this GPU; --dd1.precision float32 and the like are faster")
     return lines
 
 

@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body(rest: list[str]) -> None:
         options = cli.parse("tune", TuneOptions, rest, EXAMPLES)
         check_device(options.device)
-        device = torch.device(options.device)
-        if device.type != "cuda":
+        if (device := torch.device(options.device)).type != "cuda":
             raise DDFastError("tune compares kernels on a GPU: give --device cuda (a CPU has one kernel per op)")
         for name in ("samples", "seconds"):
             if not getattr(options, name) > 0:
@@ -59,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = tuning.tune(calls, device, seconds=options.seconds)
         for name, timed in sorted(found.items()):
             print(f"{name}: {timed['order'][0]}, {timed['reason']}")
-        for line in native.tile_remarks():
-            print(f"Triton's {line}")
+        print("".join(f"Triton's {line}\n" for line in native.tile_remarks()), end="")
         if not found:
             print("nothing was timed: no op has two backends that are right here; `ddfast doctor` says why")
         elif found.keys() <= findings.orders_on_file(device).keys():

@@ -209,7 +209,7 @@ def _remedy(device: int, error: str) -> str:
     """What keeps the CUDA kernels from running, in words of the user's; `error` has CUDA's name for it."""
     assert cuda is not None
     major, minor = torch.cuda.get_device_capability(device)
-    build = f"`CUDAARCHS={major}{minor} pip install .`"
+    build = "`CUDAARCHS=native pip install .`"  # Hopper's kind is 90a
     if "cudaErrorInsufficientDriver" in error:
         built, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in (cuda.runtime_version, cuda.driver_version()))
         fitting = f"`pip install .` with the nvcc of a CUDA {driver.split('.')[0]}"

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ddfast import diagnosis
 from ddfast.errors import DDFastError
 from ddfast.ops import native
 from ddfast.runs import check_device
@@ -70,6 +71,13 @@ def test_triton_begins_with_volta(machine):
     assert not native.cuda_state(1)[0]
 
 
+def test_doctor_says_where_bfloat16_is_emulated(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("H100", "T4")[index])
+    hopper, turing = (diagnosis._gpu(index) for index in (0, 1))
+    assert hopper[0] == "GPU 0: H100, sm_90" and turing[0] == "GPU 1: T4, sm_75"
+    assert not any("bfloat16" in line for line in hopper) and "bfloat16" in turing[-1]
+
+
 @pytest.mark.parametrize(
     ("says", "usable"),
     [
@@ -126,9 +134,9 @@ def test_a_pytorch_without_code_for_the_gpu(machine, monkeypatch, codes, capabil
         ("cudaErrorInsufficientDriver", "ddfast_cuda is built with CUDA 13.0, the driver is of 12.4: update the "
          "driver, or `pip install .` with the nvcc of a CUDA 12"),
         ("cudaErrorUnsupportedPtxVersion", "the GPU's driver cannot translate the code of ddfast_cuda: update the "
-         "driver, or run `CUDAARCHS=110 pip install .`"),
+         "driver, or run `CUDAARCHS=native pip install .`"),
         ("cudaErrorNoKernelImageForDevice", "ddfast_cuda has no code for sm_110, it is built for 80-real 90a-real: run "
-         "`CUDAARCHS=110 pip install .`"),
+         "`CUDAARCHS=native pip install .`"),
         ("cudaErrorUnknown", "ddfast_cuda: loading the kernels: cudaErrorUnknown, as CUDA describes it"),
     ],
 )  # fmt: skip

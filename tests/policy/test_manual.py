@@ -100,26 +100,27 @@ def test_a_page_reads_alike_on_github_and_on_the_site(path):
 @pytest.mark.parametrize(
     ("page", "written", "turned"),
     [
-        ("index.md", "[a](docs/digits.md#three-seeds)", "[a](digits.md#three-seeds)"),
-        ("index.md", "![a](docs/digits-samples.png)", "![a](digits-samples.png)"),
-        ("index.md", "[a](CONTRIBUTING.md)", "[a](contributing.md)"),
-        ("contributing.md", "[a](.pre-commit-config.yaml)", "[a](files/pre-commit-config.yaml)"),
-        ("benchmarks.md", "[a](../docs/method.md)", "[a](method.md)"),
-        ("method.md", "[a](../tests/golden/README.md)", "[a](golden.md)"),
-        ("scale.md", "[a](../examples/train.sbatch)", "[a](files/examples/train.sbatch)"),
-        ("api/index.md", "[a](../../CHANGELOG.md)", "[a](../changes.md)"),
-        ("notes/dd2.md", "[a](../dd2.md#figures)", "[a](../dd2.md#figures)"),
-        ("index.md", "[a](docs/nothing.md)", "[a](docs/nothing.md)"),
-        ("index.md", "[a](#here) [b](https://example.org/README.md)", "[a](#here) [b](https://example.org/README.md)"),
-        (
-            "index.md",
-            "`ddfast.noise`",
-            '<autoref identifier="ddfast.noise" optional><code>ddfast.noise</code></autoref>',
-        ),
+        ("index.md", "docs/digits.md#three-seeds", "digits.md#three-seeds"),
+        ("index.md", "docs/digits-samples.png", "digits-samples.png"),
+        ("index.md", "CONTRIBUTING.md", "contributing.md"),
+        ("contributing.md", ".pre-commit-config.yaml", "files/pre-commit-config.yaml"),
+        ("benchmarks.md", "../docs/method.md", "method.md"),
+        ("method.md", "../tests/golden/README.md", "golden.md"),
+        ("scale.md", "../examples/train.sbatch", "files/examples/train.sbatch"),
+        ("api/index.md", "../../CHANGELOG.md", "../changes.md"),
+        ("notes/dd2.md", "../dd2.md#figures", "../dd2.md#figures"),
+        ("index.md", "nothing.md", "nothing.md"),
+        ("index.md", "#here", "#here"),
+        ("index.md", "https://example.org/README.md", "https://example.org/README.md"),
     ],
 )
 def test_links_are_turned(page, written, turned):
-    assert part("hooks").turned(written, page) == turned
+    assert part("hooks").turned(f"an [a]({written}) and", page) == f"an [a]({turned}) and"
+
+
+def test_names_of_the_api_are_linked():
+    text = '<autoref identifier="ddfast.hub" optional><code>ddfast.hub</code></autoref> has `Generator`'
+    assert part("hooks").turned("`ddfast.hub` has `Generator`", "dd2.md") == text
 
 
 def test_a_docstring_becomes_markdown():
@@ -143,7 +144,8 @@ def test_a_docstring_becomes_markdown():
     """
     assert part("docstrings").marked_up(docstring).split("\n\n") == [
         r"A product a \* b of x \[B, N]\[..., d], 0 &lt;= x &lt; 1.",
-        'Args:\n    a, b: factors, "x: y".\n        [docs/method.md section 3 (Solving\n        the flow)]'
+        'Args:\n    a, b: factors, "x: y".\n        [docs/method.md section '
+        "3 (Solving\n        the flow)]"
         "[docs/method.md#3-solving-the-flow].",
         r'<span class="doc-section-title">Returns:</span> float32 \[\*shape]: the product.',
         '<span class="doc-section-title">Numerics:</span> exact, by `a * b`; [docs/numerics.md][docs/numerics.md].',
@@ -179,8 +181,9 @@ def test_a_page_builds(tmp_path, monkeypatch):
 
 def test_what_leads_nowhere_fails_the_build(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
+    gone = ("nothing.md", "#nothing", "nothing.png")
     with pytest.raises(Exception, match="4 warnings in strict mode"):
-        build(tmp_path, "# A\n\n[a](nothing.md) [a](#nothing) ![a](nothing.png) [a][ddfast.nothing]\n")
+        build(tmp_path, "# A\n\n" + " ".join(f"[a]({to})" for to in gone) + " [a][ddfast.nothing]\n")
 
 
 def test_an_entry_of_nothing_fails_the_build(tmp_path, monkeypatch, caplog):
