@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -183,6 +184,16 @@ def file_sha256(path: Path) -> str:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def bytes_digest(content: bytes | memoryview) -> str:
+    """Digest of bytes in 32 hexadecimal digits: tells accidents, as digests can that lie beside what they are of."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def json_digest(value: object) -> str:
+    """Digest of a value that JSON takes, as it is read again (tuples as lists), whatever the order of names."""
+    return bytes_digest(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())
 
 
 def sync(path: Path) -> None:

@@ -2,7 +2,7 @@
 
     checkpoints/tuning-00000500/
         *.distcp, .metadata   tensors: a run with another number of processes, or another strategy, reads them as well
-        state.json            stage, settings' identity, step, and a digest of every file
+        state.json            stage, settings' identity, step, a digest of every file, and one of itself
 
 The last two are kept: where a file of the newer one is damaged, the run goes on from the one before.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ddfast import processes
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import sync, write_atomically, writing
+from ddfast.files import json_digest, sync, write_atomically, writing
 from ddfast.messages import warn
 
 FOLDER = "checkpoints"
@@ -71,6 +71,7 @@ class Checkpoints:
 
         def finish() -> None:
             header = {"stage": self.stage, "identity": self.identity, **state, "files": digests}
+            header["seal"] = json_digest(header)
             with writing(place):
                 write_atomically(temporary / STATE, json.dumps(header, indent=2) + "\n")
                 if place.exists():  # of the same step: a run that went on from it, and was stopped at once
@@ -183,6 +184,8 @@ def _read_state(place: Path) -> tuple[dict[str, Any], str]:
     """A checkpoint's state, and what is wrong with it."""
     try:
         state = json.loads((place / STATE).read_text())
+        if state.pop("seal", None) not in (None, json_digest(state)):  # those of before have none
+            return {}, f"{STATE}: its digest differs"
         missing = [name for name in state["files"] if not (place / name).exists()]
         int(state["step"])
         return state, f"{', '.join(missing)} missing" if missing else ""

@@ -1,5 +1,8 @@
 """Checkpoint files: ours are safetensors with the configuration in the header; PyTorch's are read, never run.
 
+Ours are sealed: the header has a digest of every tensor's bytes, and one of itself, so that what was damaged since is
+refused, not used. A tensor is compared when it is read.
+
 Opening a file reads its structure; a tensor is read when it is wanted, into memory of its own. So a file that is
 written anew, or cut short, under a loaded model changes nothing, and what nobody wants (an optimizer's state, a second
 set of weights) costs nothing.
@@ -30,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddfast import private_api, processes
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import read_text, write_atomically
+from ddfast.files import bytes_digest, json_digest, read_text, write_atomically
 from ddfast.messages import say
 from ddfast.models.layers import stacked_rows
 
@@ -46,6 +49,9 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """Element types by safetensors' names."""
+
+FORMAT = 1
+"""Of our files, in their headers; those of before have none, and no digests."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -98,6 +104,7 @@ class StoredTensor:
         file: the file.
         offset: of the first element, in bytes.
         shape, stride, dtype: of the tensor.
+        digest: of its bytes, as the file has it; empty: the file has none.
     """
 
     file: _File
@@ -105,16 +112,20 @@ class StoredTensor:
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    digest: str = ""
 
     def read(self) -> Tensor:
         """The tensor, contiguous, in memory of its own.
 
         Raises:
-            DDFastError: the file cannot be read, or was written into since it was opened.
+            DDFastError: the file cannot be read, was written into since it was opened, or is damaged.
         """
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         flat = torch.empty(span if math.prod(self.shape) else 0, dtype=self.dtype, device="cpu")
-        self.file.read_into(memoryview(flat.view(torch.uint8).numpy().data), self.offset)
+        content = memoryview(flat.view(torch.uint8).numpy().data)
+        self.file.read_into(content, self.offset)
+        if self.digest and bytes_digest(content) != self.digest:
+            raise DDFastError(f"{self.file.path} is damaged (a tensor's digest differs); {_REMEDY}")
         return flat.as_strided(self.shape, self.stride).contiguous()
 
 
@@ -142,6 +153,9 @@ class SpreadRows:
         return processes.whole(self.tensor.detach()).narrow(0, self.first, self.shape[0]).contiguous()
 
 
+_REMEDY = "copy it again, or delete it and make it again"
+
+
 AnyTensor: TypeAlias = Tensor | StoredTensor | SpreadRows
 
 
@@ -159,19 +173,21 @@ def save_tensors(path: Path, tensors: Mapping[str, AnyTensor], config: dict[str,
     and the first writes.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that each lies aligned
-    entries: dict[str, Any] = {"__metadata__": _header(config)}
+    about = {"config": json.dumps(config, sort_keys=True), "format": str(FORMAT)}
+    entries: dict[str, Any] = {"__metadata__": about}
     end = 0
     for name in order:
         dtype, shape = tensors[name].dtype, list(tensors[name].shape)
         start, end = end, end + dtype.itemsize * math.prod(shape)
         entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
 
     def write(file: BinaryIO) -> None:
-        file.write(len(header).to_bytes(8, "little") + header)
+        digests = dict.fromkeys(order, bytes_digest(b""))
+        file.write(_sealed(entries, digests))
         for name in order:
-            _write_tensor(file, tensors[name])
+            digests[name] = _write_tensor(file, tensors[name])
+        file.seek(0)
+        file.write(_sealed(entries, digests))
 
     with processes.busy():
         if processes.rank() and any(_is_spread(tensor) for tensor in tensors.values()):
@@ -181,9 +197,26 @@ def save_tensors(path: Path, tensors: Mapping[str, AnyTensor], config: dict[str,
         write_atomically(Path(path), write)
 
 
-def _write_tensor(file: BinaryIO, tensor: AnyTensor) -> None:
-    """Its bytes; what was read of it is gone before the next one is."""
-    file.write(memoryview(read_tensor(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data))
+def _write_tensor(file: BinaryIO, tensor: AnyTensor) -> str:
+    """Its bytes, of which the digest is returned; what was read of it is gone before the next one is."""
+    content = memoryview(read_tensor(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data)
+    file.write(content)
+    return bytes_digest(content)
+
+
+def _sealed(entries: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
+    """The first bytes of a file, of the same length whatever the digests are."""
+    about = {**entries["__metadata__"], "digests": json.dumps(digests)}
+    about["seal"] = _seal({**entries, "__metadata__": about})
+    header = json.dumps({**entries, "__metadata__": about}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _seal(header: Mapping[str, Any]) -> str:
+    """Digest of a header but for its seal."""
+    about = {name: text for name, text in header["__metadata__"].items() if name != "seal"}
+    return json_digest({**header, "__metadata__": about})
 
 
 def _is_spread(tensor: AnyTensor) -> bool:
@@ -257,13 +290,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     opened = _File(path)
     try:
         with safe_open(path, framework="pt") as file:  # it checks the header, and the file's length by it
-            config = (file.metadata() or {}).get("config", "{}")
+            about = file.metadata() or {}
         opened.raw.seek(0)
         length = int.from_bytes(opened.raw.read(8), "little")
         header = json.loads(opened.raw.read(length))
     except (SafetensorError, ValueError, OSError) as error:
         reason = f"{first_line(error)}; copy or download it again"
         raise DDFastError(f"{path} is not a readable safetensors file, cut short or damaged: {reason}") from error
+    digests = _checked_digests(path, header, about)
     content = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -277,12 +311,25 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             shape=shape,
             stride=_contiguous(shape),
             dtype=_DTYPES[entry["dtype"]],
+            digest=digests.get(name, ""),
         )
     try:
-        parsed = json.loads(config)
+        parsed = json.loads(about.get("config", "{}"))
     except ValueError:
         parsed = {}
     return content, parsed if isinstance(parsed, dict) else {}
+
+
+def _checked_digests(path: Path, header: Mapping[str, Any], about: Mapping[str, str]) -> dict[str, str]:
+    """Digests of the tensors by name; of a file that is not ours, or of before, none."""
+    written = about.get("format", "")
+    if {"seal", "digests"} & about.keys():
+        if about.get("seal") != _seal(header):
+            raise DDFastError(f"{path} is damaged (its header's digest differs); {_REMEDY}")
+        if written != str(FORMAT):
+            raise DDFastError(f"{path} is of format {written}, this ddfast reads {FORMAT}: install a newer one")
+        return dict(json.loads(about["digests"]))
+    return {}
 
 
 def _read_pytorch(path: Path, *, zipped: bool) -> Any:
@@ -385,6 +432,19 @@ def _what_it_is(head: bytes) -> str:
     if len(text) > 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
         return f"is a text file, not a checkpoint: it begins {text[:60].decode().split(chr(10))[0].strip()!r}"
     return "is damaged or no checkpoint of PyTorch or safetensors; copy or download it again"
+
+
+def cached(path: Path, read: Callable[[], Model], make: Callable[[], object]) -> Model:
+    """What `read` finds in a file that only ddfast writes: where it is missing or damaged, `make` writes it first."""
+    if path.exists():
+        try:
+            return read()
+        except DDFastError as error:
+            if not os.access(path.parent, os.W_OK):
+                raise
+            say(f"{path} cannot be used ({first_line(error)}): it is made again")
+    make()
+    return read()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -528,10 +588,6 @@ def one_dtype(tensors: Mapping[str, AnyTensor], source: object) -> torch.dtype |
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     say(f"{source} holds weights of several types ({names}): all are made {str(widest).removeprefix('torch.')}")
     return widest
-
-
-def _header(config: dict[str, Any]) -> dict[str, str]:
-    return {"config": json.dumps(config, sort_keys=True)}
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:

@@ -39,8 +39,8 @@ def train(cache: Path, out: Path, method: str, *arguments: object) -> None:
 def made(out: Path) -> dict[str, object]:
     """What a finished run has made: weights as bytes, and figures without times."""
     found: dict[str, object] = {path.name: _weights(path) for path in sorted(out.glob("*.safetensors"))}
-    found[METRICS] = [_without_times(json.loads(line)) for line in read_text(out / METRICS).splitlines()]
-    found["metrics.json"] = _without_times(json.loads(read_text(out / "metrics.json")))
+    found[METRICS] = [without_times(json.loads(line)) for line in read_text(out / METRICS).splitlines()]
+    found["metrics.json"] = without_times(json.loads(read_text(out / "metrics.json")))
     return found
 
 
@@ -68,9 +68,10 @@ def _weights(path: Path) -> tuple[dict, bytes]:
     return {**header, "__metadata__": settings}, data[8 + size :]
 
 
-def _without_times(values: dict) -> dict:
+def without_times(values: dict) -> dict:
+    """Figures without those that no two runs share."""
     return {
-        name: _without_times(value) if isinstance(value, dict) else value
+        name: without_times(value) if isinstance(value, dict) else value
         for name, value in values.items()
         if not any(time in name for time in TIMES)
     }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddfast import seeds
 from ddfast.env import cache_dir
-from ddfast.models.checkpoint import load_state, load_tensors, save_tensors
+from ddfast.models.checkpoint import cached, load_state, load_tensors, save_tensors
 from ddfast.models.digits.data import NUM_CLASSES, digit_images, render
 from ddfast.models.layers import Conv2d, Linear
 from ddfast.progress import Progress
@@ -72,11 +72,10 @@ def train_classifier(progress: Progress | None = None) -> DigitsClassifier:
 def load_or_train_classifier(progress: Progress | None = None) -> DigitsClassifier:
     """The cached classifier, trained on first use."""
     path = cache_dir() / f"digits-classifier-{_VERSION}.safetensors"
-    if path.exists():
-        tensors, _ = load_tensors(path)
+
+    def read() -> DigitsClassifier:
         model = DigitsClassifier()
-        load_state(model, tensors, path)
+        load_state(model, load_tensors(path)[0], path)
         return model.eval().requires_grad_(False)
-    model = train_classifier(progress)
-    save_tensors(path, model.state_dict(), {})
-    return model
+
+    return cached(path, read, lambda: save_tensors(path, train_classifier(progress).state_dict(), {}))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TeacherConfig, TrainConfig, config_hash
 from ddfast.env import cache_dir
-from ddfast.models.checkpoint import build_around, load_tensors
+from ddfast.models.checkpoint import build_around, cached, load_tensors
 from ddfast.models.digits.classifier import DigitsClassifier, load_or_train_classifier
 from ddfast.models.digits.data import digit_batch
 from ddfast.models.digits.network import DigitsTeacher, train_teacher
@@ -34,9 +34,11 @@ class OfDigits(Family):
         """The teacher of these settings and this seed: from the cache, or trained now (minutes) and cached."""
         settings = config_hash(config.tokenizer, config.teacher, config.seed)
         path = cache_dir() / f"{self.name}-teacher-{settings}.safetensors"
-        if not path.exists():
-            self.save(path, self.trained(config, progress))
-        return build_around(lambda: self.untrained(config), load_tensors(path)[0], path)
+        return cached(
+            path,
+            lambda: build_around(lambda: self.untrained(config), load_tensors(path)[0], path),
+            lambda: self.save(path, self.trained(config, progress)),
+        )
 
     def conditioned(self, teacher: Teacher, config: TeacherConfig) -> Teacher:
         return teacher
