@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import tyro
 
 from ddfast import env, processes
 from ddfast.config import DD1_PREFIX, MethodConfig, SettingError, TrainConfig, read_toml, update
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line, is_out_of_memory
 from ddfast.interruption import EXIT_CODE, Terminated, answered
 from ddfast.messages import first_process
 from ddfast.models import families
@@ -39,6 +40,8 @@ COMMANDS = {
 }
 
 RESUMABLE = ("train", "trajectories")
+_CONTINUES = "the same command continues where it stopped"
+_PIPE_CLOSED = 141  # as a shell tells SIGPIPE
 IN_MANY_PROCESSES = ("train", "trajectories", "sample", "evaluate", "doctor")
 
 Options = TypeVar("Options", bound=TrainConfig)
@@ -119,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: str, body: Callable[[list[str]], None], arguments: Sequence[str] | None) -> int:
     """Run one command's body and turn what went wrong into one line and an exit code.
 
-    0: success; 1: a failure that says what to do; 130: interrupted, to be resumed; 75: ended by SIGTERM, to be resumed.
+    0: success; 1: a failure that says what to do; 130: interrupted, to be resumed; 75: ended by SIGTERM, to be resumed;
+    141: who read its output has gone.
     `--debug` shows tracebacks. What ends several processes alike, the first one says; what ends another one, that one,
     with its number.
     """
@@ -141,22 +145,36 @@ def _run(command: str, body: Callable[[list[str]], None], rest: list[str]) -> in
         if command not in IN_MANY_PROCESSES:
             env.check_one_process(f"`{command}`", several=IN_MANY_PROCESSES)
         body(rest)
+        sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
-        resumed = "the same command continues where it stopped" if command in RESUMABLE else "nothing was changed"
+        resumed = _CONTINUES if command in RESUMABLE else "nothing was changed"
         newline = "\n"  # after the ^C of a terminal
         processes.last_words(f"interrupted; {str(interrupt) or resumed}", say, interrupted=True)
         return EXIT_CODE if isinstance(interrupt, Terminated) else 130
-    except (DDFastError, ValueError, TypeError, OSError) as error:
+    except BrokenPipeError:  # `| head` has enough; Python would complain of it again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except Exception as error:
+        line = _one_line(command, error)
+        if not line:
+            processes.record(error)
+            raise
         if debug:
             traceback.print_exc()
-        line = " ".join(str(error).split())
         processes.last_words(f"error: {line}", say)
         processes.record(error)
         return 1
-    except Exception as error:
-        processes.record(error)
-        raise
     return 0
+
+
+def _one_line(command: str, error: Exception) -> str:
+    """What to tell of an error; empty: it is none of the user's."""
+    if is_out_of_memory(error) and not isinstance(error, DDFastError):
+        kept = f"; {_CONTINUES}" if command in RESUMABLE else ""
+        return f"there was not enough memory ({first_line(error)}): free some, or make batches smaller{kept}"
+    if isinstance(error, (DDFastError, ValueError, TypeError, OSError)):
+        return " ".join(str(error).split())
+    return ""
 
 
 def parse(command: str, kind: type[Options], arguments: list[str], examples: str) -> Options:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ddfast import private_api, processes
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, is_out_of_memory
 from ddfast.optimizers import Muon
-from ddfast.trajectories.memory import free_bytes, is_out_of_memory
+from ddfast.trajectories.memory import free_bytes
 
 ENOUGH = 8
 """Samples at a time from which on blocks are not computed again for the sake of more. That costs a third more work (one
@@ -196,7 +196,7 @@ def _tried(run: Callable[[], None], size: int, device: torch.device, measure: Me
     """What a trial took; None: memory did not suffice, in one process alone."""
     try:
         return measure(run)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         if processes.count() > 1:  # the others wait in the middle of theirs

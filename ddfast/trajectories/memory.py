@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast import env, private_api
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, is_out_of_memory
 from ddfast.models.autoregressive import Condition
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
@@ -79,16 +79,11 @@ def fitting(count: int, device: torch.device, option: str) -> Iterator[None]:
     """Within, memory that does not suffice for `count` samples at a time is one error, which names what to lower."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         what = f"{count} samples at a time do not fit in the memory of {device}"
         raise DDFastError(f"{what}; give {option} a smaller number") from error
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory did not suffice; the CPU's allocator has no type of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def sample_bytes(teacher: Teacher, condition: Condition | None = None) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 SOURCE = Path(__file__).with_name("injector.c")
 
-WRITE, CREATE, SYNC, RENAME, REMOVE = 1, 2, 4, 8, 16
+WRITE, CREATE, SYNC, RENAME, REMOVE, MEMORY, CLOCK = 1, 2, 4, 8, 16, 32, 64
 """Kinds of events, as injector.c has them."""
 
 _ALL = WRITE | CREATE | SYNC | RENAME | REMOVE
@@ -37,7 +37,7 @@ class Fault:
 
     Attributes:
         name: as the table has it.
-        what: 1 killed, 2 a signal, 3 an error, 4 a short write.
+        what: 1 killed, 2 a signal, 3 an error, 4 a short write, 5 a clock set back by a day.
         kinds: of events that count.
         detail: the signal's number, or the errno.
         lasts: to the end; else it is one event.
@@ -63,6 +63,8 @@ FAULTS = {
         Fault(name="failed fsync", what=3, kinds=SYNC, detail=errno.EIO),
         Fault(name="failed rename", what=3, kinds=RENAME, detail=errno.EIO),
         Fault(name="failed removal", what=3, kinds=REMOVE, detail=errno.EIO),
+        Fault(name="out of memory", what=3, kinds=MEMORY, detail=errno.ENOMEM),
+        Fault(name="clock set back", what=5, kinds=CLOCK, lasts=True),
     )
 }
 """By their names."""

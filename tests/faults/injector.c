@@ -1,7 +1,7 @@
 /* Preloaded into a process: what it does to files below one folder is counted, and from a chosen event on goes wrong.
 
    An event is a write, the creation of a file or folder, fsync, a new name (rename, link), or a removal, below the
-   folder. `inject` chooses; until then everything is passed on. */
+   folder; or an allocation of PyTorch's, or a look at the clock. `inject` chooses; until then everything is passed on. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,10 +15,14 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
-enum kind { WRITE = 1, CREATE = 2, SYNC = 4, RENAME = 8, REMOVE = 16 };
-enum fault { NOTHING, KILLED, SIGNALLED, REFUSED, SHORT };
+enum kind { WRITE = 1, CREATE = 2, SYNC = 4, RENAME = 8, REMOVE = 16, MEMORY = 32, CLOCK = 64 };
+enum fault { NOTHING, KILLED, SIGNALLED, REFUSED, SHORT, BACK };
+
+#define A_DAY (24 * 60 * 60)
+#define SMALL 1024 /* bytes of an allocation that is left alone */
 
 static char folder[PATH_MAX];
 static int fault, kinds, detail;
@@ -156,3 +160,12 @@ int unlinkat(int at, const char *path, int flags) {
   return folder[0] && wrong(REMOVE) && fault == REFUSED ? -1 : REAL(unlinkat)(at, path, flags);
 }
 int rmdir(const char *path) { return below(path) && wrong(REMOVE) && fault == REFUSED ? -1 : REAL(rmdir)(path); }
+int posix_memalign(void **memory, size_t alignment, size_t size) {
+  if (folder[0] && size >= SMALL && wrong(MEMORY) && fault == REFUSED) return ENOMEM;
+  return REAL(posix_memalign)(memory, alignment, size);
+}
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  int status = REAL(clock_gettime)(clock, now);
+  if (folder[0] && clock == CLOCK_REALTIME && wrong(CLOCK) && fault == BACK) now->tv_sec -= A_DAY;
+  return status;
+}

@@ -1,4 +1,4 @@
-"""What ddfast does to files, each as a function that takes a folder: `base` has what is there before, `work` the result.
+"""What ddfast does to files, each as a function of two folders: `base` has what is there before, `work` the result.
 
 Sizes take a second. They run in processes forked by injection.py.
 """
@@ -68,7 +68,18 @@ def convert(base: str, work: str) -> int:
 
 
 def _sample(base: str, work: str, form: str, target: str) -> int:
-    settings = ["--student", f"{base}/run", "--count", 24, "--batch-size", 8, "--format", form, "--to", f"{work}/{target}"]
+    settings = [
+        "--student",
+        f"{base}/run",
+        "--count",
+        24,
+        "--batch-size",
+        8,
+        "--format",
+        form,
+        "--to",
+        f"{work}/{target}",
+    ]
     return _command(base, "sample", *settings)
 
 
@@ -168,6 +179,7 @@ OPERATIONS = {
         Operation(title="sample pictures", function="sample_files"),
         Operation(title="sample a grid", function="sample_grid", again=False),
         Operation(title="hub save", function="hub_save"),
+        Operation(title="hub load", function="hub_load"),
         Operation(title="cache of trained teachers", function="teacher_cache"),
         Operation(title="table of verified kernels", function="verdicts"),
     )
@@ -204,9 +216,10 @@ def result(work: Path) -> dict[str, str]:
         if path.name in VOLATILE:
             data = b"there" if data else b""
         elif path.name.endswith(("metrics.json", "evaluation.json")):
-            data = json.dumps(without_times(json.loads(data))).encode()
+            data = json.dumps(without_times(json.loads(data)), sort_keys=True).encode()
         elif path.name == METRICS:
-            data = json.dumps([without_times(json.loads(line)) for line in data.splitlines()]).encode()
+            lines = [without_times(json.loads(line)) for line in data.splitlines()]
+            data = json.dumps(lines, sort_keys=True).encode()
         else:
             data = data.replace(str(work).encode(), b"")
         found[name] = hashlib.sha256(data).hexdigest()[:16]

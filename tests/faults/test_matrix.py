@@ -1,7 +1,7 @@
 """Whatever ddfast writes, faults of the file system and signals come while it does, at random places (by a seed).
 
-After each: no name stands for half a file, what ended it is one line that says what to do, and the same command leads to
-what an undisturbed one makes.
+After each: no name stands for half a file, what ended it is one line that says what to do, and the same command leads
+to what an undisturbed one makes.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def test_nothing_is_lost(server, base, undisturbed, tmp_path, operation, fault, 
         assert [line.startswith(("ddfast", "warning")) for line in ended.errors.splitlines()].count(True) >= 1, where
         assert ended.errors.count("error:") == 1, where
     found = result(work)
+    if fault.name == "failed removal":  # then something is left that nobody reads
+        found = {name: digest for name, digest in found.items() if "/checkpoints/" not in name}
     if ended.code == 0:
         assert found == whole, where
         return
@@ -120,7 +122,7 @@ def test_nothing_is_lost(server, base, undisturbed, tmp_path, operation, fault, 
     assert again.code == 0, (where, again)
     found = result(work)
     if fault.name == "SIGKILL":  # which leaves nobody who could tidy up
-        found = {name: digest for name, digest in found.items() if not is_hidden(name)}
+        found = named(found)
     assert found == whole, where
 
 
