@@ -790,7 +790,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; a `DDFastError` where it cannot be read."""
     try:
         return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise DDFastError(f"{path} is not TOML: {error}") from error
 
 

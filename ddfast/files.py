@@ -11,7 +11,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ddfast import processes
 from ddfast.errors import DDFastError
@@ -184,6 +184,18 @@ def file_sha256(path: Path) -> str:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text of anyone's says.
+
+    Raises:
+        ValueError: it is none, or nested deeper than anything is that is meant.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def bytes_digest(content: bytes | memoryview) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 import ddfast
 from ddfast.config import plain
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import read_text, whole_folder, write_atomically
+from ddfast.files import parse_json, read_text, whole_folder, write_atomically
 from ddfast.models.autoregressive import Condition, condition_size, on_device, take
 from ddfast.models.layers import num_parameters
 from ddfast.models.llamagen.captions import captions_for
@@ -341,7 +341,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             advice = "it is a training run: use Generator.from_run" if run else _ADVICE
             raise DDFastError(f"{folder} holds no generator of ddfast (no {', '.join(missing)}); {advice}")
         try:
-            card = json.loads(read_text(folder / CONFIG_FILE)).get("card", {})
+            card = parse_json(read_text(folder / CONFIG_FILE)).get("card", {})
         except (ValueError, AttributeError) as error:
             raise DDFastError(f"{folder} holds no generator of ddfast ({CONFIG_FILE}: {error})") from error
         _, teacher, student = open_student(folder, device, silent)

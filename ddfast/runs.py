@@ -19,7 +19,7 @@ from ddfast import env, processes
 from ddfast.config import DD1_PREFIX, FILES, TrainConfig, as_then, plain, read_settings, update
 from ddfast.distill.checkpoints import FOLDER as CHECKPOINTS
 from ddfast.errors import DDFastError
-from ddfast.files import file_sha256, locked, read_text, write_atomically
+from ddfast.files import file_sha256, locked, parse_json, read_text, write_atomically
 from ddfast.messages import say
 from ddfast.models.checkpoint import read_checkpoint
 from ddfast.models.loading import TEACHER_FILES, build_teacher, load_student, load_teacher
@@ -273,7 +273,7 @@ class Stages:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a run's JSON file; a `DDFastError` where it is damaged."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except ValueError as error:
         raise DDFastError(f"{path} is damaged ({error}); delete it and run again") from error
 

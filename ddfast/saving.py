@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ddfast import processes
 from ddfast.errors import DDFastError
-from ddfast.files import check_new, check_writable, sync, write_atomically, writing
+from ddfast.files import check_new, check_writable, parse_json, sync, write_atomically, writing
 from ddfast.messages import say
 from ddfast.models.checkpoint import load_tensors, read_checkpoint, save_tensors
 from ddfast.models.protocol import Teacher
@@ -125,7 +125,7 @@ class Kept:
         if not self.begun():
             return {}
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads((self.folder / SETTINGS).read_text())
+            found = parse_json((self.folder / SETTINGS).read_text())
             if isinstance(found, dict) and found:
                 return found
         what = f"{self.folder / SETTINGS} does not say how it was begun"
@@ -466,7 +466,7 @@ def _ended(there: Callable[[], str]) -> Iterator[None]:
     """What ends the body early says what is there by then."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(there()) from None
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(there()) from None
     except (DDFastError, ValueError, TypeError, OSError) as error:
         raise DDFastError(f"{error}; {there()}") from error

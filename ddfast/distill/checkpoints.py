@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ddfast import processes
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import json_digest, sync, write_atomically, writing
+from ddfast.files import json_digest, parse_json, sync, write_atomically, writing
 from ddfast.messages import warn
 
 FOLDER = "checkpoints"
@@ -183,7 +183,7 @@ def _written_here(folder: Path) -> list[str]:
 def _read_state(place: Path) -> tuple[dict[str, Any], str]:
     """A checkpoint's state, and what is wrong with it."""
     try:
-        state = json.loads((place / STATE).read_text())
+        state = parse_json((place / STATE).read_text())
         if state.pop("seal", None) not in (None, json_digest(state)):  # those of before have none
             return {}, f"{STATE}: its digest differs"
         missing = [name for name in state["files"] if not (place / name).exists()]

@@ -25,7 +25,7 @@ from ddfast import processes
 from ddfast.errors import DDFastError, first_line
 from ddfast.evaluation.images import Pictured
 from ddfast.evaluation.resizing import clip_resize
-from ddfast.files import file_sha256, read_text
+from ddfast.files import file_sha256, parse_json, read_text
 from ddfast.models.checkpoint import load_tensors
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -134,7 +134,7 @@ def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     file = folder / "preprocessor_config.json"
     if file.is_file():
         try:
-            said = json.loads(read_text(file))
+            said = parse_json(read_text(file))
             made = [torch.tensor(said[name], dtype=torch.float32) for name in ("image_mean", "image_std")]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DDFastError(f"{file}: no settings of an image processor: {first_line(error)}") from error

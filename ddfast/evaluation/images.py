@@ -10,7 +10,6 @@ Dimensions: B batch, H height, W width.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import zipfile
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from ddfast import processes
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import read_text
+from ddfast.files import parse_json, read_text
 from ddfast.pictures import SETTINGS
 from ddfast.progress import Progress, silent
 
@@ -243,7 +242,7 @@ def member(path: Path, name: str, option: str) -> Iterator[tuple[IO[bytes], tupl
 def _settings(text: str, path: Path) -> dict[str, Any]:
     """Of a JSON object, as `ddfast sample` writes it beside its images or into their file."""
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise DDFastError(f"{path} is damaged ({error}): what it says of its images cannot be read") from error
     if not isinstance(found, dict):

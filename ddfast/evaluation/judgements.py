@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.errors import DDFastError
-from ddfast.files import read_text
+from ddfast.files import parse_json, read_text
 from ddfast.portable import base_name
 
 TITLES = {
@@ -71,7 +71,7 @@ def read_judgement(path: Path) -> Judgement:
     """
     expected = "expected a file of `ddfast evaluate --protocol ... --json FILE`"
     try:
-        values = json.loads(read_text(path))
+        values = parse_json(read_text(path))
     except ValueError as error:
         raise DDFastError(f"--beside {path}: is no JSON ({error}); {expected}") from error
     names = [one.name for one in dataclasses.fields(Judgement)]

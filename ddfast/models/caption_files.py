@@ -7,13 +7,12 @@ the order of the images: what is measured on 30,000 captions takes the first 30,
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import read_text
+from ddfast.files import parse_json, read_text
 from ddfast.models.checkpoint import read_checkpoint
 
 _LARGEST_FILE = 2**30
@@ -62,7 +61,7 @@ def read_texts(path: Path) -> list[str]:
     text = read_text(path)
     if path.suffix.lower() == ".json" or text.lstrip()[:1] == "{":
         try:
-            return coco_captions(json.loads(text))
+            return coco_captions(parse_json(text))
         except RecursionError:
             raise DDFastError(f"{path} is no file of captions in COCO's format: too deeply nested") from None
         except ValueError as error:  # of the JSON, of one of its numbers, or of what it holds

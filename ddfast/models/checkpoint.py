@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddfast import private_api, processes
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import bytes_digest, json_digest, read_text, write_atomically
+from ddfast.files import bytes_digest, json_digest, parse_json, read_text, write_atomically
 from ddfast.messages import say
 from ddfast.models.layers import stacked_rows
 
@@ -120,6 +120,8 @@ class StoredTensor:
         Raises:
             DDFastError: the file cannot be read, was written into since it was opened, or is damaged.
         """
+        if self.dtype.itemsize * math.prod(self.shape) > self.file.state[0]:  # before memory for it is asked for
+            raise DDFastError(f"{self.file.path} is damaged: a tensor claims more bytes than the file has; {_REMEDY}")
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         flat = torch.empty(span if math.prod(self.shape) else 0, dtype=self.dtype, device="cpu")
         content = memoryview(flat.view(torch.uint8).numpy().data)
@@ -293,7 +295,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             about = file.metadata() or {}
         opened.raw.seek(0)
         length = int.from_bytes(opened.raw.read(8), "little")
-        header = json.loads(opened.raw.read(length))
+        header = parse_json(opened.raw.read(length))
     except (SafetensorError, ValueError, OSError) as error:
         reason = f"{first_line(error)}; copy or download it again"
         raise DDFastError(f"{path} is not a readable safetensors file, cut short or damaged: {reason}") from error
@@ -314,7 +316,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             digest=digests.get(name, ""),
         )
     try:
-        parsed = json.loads(about.get("config", "{}"))
+        parsed = parse_json(about.get("config", "{}"))
     except ValueError:
         parsed = {}
     return content, parsed if isinstance(parsed, dict) else {}
@@ -328,7 +330,7 @@ def _checked_digests(path: Path, header: Mapping[str, Any], about: Mapping[str, 
             raise DDFastError(f"{path} is damaged (its header's digest differs); {_REMEDY}")
         if written != str(FORMAT):
             raise DDFastError(f"{path} is of format {written}, this ddfast reads {FORMAT}: install a newer one")
-        return dict(json.loads(about["digests"]))
+        return dict(parse_json(about["digests"]))
     return {}
 
 
@@ -399,7 +401,7 @@ def _stored(content: Any, file: _File) -> Any:
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        files = set(json.loads(read_text(path))["weight_map"].values())
+        files = set(parse_json(read_text(path))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DDFastError(f"{path} is no index of checkpoint files: {first_line(error)}") from error
     content: dict[str, Any] = {}

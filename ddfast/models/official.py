@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ddfast.errors import DDFastError
-from ddfast.files import read_text
+from ddfast.files import parse_json, read_text
 from ddfast.messages import say
 from ddfast.models.checkpoint import INDEX_SUFFIX, AnyTensor, tensors_of
 
@@ -285,7 +284,7 @@ def stored_settings(content: Mapping[Any, Any], header: Mapping[str, Any], path:
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a config.json; a `DDFastError` where it is damaged."""
     try:
-        values = json.loads(read_text(path))
+        values = parse_json(read_text(path))
     except ValueError as error:
         raise DDFastError(f"{path} is damaged ({error}); restore it, or delete it and give the settings") from error
     return values if isinstance(values, dict) else {}

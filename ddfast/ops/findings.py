@@ -21,7 +21,7 @@ import torch
 
 from ddfast import env, messages
 from ddfast.errors import DDFastError
-from ddfast.files import write_atomically
+from ddfast.files import parse_json, write_atomically
 from ddfast.ops import native
 
 FILE = "kernels.json"
@@ -189,7 +189,7 @@ def forget_orders(device: torch.device) -> int:
 def _load(file: Path, *, quiet: bool = False) -> dict[str, Any]:
     """The file's machines; nothing where it is missing, damaged or of another format."""
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
         machines = content["machines"] if content["format"] == _FORMAT else {}
         for machine in machines.values():
             for verdict in machine.get("verdicts", {}).values():

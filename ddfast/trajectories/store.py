@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddfast.errors import DDFastError
-from ddfast.files import write_atomically
+from ddfast.files import parse_json, write_atomically
 from ddfast.ops import noise
 
 FORMAT = 1
@@ -99,7 +99,7 @@ class TrajectoryStore:
         """
         path = Path(path)
         try:
-            found = json.loads((path / MANIFEST).read_text())
+            found = parse_json((path / MANIFEST).read_text())
             if found.get("format") != FORMAT:
                 raise DDFastError(f"{path} is a store of format {found.get('format')}; this ddfast reads {FORMAT}")
             return cls(path, StoreSettings(**found))

@@ -22,6 +22,7 @@ from ddfast import cli, pipeline
 from ddfast.config import update
 from ddfast.distill.tracking import METRICS
 from ddfast.hub import Generator
+from ddfast.models.digits import classifier
 from ddfast.models.loading import build_teacher
 from ddfast.ops import findings
 from ddfast.recipes import get_recipe
@@ -31,7 +32,9 @@ _FEW = ["--evaluation.samples=100", "--evaluation.paths=0", "--evaluation.batch-
 
 
 def _command(base: str, *arguments: object) -> int:
-    return in_this_process(Path(base) / "cache", *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "_ITERATIONS", 3)  # as `prepare` makes it
+        return in_this_process(Path(base) / "cache", *arguments)
 
 
 def _train(base: str, work: str, method: str) -> int:
