@@ -57,7 +57,7 @@ def _gpu(index: int) -> list[str]:
     major, minor = torch.cuda.get_device_capability(index)
     lines = [f"GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}"]
     lines += [f"  {name}: {state(index)[1]}" for name, state in _STATES.items()]
-    if major < 8:
+    if not native.multiplies_matrices(index):
         lines.append("  bfloat16: PyTorch emulates it on this GPU; --dd1.precision float32 and the like are faster")
     return lines
 
