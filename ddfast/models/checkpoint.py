@@ -36,6 +36,7 @@ from ddfast.errors import DDFastError, first_line
 from ddfast.files import bytes_digest, json_digest, parse_json, read_text, write_atomically
 from ddfast.messages import say
 from ddfast.models.layers import stacked_rows
+from ddfast.ops.common import check_finite
 
 INDEX_SUFFIX = ".index.json"
 """Of the file that tells in which of several files a tensor is (Hugging Face)."""
@@ -491,8 +492,13 @@ def state_problems(expected: Mapping[str, Tensor], tensors: Mapping[str, AnyTens
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """`module.load_state_dict`, strict, with one error that names every tensor that does not fit."""
+    """`module.load_state_dict`, strict, with one error that names every tensor that does not fit.
+
+    Raises:
+        DDFastError: tensors are missing, unexpected or of another shape; or one holds NaN or infinite values.
+    """
     _check_state(module, tensors, source)
+    _check_values(tensors, source)
     module.load_state_dict(tensors)
 
 
@@ -500,6 +506,16 @@ def _check_state(module: nn.Module, tensors: Mapping[str, AnyTensor], source: ob
     problems = state_problems(module.state_dict(), tensors)
     if problems:
         raise DDFastError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
+
+
+def _check_values(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Weights of a training that diverged are told where they are read: the likeliest of NaN is some code too."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            try:
+                check_finite(name, tensor)
+            except ValueError as error:
+                raise DDFastError(f"{source} is of no use: {error}; train or download it again") from error
 
 
 def build_around(
@@ -525,7 +541,8 @@ def build_around(
         beside: the rest of its state, whose types stay.
 
     Raises:
-        DDFastError: tensors are missing, unexpected or of another shape; each is listed.
+        DDFastError: tensors are missing, unexpected or of another shape; each is listed. One holds NaN or infinite
+            values.
     """
     endings = tuple(derived)
     kept = {name: value for name, value in tensors.items() if not (endings and name.endswith(endings))}
@@ -535,6 +552,7 @@ def build_around(
     _check_state(module, {**kept, **beside}, source)
     read = _stacked(module, kept, dtype)
     read |= {name: cast_float(read_tensor(value), dtype) for name, value in kept.items()}
+    _check_values(read, source)
     module.load_state_dict({**_unshared(read), **beside}, assign=True)
     for child in module.modules():
         derive = getattr(child, "derive_buffers", None)

@@ -41,6 +41,7 @@ class Fault:
         kinds: of events that count.
         detail: the signal's number, or the errno.
         lasts: to the end; else it is one event.
+        harmless: nothing may come of it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Fault:
     kinds: int
     detail: int = 0
     lasts: bool = False
+    harmless: bool = False
 
 
 FAULTS = {
@@ -59,15 +61,18 @@ FAULTS = {
         Fault(name="disk full", what=3, kinds=WRITE | CREATE, detail=errno.ENOSPC, lasts=True),
         Fault(name="disk full for a moment", what=3, kinds=WRITE, detail=errno.ENOSPC),
         Fault(name="read-only", what=3, kinds=CREATE | RENAME | REMOVE, detail=errno.EROFS, lasts=True),
-        Fault(name="short write", what=4, kinds=WRITE, lasts=True),
+        Fault(name="short write", what=4, kinds=WRITE, lasts=True, harmless=True),
         Fault(name="failed fsync", what=3, kinds=SYNC, detail=errno.EIO),
         Fault(name="failed rename", what=3, kinds=RENAME, detail=errno.EIO),
         Fault(name="failed removal", what=3, kinds=REMOVE, detail=errno.EIO),
         Fault(name="out of memory", what=3, kinds=MEMORY, detail=errno.ENOMEM),
-        Fault(name="clock set back", what=5, kinds=CLOCK, lasts=True),
+        Fault(name="clock set back", what=5, kinds=CLOCK, lasts=True, harmless=True),
     )
 }
 """By their names."""
+
+FULL_TEMPORARY = Fault(name="full /tmp", what=3, kinds=_ALL, detail=errno.ENOSPC, lasts=True, harmless=True)
+"""For a process's own folder of temporary files."""
 
 NOTHING = Fault(name="nothing", what=0, kinds=_ALL)
 
@@ -100,22 +105,25 @@ class Server:
         )  # fmt: skip
 
     def run(
-        self, function: str, *arguments: object, below: Path, fault: Fault = NOTHING, at: int = 0, limit: float = 120
-    ) -> Ended:
+        self, function: str, *arguments: object, below: Path | None = None, fault: Fault = NOTHING, at: int = 0,
+        limit: float = 120,
+    ) -> Ended:  # fmt: skip
         """Run a function with a fault.
 
         Args:
             function: "module:name"; what it returns is the exit code.
             arguments: as strings.
-            below: folder whose files' events count.
+            below: folder whose files' events count; None: the one of the process's temporary files.
             fault: what goes wrong.
             at: at which of its events, from 0.
             limit: seconds after which it is killed.
         """
         assert self.process.stdin and self.process.stdout
         last = _FOREVER if fault.lasts else at
-        choice = [str(below.resolve()), fault.what, fault.kinds, fault.detail, at, last]
         with tempfile.TemporaryDirectory() as place:
+            temporary = Path(place, "tmp")
+            temporary.mkdir()
+            choice = [str((below or temporary).resolve()), fault.what, fault.kinds, fault.detail, at, last]
             request = {"function": function, "arguments": [*map(str, arguments)], "inject": choice, "place": place}
             self.process.stdin.write(json.dumps({**request, "limit": limit}) + "\n")
             self.process.stdin.flush()
@@ -176,6 +184,7 @@ def _run(request: dict[str, Any], injector: Any) -> None:
     os.dup2(nothing, 0)
     for descriptor, name in ((1, "out"), (2, "errors")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(place / "tmp")
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     try:
         module, _, name = request["function"].partition(":")

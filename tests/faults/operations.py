@@ -16,6 +16,7 @@ import pytest
 import torch
 from commands import TINY, in_this_process
 from commands import prepare as prepare_cache
+from injection import NOTHING, SYNC, WRITE, Ended, Fault, Server
 from training import SIZES, without_times
 
 from ddfast import cli, pipeline
@@ -160,12 +161,18 @@ class Operation:
         function: of this module, by its name.
         start: folders and files of `base` that are in `work` before it, by their new names.
         again: whether the same call goes on, or says that all is there; else it refuses what is there.
+        never: kinds of events that it does not have.
     """
 
     title: str
     function: str
     start: Mapping[str, str] = field(default_factory=dict)
     again: bool = True
+    never: int = 0
+
+    def meets(self, fault: Fault) -> bool:
+        """Whether a fault can come while it is done."""
+        return bool(fault.kinds & ~self.never)
 
 
 OPERATIONS = {
@@ -227,3 +234,41 @@ def result(work: Path) -> dict[str, str]:
             data = data.replace(str(work).encode(), b"")
         found[name] = hashlib.sha256(data).hexdigest()[:16]
     return found
+
+
+def start(operation: Operation, base: Path, work: Path) -> Path:
+    """A folder with what is there before the operation."""
+    work.mkdir(parents=True)
+    for source, name in operation.start.items():
+        shutil.copytree(base / source, work / name)
+    return work
+
+
+def run(server: Server, operation: Operation, base: Path, work: Path, fault: Fault = NOTHING, at: int = 0):
+    return server.run(f"operations:{operation.function}", base, work, below=work, fault=fault, at=at)
+
+
+class Undisturbed:
+    """Results of operations, and how many events each has; made when first asked for."""
+
+    def __init__(self, server: Server, base: Path, root: Path) -> None:
+        self.server, self.base, self.root = server, base, root
+        self.results: dict[str, dict[str, str]] = {}
+        self.events: dict[tuple[str, int], int] = {}
+
+    def of(self, operation: Operation) -> dict[str, str]:
+        if operation.function not in self.results:
+            work = start(operation, self.base, self.root / operation.function)
+            ended = run(self.server, operation, self.base, work)
+            assert ended.code == 0, ended.errors
+            self.results[operation.function] = result(work)
+        return self.results[operation.function]
+
+    def count(self, operation: Operation, kinds: int) -> int:
+        """Events of some kinds."""
+        key = operation.function, kinds
+        if key not in self.events:
+            fault = Fault(name="counted", what=0, kinds=kinds)
+            work = start(operation, self.base, self.root / f"{operation.function}-{kinds}")
+            self.events[key] = run(self.server, operation, self.base, work, fault).events
+        return self.events[key]
