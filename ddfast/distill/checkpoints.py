@@ -28,6 +28,9 @@ from ddfast.messages import warn
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+FORMAT = 1
+"""Of `state.json`; those of before have none."""
+
 KEPT = 2
 """Checkpoints of a stage: a run keeps its last ones."""
 
@@ -70,7 +73,7 @@ class Checkpoints:
         digests = {name: digest for part in processes.gather(mine) for name, digest in part.items()}
 
         def finish() -> None:
-            header = {"stage": self.stage, "identity": self.identity, **state, "files": digests}
+            header = {"format": FORMAT, "stage": self.stage, "identity": self.identity, **state, "files": digests}
             header["seal"] = json_digest(header)
             with writing(place):
                 write_atomically(temporary / STATE, json.dumps(header, indent=2) + "\n")
@@ -97,7 +100,7 @@ class Checkpoints:
         """The last checkpoint of the stage that is whole, and its state; None: there is none. All processes call this.
 
         Raises:
-            DDFastError: it is of other settings, or those that are there are all damaged.
+            DDFastError: it is of another format or other settings, or those that are there are all damaged.
         """
         found = processes.first_does(self._all)
         for place in found:
@@ -110,6 +113,10 @@ class Checkpoints:
             if damage:
                 warn(f"{place} is damaged ({damage}): the checkpoint before it is used")
                 continue
+            if state.get("format", FORMAT) != FORMAT:
+                raise DDFastError(
+                    f"{place} is of format {state['format']}, this ddfast reads {FORMAT}: install a newer one"
+                )
             if state.get("identity") != self.identity:
                 raise DDFastError(
                     f"{place} belongs to a run with other settings; choose another --out or delete the folder"
