@@ -31,7 +31,7 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # texts may have names in them, and a process may live long
 def warn_once(text: str) -> None:
     """`warn`, but of the same text only once."""
     warn(text)

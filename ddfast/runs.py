@@ -170,7 +170,7 @@ def hashed_files(config: TrainConfig) -> dict[str, dict[str, str]]:
     }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _sha256(path: Path, changed: int) -> str:
     """Of a file's content; a run asks more than once, and two gigabytes take seconds."""
     return file_sha256(path)
