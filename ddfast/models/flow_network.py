@@ -173,7 +173,7 @@ class FlowNetwork(Student):
         """What every run of the generator makes; later ones read the codes made before, without gradient."""
         found = [self._made(condition, noise, noise)]
         for _ in range(self.recycles):
-            made = self.codebook[nearest_code(found[-1][0].detach(), self.codebook)]
+            made = self.nearest(found[-1][0].detach())
             found.append(self._made(condition, noise, torch.cat((noise, made), dim=-1)))
         return found
 
@@ -195,7 +195,7 @@ class FlowNetwork(Student):
             raise ValueError(f"steps: got a pass from point {point}; DD2's generator starts from noise alone, (0,)")
         made = self.generate(condition, noise)[0]
         border = made.shape[1] if split is None else self.teacher.group_starts()[split]
-        codes = self.codebook[nearest_code(made[:, :border].contiguous(), self.codebook)]
+        codes = self.nearest(made[:, :border].contiguous())
         return codes if border == made.shape[1] else torch.cat((codes, made[:, border:]), dim=1)
 
     def settings(self, steps: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -201,7 +202,8 @@ class Student(nn.Module, ABC):
             float32 [B, N, D].
 
         Raises:
-            TypeError, ValueError: an argument is not as above, or has no effect.
+            TypeError, ValueError: an argument is not as above, or has no effect; or the result holds NaN or infinite
+                values, where a training diverged, or half precision does not reach.
         """
         count, teacher = len(self.groups), self.teacher
         points = tuple(steps) if isinstance(steps, (tuple, list)) else ()
@@ -242,7 +244,19 @@ class Student(nn.Module, ABC):
                 x = self.codebook[
                     refined(teacher, condition, noise, nearest_code(x, self.codebook), refine, **given)[0]
                 ]
+        if not bool(x.isfinite().all()):
+            raise ValueError("the student's samples hold NaN or infinite values; check its weights and precision")
         return x.clone()  # outside inference mode, so that samples can enter a training graph
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Embeddings [..., D] of the most likely codes by logits [..., V]; NaN where these are: an index hides it."""
+        best, codes = logits.max(-1)
+        return self.codebook[codes].masked_fill(~best.isfinite()[..., None], math.nan)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Embeddings [..., D] of the codes nearest to x [..., D]; NaN where x is."""
+        made = self.codebook[nearest_code(x, self.codebook)]
+        return made.masked_fill(~x.isfinite().all(-1, keepdim=True), math.nan)
 
     def involve_teacher(
         self, condition: Condition, noise: Tensor, x: Tensor, teacher_range: tuple[int, int], **generation: Any
@@ -345,7 +359,7 @@ class DD1Student(Student):
         for _ in range(self.recycles):
             logits = self.code_logits(hidden, context)
             yield hidden, context, logits
-            made = torch.where(self.data_mask(t, len(x))[..., None], x, self.codebook[logits.argmax(-1)])
+            made = torch.where(self.data_mask(t, len(x))[..., None], x, self.likeliest(logits))
             hidden, context = self.features(condition, torch.cat((x, made), dim=-1), t)
         yield hidden, context, None
 
@@ -384,7 +398,7 @@ class DD1Student(Student):
         hidden, context = self.last_run(condition, given, point)
         parts = [x[:, :first]] if first else []
         if border > first:
-            parts.append(self.codebook[self.code_logits(hidden[:, first:border], context).argmax(-1)])
+            parts.append(self.likeliest(self.code_logits(hidden[:, first:border], context)))
         if border < count:
             parts.append(self.continuous(hidden[:, border:], context))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -21,11 +21,8 @@ import operations
 import pytest
 from injection import FAULTS, Server
 from operations import _command as command
-from operations import _library as library
 from training import SIZES
 
-from ddfast import pipeline
-from ddfast.hub import Generator
 from ddfast.models.checkpoint import digest, load_tensors
 from ddfast.runs import METRICS_JSON
 
@@ -78,8 +75,7 @@ def verdicts(base: str, work: str) -> int:
 def numbers(folder: Path) -> dict[str, str]:
     """What the files' tensors are."""
     return {
-        str(path.relative_to(folder)): digest(load_tensors(path)[0])
-        for path in sorted(folder.rglob("*.safetensors"))
+        str(path.relative_to(folder)): digest(load_tensors(path)[0]) for path in sorted(folder.rglob("*.safetensors"))
     }
 
 

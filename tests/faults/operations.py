@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import TINY, in_this_process
 from commands import prepare as prepare_cache
-from injection import NOTHING, SYNC, WRITE, Ended, Fault, Server
+from injection import NOTHING, Fault, Server
 from training import SIZES, without_times
 
 from ddfast import cli, pipeline
@@ -234,6 +234,14 @@ def result(work: Path) -> dict[str, str]:
             data = data.replace(str(work).encode(), b"")
         found[name] = hashlib.sha256(data).hexdigest()[:16]
     return found
+
+
+def each(*quick: str) -> list:
+    """Every operation as a parameter of a test; `make test` has those named."""
+    return [
+        pytest.param(operation, id=name, marks=() if name in quick else pytest.mark.full)
+        for name, operation in OPERATIONS.items()
+    ]
 
 
 def start(operation: Operation, base: Path, work: Path) -> Path:

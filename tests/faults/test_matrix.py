@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from injection import FAULTS, FULL_TEMPORARY
-from operations import OPERATIONS, Operation, result, run, start
+from operations import OPERATIONS, Operation, each, result, run, start
 
 PLACES = 2
 """Of each fault in each operation."""
@@ -83,8 +83,7 @@ def half(name: str, digest: str, whole: dict[str, str], operation: Operation) ->
     return whole.get(name) != digest
 
 
-@pytest.mark.parametrize("operation", [pytest.param(operation, id=name, marks=() if name == "pairs" else pytest.mark.full)
-                                       for name, operation in OPERATIONS.items()])  # fmt: skip
+@pytest.mark.parametrize("operation", each("pairs"))
 def test_a_full_tmp_harms_nothing(server, base, undisturbed, tmp_path, operation):
     """Results go through no folder of temporary files."""
     work = start(operation, base, tmp_path / "work")

@@ -6,10 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import injection
 import pytest
-from operations import OPERATIONS, result, run, start
-
-QUICK = ("hub_save", "verdicts")
-
+from operations import each, result, run, start
 
 @pytest.fixture(scope="module")
 def second(server, tmp_path_factory):
@@ -17,8 +14,7 @@ def second(server, tmp_path_factory):
         yield running
 
 
-@pytest.mark.parametrize("operation", [pytest.param(operation, id=name, marks=() if name in QUICK else pytest.mark.full)
-                                       for name, operation in OPERATIONS.items()])  # fmt: skip
+@pytest.mark.parametrize("operation", each("hub_save", "verdicts"))
 def test_nothing_is_mixed(server, second, base, undisturbed, tmp_path, operation):
     work = start(operation, base, tmp_path / "work")
     with ThreadPoolExecutor(2) as both:

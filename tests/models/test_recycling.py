@@ -12,6 +12,8 @@ from ddfast.distill.batch import Batch, Part
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.dd2 import Matching
 from ddfast.distill.method import Roles
+from ddfast.models import flow_network
+from ddfast.models import student as student_module
 from ddfast.models.loading import load_student, save_student, start_student, student_class
 from ddfast.models.student import Student
 from ddfast.ops import nearest_code
@@ -176,3 +178,24 @@ def test_a_run_of_before_goes_on():
     of_before = {field.name: getattr(config.dd1, field.name) for field in dataclasses.fields(config.dd1)}
     del of_before["recycles"]
     assert config_hash(config.dd1) == config_hash(of_before)
+
+
+@pytest.mark.parametrize("recycles", [0, 1])
+@methods
+@cases
+def test_samples_of_nan_are_an_error_on_any_device(name, method, recycles, monkeypatch):
+    """No code stands for them, though an index is found for everything: `argmax` takes NaN for the largest."""
+    teacher = TEACHERS[name]()
+    student = randomised(student_of(teacher, method, recycles))
+    condition, noise = condition_of(teacher, 3), noise_of(teacher, 3)
+
+    def as_on_a_gpu(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        return nearest_code(x.nan_to_num(0, 0, 0), codebook)
+
+    for module in (student_module, flow_network):
+        monkeypatch.setattr(module, "nearest_code", as_on_a_gpu, raising=False)
+    student.sample(condition, noise)
+    with torch.no_grad():
+        max(student.parameters(), key=torch.numel)[0] = torch.nan  # a block's: heads may be without use
+    with pytest.raises(ValueError, match="samples hold NaN or infinite values"):
+        student.sample(condition, noise)
