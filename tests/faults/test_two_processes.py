@@ -8,6 +8,7 @@ import injection
 import pytest
 from operations import each, result, run, start
 
+
 @pytest.fixture(scope="module")
 def second(server, tmp_path_factory):
     with injection.server(tmp_path_factory.mktemp("second")) as running:
