@@ -161,6 +161,7 @@ class Operation:
         function: of this module, by its name.
         start: folders and files of `base` that are in `work` before it, by their new names.
         again: whether the same call goes on, or says that all is there; else it refuses what is there.
+        keeps: whether what was done before a fault is kept, and the same call does the rest alone.
         never: kinds of events that it does not have.
     """
 
@@ -168,6 +169,7 @@ class Operation:
     function: str
     start: Mapping[str, str] = field(default_factory=dict)
     again: bool = True
+    keeps: bool = False
     never: int = 0
 
     def meets(self, fault: Fault) -> bool:
@@ -178,20 +180,20 @@ class Operation:
 OPERATIONS = {
     operation.function: operation
     for operation in (
-        Operation(title="make pairs", function="pairs"),
-        Operation(title="train DD1, its checkpoints", function="dd1", start={"run/trajectories": "run/trajectories"}),
-        Operation(title="train DD2, its checkpoints", function="dd2", start={"run/trajectories": "run/trajectories"}),
-        Operation(title="report of a run", function="report", start={"done": "run"}),
+        Operation(title="make pairs", function="pairs", keeps=True),
+        Operation(title="train DD1", function="dd1", keeps=True, start={"run/trajectories": "run/trajectories"}),
+        Operation(title="train DD2", function="dd2", keeps=True, start={"run/trajectories": "run/trajectories"}),
+        Operation(title="judge a run", function="report", keeps=True, start={"done": "run"}),
         Operation(title="evaluate", function="evaluate", again=False),
         Operation(title="convert", function="convert", again=False),
-        Operation(title="sample codes", function="sample_codes", again=False),
-        Operation(title="sample to npz", function="sample_npz", again=False),
-        Operation(title="sample pictures", function="sample_files"),
+        Operation(title="sample codes", function="sample_codes", again=False, keeps=True),
+        Operation(title="sample npz", function="sample_npz", again=False, keeps=True),
+        Operation(title="sample files", function="sample_files", keeps=True),
         Operation(title="sample a grid", function="sample_grid", again=False),
         Operation(title="hub save", function="hub_save"),
         Operation(title="hub load", function="hub_load"),
-        Operation(title="cache of trained teachers", function="teacher_cache"),
-        Operation(title="table of verified kernels", function="verdicts"),
+        Operation(title="cached teacher", function="teacher_cache"),
+        Operation(title="kernels' verdicts", function="verdicts"),
     )
 }
 """All that write, by their function."""

@@ -57,6 +57,9 @@ FILES = {
 }  # fmt: skip
 """What is damaged: the operation that reads it, its path, and what it is swapped with."""
 
+MADE_AGAIN = {"trained teacher", "classifier", "samples kept", "verified kernels"}
+"""Of these; where another is not as it was written, it is refused, or a checkpoint before it is used."""
+
 INTERRUPTED = {
     "checkpoint's tensors": 0.7,
     "checkpoint's index": 0.7,
@@ -102,7 +105,8 @@ def test_damage_is_never_used(server, base, undisturbed, tmp_path, file, kind, p
 
     ended = run(server, operation, folders["base"], folders["work"])
     assert "Traceback" not in ended.errors, ended
-    if ended.code == 0:
+    if ended.code == 0 or file in MADE_AGAIN:
+        assert ended.code == 0, ended
         assert result(folders["work"]) == whole, (damaged, ended)
         return
     assert ended.code == 1, ended

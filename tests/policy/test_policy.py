@@ -409,7 +409,7 @@ def test_no_path_of_a_developers_machine():
         path = ROOT / name
         if path.suffix in {".safetensors", ".pt", ".pth", ".png", ".json"} or not path.exists():
             continue
-        text = path.read_text()
+        text = path.read_text(errors="replace")  # checkpoints' files are no text
         assert not pattern.search(of_images.sub("", text) if name in about_images else text), name
 
 
@@ -424,7 +424,9 @@ def test_every_citation_points_into_the_repository():
         path = ROOT / name
         if path.suffix not in {".py", ".md", ".cu", ".h", ".cpp", ".toml", ".sh", ".txt", ""} or not path.is_file():
             continue
-        text = re.sub(r"\n[ \t]*(?:#|//|\*)?[ \t]*", " ", path.read_text())  # a citation may go on in the next line
+        text = re.sub(
+            r"\n[ \t]*(?:#|//|\*)?[ \t]*", " ", path.read_text(errors="replace")
+        )  # may go on in the next line
         for cited, number, title in PAGE.findall(text):
             page = cited.removeprefix("](")
             if page == "README.md":  # a hub folder's card is one too
