@@ -237,9 +237,10 @@ def is_whole_png(path: Path) -> bool:
 
 
 def _read_part(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a batch that was kept; None: it is missing or damaged."""
+    """The tensors of a batch that was kept; None: it is missing or damaged, or another one has its name."""
     with contextlib.suppress(DDFastError):
-        return load_tensors(path)[0]
+        tensors, about = load_tensors(path)
+        return tensors if about.get("first", int(path.stem)) == int(path.stem) else None
     return None
 
 
@@ -321,7 +322,8 @@ class _Parts(_Form):
 
     def take(self, batch: Samples) -> None:
         tensors = self.tensors(batch) | {"condition": batch.condition.cpu()}
-        save_tensors(self.kept.part(int(batch.number[0])), tensors, {})
+        first = int(batch.number[0])
+        save_tensors(self.kept.part(first), tensors, {"first": first})
 
     def finish(self) -> None:
         processes.wait()

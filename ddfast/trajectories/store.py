@@ -162,7 +162,7 @@ class TrajectoryStore:
         """The tensors of one shard, after comparing them with their checksum.
 
         Raises:
-            DDFastError: the shard is missing or damaged.
+            DDFastError: the shard is missing or damaged, or another one has its name.
         """
         path = self.shard_path(shard)
         if not path.exists():
@@ -175,6 +175,8 @@ class TrajectoryStore:
             raise DDFastError(f"{path} is damaged ({error}); delete it and run again to remake it") from error
         if written != checksum(tensors):
             raise DDFastError(f"{path} is damaged (its checksum differs); delete it and run again to remake it")
+        if not torch.equal(tensors["index"], self.indices(shard)):
+            raise DDFastError(f"{path} holds other samples than its name says; delete it and run again to remake it")
         return tensors
 
     def load(self, count: int | None = None) -> Trajectories:

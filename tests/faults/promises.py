@@ -167,20 +167,20 @@ BEGINNING = """# Reliability
 
 <!-- made by tests/faults/promises.py -->
 
-What is promised when machines, disks and files are as they are, and the test that holds ddfast to it. Faults are injected
-from outside, into what a process asks of the system, at places drawn from a seed: {injected} in {operations} operations,
-and {damages} damaged files (`make test-all`; `make test` has each fault once). Empty cells: the operation has no such
-event, or the fault does not concern it.
+What is promised when machines, disks and files are as they are, and the test that holds ddfast to it. Faults are
+injected from outside, into what a process asks of the system, at places drawn from a seed: {injected} in
+{operations} operations, and {damages} damaged files (`make test-all`; `make test` has each fault once). Empty
+cells: the operation has no such event, or the fault does not concern it.
 
 """
 
-DAMAGED = """SIGTERM ends a command with exit code 75 and Ctrl-C with 130, after the line that says how to go on; an error with 1. A rank
-that is silent for `--limit` seconds counts as dead.
+DAMAGED = """SIGTERM ends a command with exit code 75 and Ctrl-C with 130, after the line that says how to go on; errors
+end it with 1. A rank that is silent for `--limit` seconds counts as dead.
 
 ## Damaged files
 
-Each cut short, with a changed bit, with zeros in it, empty, missing, or swapped with another file of its kind. It is never
-used: files of ddfast hold a digest of every tensor, and of what else they say.
+Each cut short, with a changed bit, with zeros in it, empty, missing, or swapped with another file of its kind. It
+is never used: files of ddfast hold a digest of every tensor, and of what else they say.
 
 """
 
@@ -193,10 +193,10 @@ No file runs code, leads out of its folder, or is given the memory that it claim
 
 ## Versions of files
 
-Stores, checkpoints, students, hub folders, cached teachers and the table of verified kernels carry the number of their
-format. Files without one, of before, are read; files of a later one are refused by a line that says so. Files of every
-format that there was are kept (`tests/data/formats`), and every change of ddfast is held to reading them and to going on
-from them.
+Stores, checkpoints, students, hub folders, cached teachers and the table of verified kernels carry the number of
+their format. Files without one, of before, are read; files of a later one are refused by a line that says so.
+Files of every format that there was are kept (`tests/data/formats`), and every change of ddfast is held to
+reading them and to going on from them.
 """
 """What the tables do not say."""
 
