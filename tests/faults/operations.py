@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import TINY, in_this_process
 from commands import prepare as prepare_cache
-from injection import NOTHING, Fault, Server
+from injection import CLOCK, MEMORY, NOTHING, REMOVE, Fault, Server
 from training import SIZES, without_times
 
 from ddfast import cli, pipeline
@@ -162,7 +162,7 @@ class Operation:
         start: folders and files of `base` that are in `work` before it, by their new names.
         again: whether the same call goes on, or says that all is there; else it refuses what is there.
         keeps: whether what was done before a fault is kept, and the same call does the rest alone.
-        never: kinds of events that it does not have.
+        never: kinds of events that it does not have (or the test alone has).
     """
 
     title: str
@@ -180,20 +180,20 @@ class Operation:
 OPERATIONS = {
     operation.function: operation
     for operation in (
-        Operation(title="make pairs", function="pairs", keeps=True),
+        Operation(title="make pairs", function="pairs", keeps=True, never=CLOCK | REMOVE),
         Operation(title="train DD1", function="dd1", keeps=True, start={"run/trajectories": "run/trajectories"}),
         Operation(title="train DD2", function="dd2", keeps=True, start={"run/trajectories": "run/trajectories"}),
-        Operation(title="judge a run", function="report", keeps=True, start={"done": "run"}),
-        Operation(title="evaluate", function="evaluate", again=False),
-        Operation(title="convert", function="convert", again=False),
-        Operation(title="sample codes", function="sample_codes", again=False, keeps=True),
-        Operation(title="sample npz", function="sample_npz", again=False, keeps=True),
-        Operation(title="sample files", function="sample_files", keeps=True),
-        Operation(title="sample a grid", function="sample_grid", again=False),
-        Operation(title="hub save", function="hub_save"),
-        Operation(title="hub load", function="hub_load"),
-        Operation(title="cached teacher", function="teacher_cache"),
-        Operation(title="kernels' verdicts", function="verdicts"),
+        Operation(title="judge a run", function="report", keeps=True, start={"done": "run"}, never=REMOVE),
+        Operation(title="evaluate", function="evaluate", again=False, never=REMOVE),
+        Operation(title="convert", function="convert", again=False, never=CLOCK | REMOVE),
+        Operation(title="sample codes", function="sample_codes", again=False, keeps=True, never=CLOCK),
+        Operation(title="sample npz", function="sample_npz", again=False, keeps=True, never=CLOCK),
+        Operation(title="sample files", function="sample_files", keeps=True, never=CLOCK),
+        Operation(title="sample a grid", function="sample_grid", again=False, never=CLOCK | REMOVE),
+        Operation(title="hub save", function="hub_save", never=CLOCK),
+        Operation(title="hub load", function="hub_load", never=~MEMORY),
+        Operation(title="cached teacher", function="teacher_cache", never=REMOVE),
+        Operation(title="kernels' verdicts", function="verdicts", never=CLOCK | REMOVE),
     )
 }
 """All that write, by their function."""

@@ -26,7 +26,7 @@ def cells() -> list:
     found = []
     for operation in OPERATIONS.values():
         for number, fault in enumerate(FAULTS.values()):
-            for place in range(PLACES):
+            for place in range(PLACES if operation.meets(fault) else 0):
                 quick = place == 0 and operation.function == QUICK[number % len(QUICK)]
                 name = f"{operation.function}-{fault.name}-{place}"
                 found.append(pytest.param(operation, fault, place, id=name, marks=() if quick else pytest.mark.full))
@@ -37,9 +37,7 @@ def cells() -> list:
 def test_nothing_is_lost(server, base, undisturbed, tmp_path, operation, fault, place):
     whole = undisturbed.of(operation)
     events = undisturbed.count(operation, fault.kinds)
-    assert bool(events) == operation.meets(fault)
-    if not events:
-        return
+    assert events
     at = random.Random(f"{operation.function} {fault.name} {place}").randrange(events)
     work = start(operation, base, tmp_path / "work")
     before = result(work)
