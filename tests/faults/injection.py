@@ -180,6 +180,7 @@ def _waited(child: int, limit: float) -> int:
 
 def _run(request: dict[str, Any], injector: Any) -> None:
     place, code = Path(request["place"]), 99
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     for descriptor, name in ((1, "out"), (2, "errors")):
