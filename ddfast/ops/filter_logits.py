@@ -77,13 +77,15 @@ def cfg_rows(logits: Tensor, uncond: Tensor | None, cfg_scale: float | Tensor) -
         common.check_number("cfg_scale", cfg_scale)
         if not -math.inf < cfg_scale < math.inf:
             raise ValueError(f"cfg_scale: got {cfg_scale}, expected a finite number")
-    elif cfg_scale.dtype == torch.bool or cfg_scale.is_complex():
-        raise TypeError(f"cfg_scale: got dtype {cfg_scale.dtype}, expected numbers")
+    else:
+        common.check_tensor("cfg_scale", cfg_scale)
+        if cfg_scale.dtype == torch.bool or cfg_scale.is_complex():
+            raise TypeError(f"cfg_scale: got dtype {cfg_scale.dtype}, expected numbers")
     if uncond is None:
         return None
     dtype = common.compute_dtype(logits, uncond)
     if isinstance(cfg_scale, Tensor):
-        scale = cfg_scale.detach().to(logits.device, dtype)
+        scale = common.moved("cfg_scale", cfg_scale.detach(), logits, dtype)
     else:
         scale = common.scalar(cfg_scale, dtype, logits.device)
     try:
@@ -136,7 +138,8 @@ def check_filtered(
         if tensor is not None and common.bad_row(common.rows_of(tensor)[status : status + 1]) == 0:
             common.check_rows(name, status)
     if uncond is not None:
-        raise ValueError(f"uncond: row {status} is -inf where logits are not, or too far from them; expected finite")
+        apart = "uncond and logits are not -inf at the same places, or too far from each other"
+        raise ValueError(f"uncond: row {status} cannot be guided by its scale: {apart}")
     raise ValueError(f"temperature: got {temperature}, at which row {status} of logits overflows")
 
 
@@ -149,7 +152,7 @@ def row_views(
     """
     if uncond is not None and uncond.dtype != logits.dtype:
         logits, uncond = logits.float(), uncond.float()
-    scale = None if cfg_scale is None else cfg_scale.reshape(-1).float().contiguous()
+    scale = None if cfg_scale is None else common.float_vector(cfg_scale)
     return common.rows_of(logits), None if uncond is None else common.rows_of(uncond), scale
 
 

@@ -18,6 +18,9 @@ SOLVERS = {"euler": 1, "dpm2m": 2, "dpm3m": 3, "heun": 4}
 DEFAULT_STEPS = 20
 DEFAULT_SOLVER = "dpm3m"
 
+MOST_STEPS = 2**20
+"""Far more than change any code: what asks for as many more is a mistake, which would be told of by nothing but time."""
+
 _START_SPREADS = 8.0
 """The grid starts at this multiple of the token's own spread; docs/numerics.md has the measurements."""
 
@@ -65,16 +68,16 @@ def flow_sample(
     return codes, codebook[codes]
 
 
-def check_flow(noise: Tensor, codebook: Tensor, steps: int, solver: str) -> None:
-    """Raise the user's error where a flow argument is out of its range."""
-    common.check_float("noise", noise)
+def check_flow(noise: Tensor, codebook: Tensor, steps: int, solver: str, like: Tensor | None = None) -> None:
+    """Raise the user's error where a flow argument is out of its range, or not on the device of `like`."""
+    common.check_float("noise", noise, like)
     if noise.dim() < 1:
         raise ValueError("noise: got a scalar, expected shape [..., d]")
     common.check_codebook(codebook, noise.shape[-1], noise)
     common.check_number("steps", steps, Integral)
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1")
-    if solver not in SOLVERS:
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps: got {steps}, expected from 1 to {MOST_STEPS}")
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
 
 
@@ -161,7 +164,7 @@ def cuda_flow(
     """Call `launch` of the CUDA module on rows described by its leading arguments."""
     kernels, geometry = native.cuda, codebook_geometry(codebook, wait=False)
     assert kernels is not None
-    eps, codes, place = common.float_rows(noise), codebook.float().contiguous(), common.launch_place(out)
+    eps, codes, place = common.float_rows(noise), common.float_rows(codebook), common.launch_place(out)
     size = kernels.flow_scratch_bytes(len(eps), *codes.shape, top_k, top_p, 0, place[0])
     scratch = out.new_empty(size, dtype=torch.uint8)
     getattr(kernels, launch)(
@@ -176,7 +179,7 @@ def native_flow_arguments(
     noise: Tensor, codebook: Tensor, codes_out: Tensor, steps: int, solver: str
 ) -> tuple[tuple[int | float | bool, ...], list[Tensor]]:
     """The native modules' trailing arguments (early exit on), and the tensors that must outlive the call."""
-    eps, codes = common.float_rows(noise), codebook.float().contiguous()
+    eps, codes = common.float_rows(noise), common.float_rows(codebook)
     geometry = codebook_geometry(codebook)
     arguments = (
         eps.data_ptr(),

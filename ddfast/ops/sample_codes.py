@@ -84,7 +84,7 @@ def only_codes(
 ) -> Tensor:
     """The codes of `sample_codes` without their embeddings: a launch less, for who looks none up."""
     check_filter(logits, uncond, temperature, top_k, top_p)
-    check_flow(noise, codebook, steps, solver)
+    check_flow(noise, codebook, steps, solver, logits)
     common.check_shape("logits", logits, (*noise.shape[:-1], codebook.shape[0]))
     scale = cfg_rows(logits, uncond, cfg_scale)
     return _op(

@@ -34,6 +34,7 @@ from torch import Tensor
 from ddfast import ops
 from ddfast.errors import DDFastError
 from ddfast.ops import dispatch
+from ddfast.ops.flow_sample import MOST_STEPS
 from ddfast.ops.tolerance import TOLERANCE
 
 REFUSALS = (ValueError, TypeError, DDFastError)
@@ -54,7 +55,7 @@ class Case:
     arguments: Arguments
     changes: list[str] = field(default_factory=list)
     refusable: bool = False  # a change may be refused
-    spoilt: dict[str, int] = field(default_factory=dict)  # argument -> row of it that holds a value out of the ordinary
+    spoilt: list[tuple[str, int]] = field(default_factory=list)  # (argument, row of it that holds an odd value)
 
     def __str__(self) -> str:
         settings = {name: value for name, value in self.arguments.items() if not isinstance(value, Tensor)}
@@ -120,9 +121,9 @@ class Draw:
         if self.maybe(0.4):
             found["temperature"] = self.of(0.25, 0.9, 1.0, 1.7, 4.0)
         if self.maybe(0.4):
-            found["uncond"] = self.normal(*shape)
+            found["uncond"] = self.normal(*shape)  # where logits are -inf, a scale of 0 or less leads nowhere
             found["cfg_scale"] = self.of(
-                0.0, 1.0, 1.5, 4, torch.full(shape[:-1], 1.5, dtype=torch.float32), torch.tensor(2.0)
+                0.25, 1.0, 1.5, 4, torch.full(shape[:-1], 1.5, dtype=torch.float32), torch.tensor(2.0)
             )
         return found
 
@@ -131,7 +132,7 @@ def nearest_code(draw: Draw) -> Arguments:
     num_codes, dim = draw.of(draw.size(), 4097) if draw.maybe(0.1) else draw.size(), draw.size()
     codebook = draw.normal(num_codes, dim)
     if draw.maybe(0.3):
-        codebook[num_codes // 2 :] = codebook[: num_codes - num_codes // 2]
+        codebook[num_codes // 2 :] = codebook[: num_codes - num_codes // 2].clone()
     return {"x": draw.normal(*draw.lead(), dim), "codebook": codebook, "cosine": draw.of(False, True)}
 
 
@@ -192,7 +193,7 @@ def decode_attention(draw: Draw) -> Arguments:
 
 
 def add_norm(draw: Draw) -> Arguments:
-    rows, length, width = draw.of(0, 1, 2, 3), draw.of(0, 1, 2, 5), draw.of(2, 3, 8, 16, 33, 64)
+    rows, length, width = draw.of(0, 1, 2, 3), draw.of(0, 1, 2, 5), draw.of(8, 16, 33, 64)
     found: Arguments = {"x": draw.normal(rows, length, width), "branch": None, "eps": draw.of(1e-5, 1e-3, 1)}
     if draw.maybe(0.6):
         found["branch"] = draw.normal(rows, length, width)
@@ -277,6 +278,15 @@ def outputs_of(op: str, a: Arguments) -> list[tuple[tuple[int, ...], torch.dtype
     return [((*lead, *a["shape"]), torch.float32)]
 
 
+LAYERS = ("add_norm", "norm_linear", "append_normed", "decode_attention", "activate")
+
+
+def mixed(op: str, a: Arguments) -> bool:
+    """Whether a layer was given several dtypes, of which it makes what PyTorch's promotion does."""
+    dtypes = {value.dtype for name, value in a.items() if is_plain(value) and value.is_floating_point()}
+    return op in LAYERS[:3] and len(dtypes) > 1
+
+
 def exactly(op: str, a: Arguments) -> tuple[list[Tensor], Arguments]:
     """The float64 reference's result and its arguments, of which caches are written."""
     wide = {name: _wide(name, value) for name, value in a.items()}
@@ -338,19 +348,22 @@ def compare(case: Case, found: list[Tensor], given: Arguments) -> None:
         for part, (one, other) in enumerate(zip(found, exact, strict=True)):
             near(f"result {part}", one[rows], other[rows], tolerance(op, dtype) * (1 + other[rows].abs()))
         for name in TABLE[op].written:
-            near(name, case.arguments[name][rows], wide[name][rows], tolerance(op, dtype) * (1 + wide[name][rows].abs()))
+            cache = case.arguments[name]
+            allowed = max(tolerance(op, dtype), tolerance(op, cache.dtype)) * (1 + wide[name][rows].abs())
+            near(name, cache[rows], wide[name][rows], allowed)
 
 
 def sane_rows(case: Case, given: Arguments) -> Any:
     """An index of the rows whose arguments are all of the ordinary kind; every one of an argument for all has none."""
     if not case.spoilt:
         return ...
-    if any(name not in TABLE[case.op].rows for name in case.spoilt):
-        return slice(0, 0)
-    lead = given[next(iter(case.spoilt))].shape
+    first = given[TABLE[case.op].rows[0]]
+    lead = first.shape[: first.dim() - (case.op not in LAYERS)]
     keep = torch.ones(lead[:1], dtype=torch.bool)
-    for row in case.spoilt.values():
-        keep[row] = False
+    if not lead or any(name not in TABLE[case.op].rows for name, _ in case.spoilt):
+        return torch.zeros_like(keep)
+    for _, row in case.spoilt:
+        keep[row : row + 1] = False
     return keep
 
 
@@ -459,13 +472,15 @@ def repeated(value: Tensor) -> Tensor:
 
 def negated(value: Tensor) -> Tensor:
     """The same numbers, of which the memory holds the negatives."""
-    return torch._neg_view(-value) if value.is_floating_point() else value
+    if value.dtype not in (torch.float32, torch.float64):
+        return value
+    return torch.complex(torch.zeros_like(value), -value).conj().imag
 
 
 def misaligned(value: Tensor) -> Tensor:
     """The same numbers at an address that their size does not divide."""
     room = torch.zeros(value.numel() * value.element_size() + 1, dtype=torch.uint8).numpy()
-    if not value.numel() or value.dtype in (torch.bfloat16,) or not value.is_floating_point():
+    if not value.numel() or value.dtype not in (torch.float16, torch.float32, torch.float64):
         return value
     view = torch.from_numpy(room[1:].view(str(value.dtype).removeprefix("torch.")))
     return view.copy_(value.reshape(-1)).view(value.shape)
@@ -545,7 +560,8 @@ def change(case: Case, draw: Draw) -> None:
     name = draw.of(*names) if kind != "setting" else draw.of(*settings)
     if kind == "bearable":
         how = draw.of(*BEARABLE)
-        a[name] = BEARABLE[how](a[name])
+        with contextlib.suppress(NotImplementedError):  # what PyTorch does not make itself, of float8 for example
+            a[name] = BEARABLE[how](a[name])
         # Caches must be contiguous, only x takes a gradient, and a repeated row may have nothing left.
         case.refusable |= name in TABLE[case.op].written or how in ("a parameter", "with a gradient", "repeated")
         case.refusable |= how == "expanded"
@@ -567,26 +583,28 @@ def change(case: Case, draw: Draw) -> None:
             return
         value = draw.of(*VALUES)
         how = f"with a {value}"
-        a[name] = a[name].clone()
+        a[name] = a[name].clone(memory_format=torch.contiguous_format)
         place = draw.random.randrange(a[name].numel())
         a[name].view(-1)[place] = value
-        case.spoilt[name] = place // max(1, a[name].numel() // len(a[name]))
+        case.spoilt.append((name, place // max(1, a[name].numel() // len(a[name]))))
         case.refusable = True
     elif kind == "setting":
         value = draw.of(*ODD_NUMBERS)
         if name == "shape":
             value = draw.of(value, (value,), (value, 0), [2, value], (2**20, 2**20), (2**63, 0), (2**40, 0), "ab")
-        if name == "steps" and isinstance(value, (int, np.integer)) and 10**5 < value < 2**63:
-            value = 10**5  # asked for, and given: it takes its time
+        if name == "steps" and isinstance(value, (int, np.integer)) and 100 < value < MOST_STEPS:
+            value = 100  # asked for, and given: it takes its time
         how, a[name] = f"{value!r}", value
         case.refusable = True
+        if name == "scale" and isinstance(value, float) and abs(value) > 1e6:  # of which scores overflow
+            case.spoilt.append((name, 0))
     else:
         other = draw.of(*names)
         one, two = a[name], a[other]
         if name == other or one.shape != two.shape or one.dtype != two.dtype:
             return
         how, a[name] = f"the memory of {other}", two if draw.maybe(0.5) else two.view(two.shape)
-        case.refusable |= name in TABLE[case.op].written or other in TABLE[case.op].written
+        case.refusable = True
     case.changes.append(f"{name} {how}")
 
 
@@ -646,7 +664,8 @@ def make(op: str, number: int) -> tuple[Case, Draw]:
 
 
 def is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided and value.is_cpu
+    return isinstance(value, Tensor) and not (value.is_nested or value.is_quantized) and value.layout == torch.strided \
+        and value.is_cpu  # fmt: skip
 
 
 def memory_of(value: Tensor) -> Tensor:
@@ -693,7 +712,7 @@ def run(op: str, number: int) -> str:
                 raise Finding(f"{name} was written to")
         expected = outputs_of(op, given)
         for part, (result, (shape, dtype)) in enumerate(zip(found, expected, strict=True)):
-            if tuple(result.shape) != tuple(shape) or result.dtype != dtype:
+            if tuple(result.shape) != tuple(shape) or (result.dtype != dtype and not mixed(op, given)):
                 raise Finding(f"result {part} is {result.dtype} {list(result.shape)}, not {dtype} {list(shape)}")
         if any(isinstance(value, Tensor) and value.is_meta for value in a.values()):
             if not all(result.is_meta for result in found):
