@@ -56,7 +56,7 @@ def _activate(x: Tensor, times: Tensor | None, kind: str, backend: str) -> Tenso
     if chosen == "reference" or x.numel() == 0:
         return activate_reference(x, times, kind).contiguous()  # as `_fake` says
     out = _fake(x)
-    x, times = _rows(x, times)
+    x, times = _rows(x.resolve_neg(), None if times is None else times.resolve_neg())
     if chosen == "triton":
         native.triton("activate").activate(x, times, out, kind)
         return out

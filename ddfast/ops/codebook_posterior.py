@@ -76,7 +76,7 @@ def _times(t: Tensor | float, x: Tensor, *others: Tensor) -> Tensor:
     dtype = common.compute_dtype(x, *others)
     if isinstance(t, Tensor):
         common.check_float("t", t)
-        time = common.moved("t", t, x, dtype)
+        time = common.moved("t", t, x.device, dtype)
     else:
         common.check_number("t", t)
         _check_range(t, t)
@@ -157,6 +157,8 @@ def _codebook_posterior(
             norm[start:].data_ptr(),
             *rows.sizes,
         )
+        if status >= 0 and common.bad_row(rows.log_probs[status : status + 1]) < 0:
+            raise ValueError(f"x: row {start + status} is too far from all codes at its t, for float32")
         common.check_rows("log_probs", status)
     x0_hat.copy_(out.view(x.shape))
     log_norm.copy_(norm.view(x.shape[:-1]))

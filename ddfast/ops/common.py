@@ -151,6 +151,9 @@ _NUMBERS = (float, Integral, np.floating)
 """Not every Real: a schema takes no fraction."""
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def check_tensor(name: str, tensor: object) -> None:
     """`tensor` is one, whose numbers lie in memory as its strides say."""
     if not isinstance(tensor, Tensor):
@@ -182,11 +185,11 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + length * tensor.element_size()
 
 
-def moved(name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of few numbers as the computation has it, where `like` is."""
-    if tensor.is_meta and not like.is_meta:
+def moved(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of few numbers as the computation has it, and where."""
+    if tensor.is_meta and device.type != "meta":
         raise ValueError(f"{name}: got device meta, expected a tensor that has values")
-    return tensor.to(like.device, dtype)
+    return tensor.to(device, dtype)
 
 
 def check_float(name: str, tensor: object, like: Tensor | None = None) -> None:
@@ -209,13 +212,20 @@ def check_number(name: str, value: object, kind: type = Real, *, below: int = 2*
         expected = "an integer" if kind is Integral else "a number"
         raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
     if isinstance(value, Integral) and not -(2**63) <= value < below:
-        bits = int(value).bit_length()  # which may be too many for Python to write the digits
-        got = f"an integer of {bits} bits" if bits > 128 else value
-        raise ValueError(f"{name}: got {got}, expected an integer from -2^63 to {below - 1}")
+        raise ValueError(f"{name}: got {shown(value)}, expected from -2^63 to {below - 1}")
+
+
+def check_factor(name: str, value: object) -> None:
+    """`value` is a finite number of float32, in which kernels multiply by it."""
+    check_number(name, value)
+    if not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value}, expected a finite number of float32")
 
 
 def shown(value: object) -> str:
     """Type and value in one line, of arrays too."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write too many digits
+        return f"int of {value.bit_length()} bits"
     text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) < 80 else text[:76] + ' ...'}"
 

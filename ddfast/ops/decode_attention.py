@@ -52,9 +52,7 @@ def decode_attention(
     _check(qkv, keys, values, position, rope, first)
     if scale is None:
         scale = keys.shape[3] ** -0.5
-    common.check_number("scale", scale)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: got {scale}, expected a finite number")
+    common.check_factor("scale", scale)
     return decode_attention_unchecked(qkv.detach(), keys, values, position, rope, first, scale, backend)
 
 

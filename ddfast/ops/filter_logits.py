@@ -74,18 +74,16 @@ def check_filter(logits: Tensor, uncond: Tensor | None, temperature: float, top_
 def cfg_rows(logits: Tensor, uncond: Tensor | None, cfg_scale: float | Tensor) -> Tensor | None:
     """The guidance scale of every row, [...] in the dtype of the computation; None where there is nothing to guide."""
     if not isinstance(cfg_scale, Tensor):
-        common.check_number("cfg_scale", cfg_scale)
-        if not -math.inf < cfg_scale < math.inf:
-            raise ValueError(f"cfg_scale: got {cfg_scale}, expected a finite number")
+        common.check_factor("cfg_scale", cfg_scale)
     else:
         common.check_tensor("cfg_scale", cfg_scale)
-        if cfg_scale.dtype == torch.bool or cfg_scale.is_complex():
+        if cfg_scale.dtype == torch.bool or cfg_scale.is_complex() or cfg_scale.is_quantized:
             raise TypeError(f"cfg_scale: got dtype {cfg_scale.dtype}, expected numbers")
     if uncond is None:
         return None
     dtype = common.compute_dtype(logits, uncond)
     if isinstance(cfg_scale, Tensor):
-        scale = common.moved("cfg_scale", cfg_scale.detach(), logits, dtype)
+        scale = common.moved("cfg_scale", cfg_scale.detach(), logits.device, dtype)
     else:
         scale = common.scalar(cfg_scale, dtype, logits.device)
     try:
@@ -116,8 +114,9 @@ def filter_logits_reference(
         kth_largest = guided.topk(top_k, dim=-1).values[..., -1:]
         guided = guided.masked_fill(guided < kth_largest, -math.inf)
     if top_p < 1.0:
-        probs, order = guided.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        mass_before = probs.double().cumsum(-1).roll(1, dims=-1)
+        # By the logits: probabilities may be equal where those are not.
+        descending, order = guided.sort(dim=-1, descending=True, stable=True)
+        mass_before = descending.softmax(-1).double().cumsum(-1).roll(1, dims=-1)
         mass_before[..., 0] = -1.0  # the first entry always stays
         dropped = torch.zeros_like(guided, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
         guided = guided.masked_fill(dropped, -math.inf)

@@ -25,6 +25,9 @@ _SIGMA_MIN_FRACTION = 1 / 8
 docs/method.md section 3 (Solving the flow)."""
 
 
+_SCALES = (1e-15, 1e15)
+
+
 class CodebookGeometry(NamedTuple):
     """Distances within a codebook.
 
@@ -53,7 +56,8 @@ def codebook_geometry(codebook: Tensor, *, wait: bool = True) -> CodebookGeometr
     Without `wait`, the memory of a GPU is not looked at if a version counter tells of writes.
 
     Raises:
-        ValueError: the codebook has NaN or infinite values.
+        ValueError: the codebook has NaN or infinite values, or codes so far apart, or so near each other, that float32
+            does not hold the squares.
     """
     memory, layout = private_api.storage_key(codebook), (codebook.storage_offset(), codebook.shape, codebook.stride())
     key, version = (memory, *layout, codebook.dtype), private_api.writes(codebook)
@@ -98,6 +102,9 @@ def _compute(codebook: Tensor) -> CodebookGeometry:
             torch.arange(len(rows), dtype=torch.int64), torch.arange(start, start + len(rows), dtype=torch.int64)
         ] = torch.inf
         nearest[start : start + _CHUNK] = distance.amin(-1)
+    if kept.dtype != torch.float64 and not (radius == 0.0 or _SCALES[0] <= radius <= _SCALES[1]):
+        expected = f"from {_SCALES[0]:g} to {_SCALES[1]:g}, whose squares float32 holds"
+        raise ValueError(f"codebook: got codes up to {radius:g} from their mean, expected {expected}")
     diameter = 2 * radius
     typical = float(nearest.median()) if num_codes > 1 else 1.0
     # A codebook of mostly duplicated codes has no neighbour distance to speak of: fall back on its size.

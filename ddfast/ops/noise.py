@@ -54,13 +54,19 @@ def noise(
         common.check_number("shape", size, Integral)
     if any(size < 0 for size in shape) or math.prod(shape) >= 2**34:
         raise ValueError(f"shape: got {tuple(shape)}, expected non-negative sizes and fewer than 2^34 elements")
+    if device is not None:
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError, ValueError):
+            raise ValueError(f"device: got {common.shown(device)}, expected one such as 'cpu'") from None
     if isinstance(index, Tensor):
+        common.check_tensor("index", index)
         if index.dtype != torch.int64:
             raise TypeError(f"index: got dtype {index.dtype}, expected int64")
-        index = index.to(device or index.device)
+        index = common.moved("index", index, index.device if device is None else device, torch.int64)
     elif isinstance(index, Integral) and not isinstance(index, bool):
         common.check_number("index", index, Integral)
-        index = common.scalar(index, torch.int64, device or "cpu")
+        index = common.scalar(index, torch.int64, "cpu" if device is None else device)
     else:
         raise TypeError(f"index: got {type(index).__name__}, expected an int or an int64 tensor")
     signed = seed - 2**64 if seed >= 2**63 else seed  # the bits as a schema's int can hold them
