@@ -78,7 +78,7 @@ void check_address(const char* name, Address address, int64_t elements, Address 
   if (elements > 0 && address == 0) throw std::invalid_argument(std::string(name) + ": got no address");
   if (address % alignment)
     throw std::invalid_argument(std::string(name) + ": got an address that " + std::to_string(alignment) +
-                                " does not divide, the size of an element");
+                                " does not divide, the size of an element: clone() has another");
 }
 
 template <class T>

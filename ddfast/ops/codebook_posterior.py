@@ -11,7 +11,6 @@ from torch import Tensor
 from ddfast.ops import common, native
 from ddfast.ops.forms import score_from_x0, velocity_from_x0
 
-
 LEAST_TIME = 1e-12
 """Distances are divided by the square of a time: of smaller ones the quotients leave float32's range."""
 

@@ -18,8 +18,11 @@ SOLVERS = {"euler": 1, "dpm2m": 2, "dpm3m": 3, "heun": 4}
 DEFAULT_STEPS = 20
 DEFAULT_SOLVER = "dpm3m"
 
+MOST_NOISE = 1e15
+"""Of larger values, which no normal distribution draws, products with the codes leave float32's range."""
+
 MOST_STEPS = 2**20
-"""Far more than change any code: what asks for as many more is a mistake, which would be told of by nothing but time."""
+"""Far more than change any code: what asks for as many more is a mistake, of which nothing but time would tell."""
 
 _START_SPREADS = 8.0
 """The grid starts at this multiple of the token's own spread; docs/numerics.md has the measurements."""
@@ -79,6 +82,14 @@ def check_flow(noise: Tensor, codebook: Tensor, steps: int, solver: str, like: T
         raise ValueError(f"steps: got {steps}, expected from 1 to {MOST_STEPS}")
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
+
+
+def check_noise_row(noise: Tensor, row: int) -> None:
+    """Raise if a row that a kernel could not use, by its status, or any (row -1) has noise of another kind."""
+    rows = common.rows_of(noise)
+    largest = float((rows if row < 0 else rows[row]).abs().amax())
+    if largest > MOST_NOISE:
+        raise ValueError(f"noise: got values of up to {largest:g}, expected at most {MOST_NOISE:g}")
 
 
 def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str) -> Tensor:
@@ -207,6 +218,7 @@ def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int,
         common.check_finite("noise", noise)
     rows = common.rows_of(log_probs)
     if chosen == "reference":
+        check_noise_row(noise, -1)
         common.check_rows("log_probs", common.bad_row(rows))
         return flow_sample_reference(log_probs, noise, codebook, steps, solver)
     if chosen == "triton":
@@ -221,6 +233,8 @@ def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int,
     assert native.cpu is not None
     arguments, _alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.flow_sample(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.stride(0), *arguments)
+    if status >= 0:
+        check_noise_row(noise, status)
     common.check_rows("log_probs", status)
     return out
 

@@ -47,6 +47,8 @@ class CodebookGeometry(NamedTuple):
     codes: Tensor
 
 
+_MOST_CODEBOOKS = 32
+
 _cache: dict[tuple, tuple[StorageWeakRef, int, CodebookGeometry]] = {}
 
 
@@ -69,6 +71,10 @@ def codebook_geometry(codebook: Tensor, *, wait: bool = True) -> CodebookGeometr
     for stale in [k for k, (reference, _, _) in list(_cache.items()) if reference.expired()]:
         _cache.pop(stale, None)
     geometry = _compute(codebook)
+    # Views of one memory live as long as it does. Not those of a GPU: a graph may read a geometry where it lies.
+    on_cpu = [k for k, (_, _, kept) in list(_cache.items()) if kept.codes.is_cpu]
+    for oldest in on_cpu[: 1 - _MOST_CODEBOOKS]:
+        _cache.pop(oldest, None)
     _cache[key] = (StorageWeakRef(codebook.untyped_storage()), version, geometry)
     return geometry
 
