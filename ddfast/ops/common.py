@@ -164,7 +164,12 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def check_written(name: str, tensor: Tensor, *others: Tensor) -> None:
-    """`tensor` may be written to where it is, and what it shares memory with is none of the others."""
+    """`tensor` may be written to where it is, and what it shares memory with is none of the others.
+
+    What traces or transforms a call has tensors without memory, of which there is nothing to ask.
+    """
+    if torch.compiler.is_compiling() or private_api.is_watched() or private_api.is_fake(tensor):
+        return
     if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, expected a detached tensor, which can be written to")
     if tensor.is_neg():
@@ -211,7 +216,7 @@ def check_number(name: str, value: object, kind: type = Real, *, below: int = 2*
     if isinstance(value, bool) or not isinstance(value, kind) or not isinstance(value, _NUMBERS):
         expected = "an integer" if kind is Integral else "a number"
         raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
-    if isinstance(value, Integral) and not -(2**63) <= value < below:
+    if isinstance(value, Integral) and not -(2**63) <= value < below:  # type: ignore[operator]
         raise ValueError(f"{name}: got {shown(value)}, expected from -2^63 to {below - 1}")
 
 
