@@ -170,7 +170,7 @@ def check_written(name: str, tensor: Tensor, *others: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or private_api.is_watched() or private_api.is_fake(tensor):
         return
-    if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
+    if tensor.requires_grad and private_api.base(tensor).is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, expected a detached tensor, which can be written to")
     if tensor.is_neg():
         raise ValueError(f"{name}: got a view of negatives, as of conj().imag, expected a tensor of its own numbers")

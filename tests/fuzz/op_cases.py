@@ -555,6 +555,13 @@ def tensor_names(a: Arguments) -> list[str]:
     return [name for name, value in a.items() if type(value) is Tensor and is_plain(value)]
 
 
+def is_extreme(name: str, value: Any) -> bool:
+    """Whether an op may take a number and have no finite result: scores overflow, or a variance of 0 stays 0."""
+    if not isinstance(value, float):
+        return False
+    return (name == "scale" and abs(value) > 1e6) or (name == "eps" and value < 1e-30)
+
+
 def change(case: Case, draw: Draw) -> None:
     """One change of a case."""
     a = case.arguments
@@ -603,7 +610,7 @@ def change(case: Case, draw: Draw) -> None:
             value = 100  # asked for, and given: it takes its time
         how, a[name] = f"{value!r}", value
         case.refusable = True
-        if name == "scale" and isinstance(value, float) and abs(value) > 1e6:  # of which scores overflow
+        if is_extreme(name, value):
             case.spoilt.append((name, 0))
     else:
         other = draw.of(*names)
