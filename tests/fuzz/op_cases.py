@@ -576,6 +576,8 @@ def change(case: Case, draw: Draw) -> None:
             a[name] = BEARABLE[how](a[name])
         # Caches must be contiguous, only x takes a gradient, and a repeated row may have nothing left.
         case.refusable |= name in TABLE[case.op].written or how in ("a parameter", "with a gradient", "repeated")
+        if how == "expanded" and any(name == spoilt for spoilt, _ in case.spoilt):
+            case.spoilt += [(name, row) for row in range(len(a[name]))]
         case.refusable |= how in ("expanded", "misaligned")  # a kernel takes no such address, a reference does
     elif kind == "dtype":
         dtype = draw.dtype()

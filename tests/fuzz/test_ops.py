@@ -143,6 +143,14 @@ def test_a_vector_too_far_from_all_codes_is_not_blamed_on_the_probabilities() ->
         ops.codebook_posterior(x, 0.5, normal(2, 5).log_softmax(-1), normal(5, 3), backend="cpu")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["gelu", "silu"])
+def test_activations_end_at_zero(backend: str, kind: str) -> None:
+    """The kernel's quotient was -1.8 at the largest of negative numbers."""
+    x = torch.tensor([-3e38, -1e30, -1e5], dtype=torch.float32)
+    assert float(ops.activate(x, kind=kind, backend=backend).abs().max()) < 1e-30
+
+
 def test_steps_have_an_end() -> None:
     with pytest.raises(ValueError, match="steps: got 1099511627776, expected from 1 to 1048576"):
         ops.flow_sample(normal(2, 5).log_softmax(-1), normal(2, 3), normal(5, 3), steps=2**40)
