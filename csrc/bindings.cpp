@@ -126,7 +126,7 @@ FilterArgs filter_of(Address logits, int dtype, int64_t row_stride, Address unco
   check_codes(rows, V);
   check(temperature > 0, "temperature", temperature, "a positive number");
   check(top_k >= 0, "top_k", top_k, "0 or more");
-  check(top_p > 0 && top_p <= 1, "top_p", top_p, "0 < top_p <= 1");
+  check(top_p >= 0 && top_p <= 1, "top_p", top_p, "0 <= top_p <= 1");
   FilterArgs args{rows_of("logits", logits, dtype, row_stride, rows, V), {}, nullptr, temperature, top_k, top_p, rows, V};
   if (uncond) {
     args.uncond = rows_of("uncond", uncond, dtype, uncond_row_stride, rows, V);
