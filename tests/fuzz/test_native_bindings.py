@@ -47,9 +47,13 @@ def test_tests_under_sanitizers(under_sanitizers: dict[str, str], tests: str) ->
 
 @pytest.mark.full
 def test_a_read_behind_an_array_ends_a_sanitized_process(under_sanitizers: dict[str, str]) -> None:
-    """So that the tests above can fail: seven floats where eight are said to be."""
+    """So that the tests above can fail: seven floats where eight are said to be.
+
+    Not in AVX-512, whose masked reads g++ does not look at: for those arrays end at a page's end without sanitizers.
+    """
     code = (
         "import numpy as np, ddfast_native as n\n"
+        "n.set_isa('baseline')\n"
         "x, out = np.zeros(7, np.float32), np.zeros(8, np.float32)\n"
         "n.activate(x.ctypes.data, 8, 0, 0, out.ctypes.data, 0, 1, 8, True, 1)\n"
     )
