@@ -13,7 +13,8 @@ static void activate_elements(void* context, int64_t begin, int64_t end) {
     widen(a.x, a.dtype, row * a.x_stride + column, count, x);
     if (a.times) widen(a.times, a.dtype, row * a.times_stride + column, count, times);
     for (int64_t i = 0; i < count; i += W) {
-      const vf v = loada(x + i);
+      // Far below 0 the quotient's limit is 0, which exp(88), the largest there is, makes of no more than -1e4.
+      const vf given = loada(x + i), v = select(given < splat(-1e4f), splat(-1e4f), given);
       const vf slope = a.gelu ? fma(v * v, splat(-2 * 0.79788456f * 0.044715f), splat(-2 * 0.79788456f)) : splat(-1.f);
       vf y = v / (vexp(vmin(v * slope, splat(88.f))) + 1.f);
       if (a.times) y *= loada(times + i);

@@ -315,6 +315,8 @@ static void posterior_sparse_rows(void* context, int64_t begin, int64_t end) {
     }
     if (any(bad) || count == 0) {
       if (!kGrad) report(&s.status, row);
+      if (kGrad)  // which the forward pass has refused
+        for (int64_t k = 0; k < d; ++k) s.dx[row * d + k] = __builtin_nanf("");
       continue;
     }
     for (int64_t i = count; i < round_up(count, W); ++i) {

@@ -11,6 +11,9 @@
 
 enum Solver { kEuler = 1, kMultistep2 = 2, kMultistep3 = 3, kHeun = 4 };
 
+// Of what is larger, which no normal distribution draws, products with the codes leave float32's range.
+constexpr float kMostNoise = 1e15f;
+
 struct Support {  // padded to a multiple of kGroup with codes of log_p = -inf
   int64_t count, padded;
   int32_t* index;          // code of each entry
@@ -202,7 +205,7 @@ static bool is_decided(const Flow& f, const Support& s, const float* u, const Ev
   return gap >= -nearest * (nearest - reach);
 }
 
-// eps finite; returns the entry of the support that the flow reaches.
+// eps at most kMostNoise; returns the entry of the support that the flow reaches.
 static int64_t flow_row(const Flow& f, Support& s, const float* eps, int32_t* evaluations) {
   const FlowArgs& a = *f.args;
   const int64_t d = a.d;
@@ -281,7 +284,7 @@ static void flow_rows(void* context, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const float* eps = a.noise + row * a.d;
     bool finite = true;
-    for (int64_t k = 0; k < a.d; ++k) finite &= eps[k] - eps[k] == 0.f;
+    for (int64_t k = 0; k < a.d; ++k) finite &= __builtin_fabsf(eps[k]) <= kMostNoise;
     if (!finite || !find_support(f, row, s)) {
       report(&f.status, row);
       continue;

@@ -78,6 +78,12 @@ def writes(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else getattr(tensor, "_version", -1)
 
 
+def base(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of, or itself; itself too where nothing tells."""
+    whole = getattr(tensor, "_base", None)
+    return tensor if whole is None else whole
+
+
 def storage_key(tensor: Tensor) -> int:
     """What identifies a tensor's memory as long as that lives."""
     storage = tensor.untyped_storage()

@@ -30,7 +30,7 @@ def activate(x: Tensor, times: Tensor | None = None, *, kind: str, backend: str 
     Autograd: none by a backend that is asked for; "auto" leaves what needs a gradient to PyTorch's functions.
     Raises: `TypeError`/`ValueError`, an argument is not as above.
     """
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected 'gelu' or 'silu'")
     common.check_float("x", x)
     if times is not None:
@@ -56,7 +56,7 @@ def _activate(x: Tensor, times: Tensor | None, kind: str, backend: str) -> Tenso
     if chosen == "reference" or x.numel() == 0:
         return activate_reference(x, times, kind).contiguous()  # as `_fake` says
     out = _fake(x)
-    x, times = _rows(x, times)
+    x, times = _rows(x.resolve_neg(), None if times is None else times.resolve_neg())
     if chosen == "triton":
         native.triton("activate").activate(x, times, out, kind)
         return out

@@ -46,7 +46,7 @@ def add_norm(
     Autograd: through PyTorch's own functions: whatever needs a gradient goes to the reference.
     Raises: `TypeError`/`ValueError`, an argument is not as above.
     """
-    mixed = check_add_norm(x, branch, gate, weight, bias, eps)
+    mixed = check_add_norm(x, branch, gate, weight, bias, eps, rms)
     # There is no kernel for the CPU, where a call of an op costs as much as what it would save. A compiler calls it all
     # the same: PyTorch's norms make eps a part of the graph.
     given = (x, branch, gate, weight, bias)
@@ -76,13 +76,20 @@ def add_norm_unchecked(
 
 
 def check_add_norm(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
 ) -> tuple[str, torch.dtype] | None:
     """Raise the user's error; returns an argument of another dtype than x: under autocast, which is for training."""
     common.check_float("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [rows, sequence, width]")
     common.check_number("eps", eps)
+    common.check_switch("rms", rms)
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a number from 0")
     rows, _, width = x.shape
@@ -115,13 +122,23 @@ def add_norm_reference(
     shape = x.shape[-1:]
     if rms:
         normed = F.rms_norm(x.float(), shape, eps=eps).type_as(x)
-    elif weight is not None and weight.dim() == 1:
+    elif weight is not None and _has_layer_norm(x, weight, bias):
         return x, F.layer_norm(x, shape, weight, bias, eps)
     else:
         normed = F.layer_norm(x, shape, eps=eps)
     if weight is None:
         return x, normed if bias is None else normed + bias
     return x, normed * weight if bias is None else torch.addcmul(bias, normed, weight)
+
+
+def _has_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether PyTorch's own function takes these: vectors for all rows, and few mixtures of dtypes."""
+    if weight.dim() != 1 or (bias is not None and bias.dim() != 1):
+        return False
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return True
+    widened = x.element_size() == 2 and weight.dtype == torch.float32 and (bias is None or bias.dtype == weight.dtype)
+    return widened or torch.is_autocast_enabled(x.device.type)
 
 
 def _add_norm(

@@ -11,6 +11,9 @@ from torch import Tensor
 from ddfast.ops import common, native
 from ddfast.ops.forms import score_from_x0, velocity_from_x0
 
+LEAST_TIME = 1e-12
+"""Distances are divided by the square of a time: of smaller ones the quotients leave float32's range."""
+
 
 def codebook_posterior(
     x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto"
@@ -21,7 +24,7 @@ def codebook_posterior(
 
     Args:
         x: noisy tokens [..., d], any floating dtype.
-        t: flow time in (0, 1] (1 = noise), a number or a tensor broadcastable to [...].
+        t: flow time from 1e-12 to 1 (1 = noise), a number or a tensor broadcastable to [...].
         log_probs: [..., V]; -inf marks filtered codes; need not be normalised. Leading dimensions that only `x` has
             are broadcast without a copy (several noise draws per token: x [m, B, n, d], log_probs [B, n, V]).
         codebook: codes [V, d].
@@ -52,7 +55,7 @@ def codebook_posterior(
         for name, tensor in (("t", time), ("log_probs", log_probs), ("codebook", codebook)):
             if tensor.requires_grad:
                 raise ValueError(f"{name}: requires a gradient, expected a detached tensor (only x is differentiable)")
-    return torch.ops.ddfast.codebook_posterior(x, time, log_probs, codebook, backend)[0]
+    return _op(x, time, log_probs, codebook, backend)[0]
 
 
 def velocity(x: Tensor, t: Tensor | float, log_probs: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
@@ -72,7 +75,7 @@ def _times(t: Tensor | float, x: Tensor, *others: Tensor) -> Tensor:
     dtype = common.compute_dtype(x, *others)
     if isinstance(t, Tensor):
         common.check_float("t", t)
-        time = t.to(x.device, dtype)
+        time = common.moved("t", t, x.device, dtype)
     else:
         common.check_number("t", t)
         _check_range(t, t)
@@ -109,14 +112,14 @@ def _log_weights(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> T
 
 
 def _check_times(t: Tensor) -> None:
-    """t in (0, 1]; only where looking costs no device synchronisation."""
+    """t in [LEAST_TIME, 1]; only where looking costs no device synchronisation."""
     if t.device.type == "cpu" and t.numel():
         _check_range(*(float(bound) for bound in torch.aminmax(t)))
 
 
 def _check_range(low: float, high: float) -> None:
-    if not (low > 0.0 and high <= 1.0):
-        raise ValueError(f"t: got values from {low:g} to {high:g}, expected 0 < t <= 1")
+    if not (low >= LEAST_TIME and high <= 1.0):
+        raise ValueError(f"t: got values from {low:g} to {high:g}, expected {LEAST_TIME:g} <= t <= 1")
 
 
 def _codebook_posterior(
@@ -153,6 +156,8 @@ def _codebook_posterior(
             norm[start:].data_ptr(),
             *rows.sizes,
         )
+        if status >= 0 and common.bad_row(rows.log_probs[status : status + 1]) < 0:
+            raise ValueError(f"x: row {start + status} is too far from all codes at its t, for float32")
         common.check_rows("log_probs", status)
     x0_hat.copy_(out.view(x.shape))
     log_norm.copy_(norm.view(x.shape[:-1]))
@@ -209,9 +214,9 @@ class _Rows:
     def __init__(self, x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> None:
         self.kernels: Any = native.cpu
         self.x = common.float_rows(x)
-        self.t = t.reshape(-1).float().contiguous()
+        self.t = common.float_vector(t)
         self.log_probs = common.rows_of(log_probs)
-        self.codes = codebook.float().contiguous()
+        self.codes = common.float_rows(codebook)
         self.period = math.prod(log_probs.shape[:-1])
         self.starts = range(0, len(self.x), self.period)
         self.sizes = (self.period, *codebook.shape, common.threads())
@@ -246,7 +251,7 @@ def _autograd(ctx: Any, grad: Tensor | None, grad_norm: Tensor | None) -> tuple[
 
 
 _ARGUMENTS = "Tensor x, Tensor t, Tensor log_probs, Tensor codebook"
-common.define(f"codebook_posterior({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _codebook_posterior, _fake)
+_op = common.define(f"codebook_posterior({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _codebook_posterior, _fake)
 common.define(
     f"codebook_posterior_backward(Tensor grad, {_ARGUMENTS}, Tensor x0_hat, Tensor log_norm, str backend) -> Tensor",
     _codebook_posterior_backward,

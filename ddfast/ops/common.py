@@ -7,6 +7,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     """Register one op and return what calls it; `Library.define` and `impl` cost less than `custom_op`.
 
     The dispatcher takes 5 us a call, on a CPU as long as a small kernel. In inference mode, with nothing there that
-    would want to see the op (a compiler, a profiler, a mode, a subclass of Tensor), the implementation is called as it
-    is.
+    would want to see the op (a compiler, a profiler, a mode, a subclass of Tensor, a tensor without memory), the
+    implementation is called as it is.
 
     Under torch.compile the op's floats go in as tensors, by an overload of its own: as numbers they would become part
     of the graph, and every other value would compile anew.
@@ -41,6 +42,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     op = getattr(torch.ops.ddfast, name)
 
     def call(first: Tensor, *rest: Any) -> Any:
+        if not isinstance(rest[-1], str):  # which a schema refuses in a page of its own words
+            raise TypeError(f"backend: got {shown(rest[-1])}, expected a name")
         if torch.compiler.is_compiling():
             given = [first, *rest]
             for number in floats:
@@ -48,7 +51,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
             return op.compiled(*given) if floats else op(*given)
         if not torch.is_inference_mode_enabled():
             return op(first, *rest)
-        if private_api.is_watched() or type(first) is not Tensor:
+        if private_api.is_watched() or type(first) is not Tensor or first.is_meta:
             return op(first, *rest)
         return implementation(first, *rest)
 
@@ -126,6 +129,8 @@ def threads() -> int:
 def rows_of(tensor: Tensor) -> Tensor:
     """[..., K] as [rows, K] with unit stride along K; a copy only where the strides allow no such view."""
     flat = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    if flat.is_neg():  # of numbers whose negatives lie in memory, as those of conj().imag
+        flat = flat.resolve_neg()
     return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
 
 
@@ -134,27 +139,106 @@ def float_rows(tensor: Tensor) -> Tensor:
     return rows_of(tensor).to(torch.float32).contiguous()
 
 
+def float_vector(tensor: Tensor) -> Tensor:
+    """[...] as contiguous float32 [rows]."""
+    return tensor.reshape(-1).float().contiguous().resolve_neg()
+
+
+_FLOATS = frozenset({torch.float64, *native.DTYPE_CODES})
+"""Of the shorter ones PyTorch has few functions, which the references need."""
+
+_NUMBERS = (float, Integral, np.floating)
+"""Not every Real: a schema takes no fraction."""
+
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def check_tensor(name: str, tensor: object) -> None:
-    """`tensor` is one."""
+    """`tensor` is one, whose numbers lie in memory as its strides say."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: got {kind}, expected a dense tensor")
+
+
+def check_written(name: str, tensor: Tensor, *others: Tensor) -> None:
+    """`tensor` may be written to where it is, and what it shares memory with is none of the others.
+
+    What traces or transforms a call has tensors without memory, of which there is nothing to ask.
+    """
+    if torch.compiler.is_compiling() or private_api.is_watched() or private_api.is_fake(tensor):
+        return
+    if tensor.requires_grad and private_api.base(tensor).is_leaf and torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires a gradient, expected a detached tensor, which can be written to")
+    if tensor.is_neg():
+        raise ValueError(f"{name}: got a view of negatives, as of conj().imag, expected a tensor of its own numbers")
+    begin, end = _span(tensor)
+    for other in others:
+        first, last = _span(other)
+        if begin < last and first < end:
+            raise ValueError(f"{name}: got memory that another argument lies in, expected its own, as it is written to")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses between which a tensor's numbers lie; nothing without memory."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return 0, 0
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + length * tensor.element_size()
+
+
+def moved(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of few numbers as the computation has it, and where."""
+    if tensor.is_meta and device.type != "meta":
+        raise ValueError(f"{name}: got device meta, expected a tensor that has values")
+    return tensor.to(device, dtype)
 
 
 def check_float(name: str, tensor: object, like: Tensor | None = None) -> None:
     """`tensor` is a floating-point tensor, on the device of `like`."""
     check_tensor(name, tensor)
     assert isinstance(tensor, Tensor)
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a floating-point tensor")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a floating-point tensor of 16, 32 or 64 bits")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name}: got device {tensor.device}, expected {like.device} as the first argument")
 
 
-def check_number(name: str, value: object, kind: type = Real) -> None:
-    """`value` is a number, or with `kind` Integral a whole one; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, kind):
+def check_number(name: str, value: object, kind: type = Real, *, below: int = 2**63) -> None:
+    """`value` is a number that an op's schema can hold, or with `kind` Integral a whole one; True and False are none.
+
+    Args:
+        below: what whole numbers must not reach; they start at -2^63.
+    """
+    if isinstance(value, bool) or not isinstance(value, kind) or not isinstance(value, _NUMBERS):
         expected = "an integer" if kind is Integral else "a number"
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected {expected}")
+        raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
+    if isinstance(value, Integral) and not -(2**63) <= value < below:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {shown(value)}, expected from -2^63 to {below - 1}")
+
+
+def check_factor(name: str, value: object) -> None:
+    """`value` is a finite number of float32, in which kernels multiply by it."""
+    check_number(name, value)
+    if not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value}, expected a finite number of float32")
+
+
+def shown(value: object) -> str:
+    """Type and value in one line, of arrays too."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write too many digits
+        return f"int of {value.bit_length()} bits"
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text if len(text) < 80 else text[:76] + ' ...'}"
+
+
+def check_switch(name: str, value: object) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {shown(value)}, expected True or False")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -52,9 +52,7 @@ def decode_attention(
     _check(qkv, keys, values, position, rope, first)
     if scale is None:
         scale = keys.shape[3] ** -0.5
-    common.check_number("scale", scale)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: got {scale}, expected a finite number")
+    common.check_factor("scale", scale)
     return decode_attention_unchecked(qkv.detach(), keys, values, position, rope, first, scale, backend)
 
 
@@ -73,6 +71,8 @@ def decode_attention_reference(
     query, key, value = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     if rope is not None:
         angles = rope.index_select(0, position).to(heads.dtype)
+        # Complex numbers begin at an even place in memory, which a part of a longer row need not.
+        query, key = (part.clone(memory_format=torch.contiguous_format) for part in (query, key))
         query, key = rotated(query, angles), rotated(key, angles)
     keys.index_copy_(2, position, key[:, :, None].to(keys.dtype))
     values.index_copy_(2, position, value[:, :, None].to(values.dtype))
@@ -104,11 +104,15 @@ def _check(
     for name, extra in (("rope", rope), ("first", first)):
         if extra is not None and extra.device != qkv.device:
             raise ValueError(f"{name}: got a tensor on {extra.device}, expected {qkv.device}")
-    heads = qkv.shape[-1] // dim - 2 * kv_heads
+    if kv_heads < 1 or dim < 1:
+        raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected at least one head and one dimension")
+    heads = qkv.shape[1] // dim - 2 * kv_heads if qkv.dim() == 2 else 0
     if qkv.dim() != 2 or len(qkv) != rows or qkv.shape[1] % dim or heads < 1 or heads % kv_heads:
         multiple = f"a multiple of {kv_heads} query heads"
         expected = f"[{rows}, (H + {2 * kv_heads}) {dim}] with {multiple}"
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected {expected}")
+    common.check_written("keys", keys, qkv, values)
+    common.check_written("values", values, qkv)
     if position.dtype != torch.int64 or position.shape != (1,) or position.device != qkv.device:
         got = f"{position.dtype} {list(position.shape)} on {position.device}"
         raise ValueError(f"position: got {got}, expected int64 [1] on {qkv.device}")

@@ -90,11 +90,11 @@ def _draw_codes(
     if chosen == "reference":
         log_probs = filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
         return draw_codes_reference(log_probs, uniform)
-    numbers = uniform.float().contiguous()
+    numbers = common.float_vector(uniform)
     if chosen == "triton":
         rows, uncond_rows, scale = row_views(logits, uncond, cfg_scale)
         settings = (temperature, top_k, top_p)
-        native.triton("draw_codes").draw_codes(rows, uncond_rows, scale, *settings, numbers.view(-1), out.view(-1))
+        native.triton("draw_codes").draw_codes(rows, uncond_rows, scale, *settings, numbers, out.view(-1))
         check_filtered(common.marked_row(out), logits, uncond, cfg_scale, temperature)
         return out
     arguments, _alive = native_filter_arguments(logits, uncond, cfg_scale, temperature, top_k, top_p)

@@ -74,16 +74,16 @@ def check_filter(logits: Tensor, uncond: Tensor | None, temperature: float, top_
 def cfg_rows(logits: Tensor, uncond: Tensor | None, cfg_scale: float | Tensor) -> Tensor | None:
     """The guidance scale of every row, [...] in the dtype of the computation; None where there is nothing to guide."""
     if not isinstance(cfg_scale, Tensor):
-        common.check_number("cfg_scale", cfg_scale)
-        if not -math.inf < cfg_scale < math.inf:
-            raise ValueError(f"cfg_scale: got {cfg_scale}, expected a finite number")
-    elif cfg_scale.dtype == torch.bool or cfg_scale.is_complex():
-        raise TypeError(f"cfg_scale: got dtype {cfg_scale.dtype}, expected numbers")
+        common.check_factor("cfg_scale", cfg_scale)
+    else:
+        common.check_tensor("cfg_scale", cfg_scale)
+        if cfg_scale.dtype == torch.bool or cfg_scale.is_complex() or cfg_scale.is_quantized:
+            raise TypeError(f"cfg_scale: got dtype {cfg_scale.dtype}, expected numbers")
     if uncond is None:
         return None
     dtype = common.compute_dtype(logits, uncond)
     if isinstance(cfg_scale, Tensor):
-        scale = cfg_scale.detach().to(logits.device, dtype)
+        scale = common.moved("cfg_scale", cfg_scale.detach(), logits.device, dtype)
     else:
         scale = common.scalar(cfg_scale, dtype, logits.device)
     try:
@@ -114,8 +114,9 @@ def filter_logits_reference(
         kth_largest = guided.topk(top_k, dim=-1).values[..., -1:]
         guided = guided.masked_fill(guided < kth_largest, -math.inf)
     if top_p < 1.0:
-        probs, order = guided.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        mass_before = probs.double().cumsum(-1).roll(1, dims=-1)
+        # By the logits: probabilities may be equal where those are not.
+        descending, order = guided.sort(dim=-1, descending=True, stable=True)
+        mass_before = descending.softmax(-1).double().cumsum(-1).roll(1, dims=-1)
         mass_before[..., 0] = -1.0  # the first entry always stays
         dropped = torch.zeros_like(guided, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
         guided = guided.masked_fill(dropped, -math.inf)
@@ -136,7 +137,8 @@ def check_filtered(
         if tensor is not None and common.bad_row(common.rows_of(tensor)[status : status + 1]) == 0:
             common.check_rows(name, status)
     if uncond is not None:
-        raise ValueError(f"uncond: row {status} is -inf where logits are not, or too far from them; expected finite")
+        apart = "uncond and logits are not -inf at the same places, or too far from each other"
+        raise ValueError(f"uncond: row {status} cannot be guided by its scale: {apart}")
     raise ValueError(f"temperature: got {temperature}, at which row {status} of logits overflows")
 
 
@@ -149,7 +151,7 @@ def row_views(
     """
     if uncond is not None and uncond.dtype != logits.dtype:
         logits, uncond = logits.float(), uncond.float()
-    scale = None if cfg_scale is None else cfg_scale.reshape(-1).float().contiguous()
+    scale = None if cfg_scale is None else common.float_vector(cfg_scale)
     return common.rows_of(logits), None if uncond is None else common.rows_of(uncond), scale
 
 

@@ -18,6 +18,12 @@ SOLVERS = {"euler": 1, "dpm2m": 2, "dpm3m": 3, "heun": 4}
 DEFAULT_STEPS = 20
 DEFAULT_SOLVER = "dpm3m"
 
+MOST_NOISE = 1e15
+"""Of larger values, which no normal distribution draws, products with the codes leave float32's range."""
+
+MOST_STEPS = 2**20
+"""Far more than change any code: what asks for as many more is a mistake, of which nothing but time would tell."""
+
 _START_SPREADS = 8.0
 """The grid starts at this multiple of the token's own spread; docs/numerics.md has the measurements."""
 
@@ -65,17 +71,25 @@ def flow_sample(
     return codes, codebook[codes]
 
 
-def check_flow(noise: Tensor, codebook: Tensor, steps: int, solver: str) -> None:
-    """Raise the user's error where a flow argument is out of its range."""
-    common.check_float("noise", noise)
+def check_flow(noise: Tensor, codebook: Tensor, steps: int, solver: str, like: Tensor | None = None) -> None:
+    """Raise the user's error where a flow argument is out of its range, or not on the device of `like`."""
+    common.check_float("noise", noise, like)
     if noise.dim() < 1:
         raise ValueError("noise: got a scalar, expected shape [..., d]")
     common.check_codebook(codebook, noise.shape[-1], noise)
     common.check_number("steps", steps, Integral)
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1")
-    if solver not in SOLVERS:
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps: got {steps}, expected from 1 to {MOST_STEPS}")
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
+
+
+def check_noise_row(noise: Tensor, row: int) -> None:
+    """Raise if a row that a kernel could not use, by its status, or any (row -1) has noise of another kind."""
+    rows = common.rows_of(noise)
+    largest = float((rows if row < 0 else rows[row]).abs().amax())
+    if largest > MOST_NOISE:
+        raise ValueError(f"noise: got values of up to {largest:g}, expected at most {MOST_NOISE:g}")
 
 
 def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int, solver: str) -> Tensor:
@@ -161,7 +175,7 @@ def cuda_flow(
     """Call `launch` of the CUDA module on rows described by its leading arguments."""
     kernels, geometry = native.cuda, codebook_geometry(codebook, wait=False)
     assert kernels is not None
-    eps, codes, place = common.float_rows(noise), codebook.float().contiguous(), common.launch_place(out)
+    eps, codes, place = common.float_rows(noise), common.float_rows(codebook), common.launch_place(out)
     size = kernels.flow_scratch_bytes(len(eps), *codes.shape, top_k, top_p, 0, place[0])
     scratch = out.new_empty(size, dtype=torch.uint8)
     getattr(kernels, launch)(
@@ -176,7 +190,7 @@ def native_flow_arguments(
     noise: Tensor, codebook: Tensor, codes_out: Tensor, steps: int, solver: str
 ) -> tuple[tuple[int | float | bool, ...], list[Tensor]]:
     """The native modules' trailing arguments (early exit on), and the tensors that must outlive the call."""
-    eps, codes = common.float_rows(noise), codebook.float().contiguous()
+    eps, codes = common.float_rows(noise), common.float_rows(codebook)
     geometry = codebook_geometry(codebook)
     arguments = (
         eps.data_ptr(),
@@ -204,6 +218,7 @@ def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int,
         common.check_finite("noise", noise)
     rows = common.rows_of(log_probs)
     if chosen == "reference":
+        check_noise_row(noise, -1)
         common.check_rows("log_probs", common.bad_row(rows))
         return flow_sample_reference(log_probs, noise, codebook, steps, solver)
     if chosen == "triton":
@@ -218,6 +233,8 @@ def _flow_sample(log_probs: Tensor, noise: Tensor, codebook: Tensor, steps: int,
     assert native.cpu is not None
     arguments, _alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.flow_sample(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.stride(0), *arguments)
+    if status >= 0:
+        check_noise_row(noise, status)
     common.check_rows("log_probs", status)
     return out
 

@@ -25,6 +25,9 @@ _SIGMA_MIN_FRACTION = 1 / 8
 docs/method.md section 3 (Solving the flow)."""
 
 
+_SCALES = (1e-15, 1e15)
+
+
 class CodebookGeometry(NamedTuple):
     """Distances within a codebook.
 
@@ -44,6 +47,8 @@ class CodebookGeometry(NamedTuple):
     codes: Tensor
 
 
+_MOST_CODEBOOKS = 32
+
 _cache: dict[tuple, tuple[StorageWeakRef, int, CodebookGeometry]] = {}
 
 
@@ -53,7 +58,8 @@ def codebook_geometry(codebook: Tensor, *, wait: bool = True) -> CodebookGeometr
     Without `wait`, the memory of a GPU is not looked at if a version counter tells of writes.
 
     Raises:
-        ValueError: the codebook has NaN or infinite values.
+        ValueError: the codebook has NaN or infinite values, or codes so far apart, or so near each other, that float32
+            does not hold the squares.
     """
     memory, layout = private_api.storage_key(codebook), (codebook.storage_offset(), codebook.shape, codebook.stride())
     key, version = (memory, *layout, codebook.dtype), private_api.writes(codebook)
@@ -65,6 +71,10 @@ def codebook_geometry(codebook: Tensor, *, wait: bool = True) -> CodebookGeometr
     for stale in [k for k, (reference, _, _) in list(_cache.items()) if reference.expired()]:
         _cache.pop(stale, None)
     geometry = _compute(codebook)
+    # Views of one memory live as long as it does. Not those of a GPU: a graph may read a geometry where it lies.
+    on_cpu = [k for k, (_, _, kept) in list(_cache.items()) if kept.codes.is_cpu]
+    for oldest in on_cpu[: 1 - _MOST_CODEBOOKS]:
+        _cache.pop(oldest, None)
     _cache[key] = (StorageWeakRef(codebook.untyped_storage()), version, geometry)
     return geometry
 
@@ -98,6 +108,9 @@ def _compute(codebook: Tensor) -> CodebookGeometry:
             torch.arange(len(rows), dtype=torch.int64), torch.arange(start, start + len(rows), dtype=torch.int64)
         ] = torch.inf
         nearest[start : start + _CHUNK] = distance.amin(-1)
+    if kept.dtype != torch.float64 and not (radius == 0.0 or _SCALES[0] <= radius <= _SCALES[1]):
+        expected = f"from {_SCALES[0]:g} to {_SCALES[1]:g}, whose squares float32 holds"
+        raise ValueError(f"codebook: got codes up to {radius:g} from their mean, expected {expected}")
     diameter = 2 * radius
     typical = float(nearest.median()) if num_codes > 1 else 1.0
     # A codebook of mostly duplicated codes has no neighbour distance to speak of: fall back on its size.

@@ -37,6 +37,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, cosine: bool = False, backend: 
     if x.dim() < 1:
         raise ValueError("x: got a scalar, expected shape [..., d]")
     common.check_codebook(codebook, x.shape[-1], x)
+    common.check_switch("cosine", cosine)
     return _op(x.detach(), codebook.detach(), cosine, backend)
 
 
@@ -61,7 +62,7 @@ def _nearest_code(x: Tensor, codebook: Tensor, cosine: bool, backend: str) -> Te
         return nearest_code_reference(x, codebook, cosine)
     if chosen == "cpu":
         assert native.cpu is not None
-        rows, codes = common.float_rows(x), codebook.float().contiguous()
+        rows, codes = common.float_rows(x), common.float_rows(codebook)
         native.cpu.nearest_code(
             rows.data_ptr(), codes.data_ptr(), out.data_ptr(), len(rows), *codes.shape, cosine, common.threads()
         )

@@ -44,7 +44,8 @@ def noise(
     >>> bool((noise(7, 3, (4,)) == noise(7, torch.tensor([1, 3]), (4,))[1]).all())
     True
     """
-    common.check_number("seed", seed, Integral)
+    common.check_number("seed", seed, Integral, below=2**64)
+    seed = int(seed)  # NumPy's do not wrap as Python's
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: got {seed}, expected 0 <= seed < 2^64")
     if not isinstance(shape, Sequence):
@@ -53,18 +54,23 @@ def noise(
         common.check_number("shape", size, Integral)
     if any(size < 0 for size in shape) or math.prod(shape) >= 2**34:
         raise ValueError(f"shape: got {tuple(shape)}, expected non-negative sizes and fewer than 2^34 elements")
+    if device is not None:
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError, ValueError):
+            raise ValueError(f"device: got {common.shown(device)}, expected one such as 'cpu'") from None
     if isinstance(index, Tensor):
+        common.check_tensor("index", index)
         if index.dtype != torch.int64:
             raise TypeError(f"index: got dtype {index.dtype}, expected int64")
-        index = index.to(device or index.device)
+        index = common.moved("index", index, index.device if device is None else device, torch.int64)
     elif isinstance(index, Integral) and not isinstance(index, bool):
-        if not -(2**63) <= index < 2**63:
-            raise ValueError(f"index: got {index}, expected a 64-bit integer")
-        index = common.scalar(index, torch.int64, device or "cpu")
+        common.check_number("index", index, Integral)
+        index = common.scalar(index, torch.int64, "cpu" if device is None else device)
     else:
         raise TypeError(f"index: got {type(index).__name__}, expected an int or an int64 tensor")
     signed = seed - 2**64 if seed >= 2**63 else seed  # the bits as a schema's int can hold them
-    return torch.ops.ddfast.noise(signed, index, list(shape), backend)
+    return _op(signed, index, list(shape), backend)
 
 
 def noise_reference(seed: int, index: Tensor, shape: Sequence[int]) -> Tensor:
@@ -77,7 +83,7 @@ def noise_reference(seed: int, index: Tensor, shape: Sequence[int]) -> Tensor:
         [seed & _MASK, (seed >> 32) & _MASK],
     )
     normals = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1)
-    return normals.float().flatten(1)[:, :size].reshape(*index.shape, *shape).contiguous()
+    return normals.float().flatten(1)[:, :size].reshape([*index.shape, *shape]).contiguous()
 
 
 def _philox(counter: list[Tensor], key: list[int]) -> list[Tensor]:
@@ -145,4 +151,4 @@ def _fake(seed: int, index: Tensor, shape: list[int], *_: object) -> Tensor:
     return index.new_empty([*index.shape, *shape], dtype=torch.float32)
 
 
-common.define("noise(SymInt seed, Tensor index, SymInt[] shape, str backend) -> Tensor", _noise, _fake)
+_op = common.define("noise(SymInt seed, Tensor index, SymInt[] shape, str backend) -> Tensor", _noise, _fake)

@@ -57,7 +57,7 @@ def norm_linear(
     Autograd: none by a backend that is asked for.
     Raises: `TypeError`/`ValueError`, an argument is not as above.
     """
-    mixed = _check(x, branch, linear, linear_bias, gate, weight, bias, eps, activation)
+    mixed = _check(x, branch, linear, linear_bias, gate, weight, bias, eps, rms, activation)
     norm = "none" if eps is None else "rms" if rms else "layer"
     given = (x, branch, linear, linear_bias, gate, weight, bias)
     arguments = (*given, 0.0 if eps is None else eps, norm, activation)
@@ -86,17 +86,18 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
+    rms: bool,
     activation: str,
 ) -> tuple[str, torch.dtype] | None:
     """Raise the user's error; returns an argument of another dtype than x."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     front = {"branch": branch, "gate": gate, "weight": weight, "bias": bias}
     if eps is None:
         for name, tensor in front.items():
             if tensor is not None:
                 raise ValueError(f"{name}: got a tensor, expected None where eps is None: there is no norm")
-    mixed = check_add_norm(x, branch, gate, weight, bias, 0.0 if eps is None else eps)
+    mixed = check_add_norm(x, branch, gate, weight, bias, 0.0 if eps is None else eps, rms)
     halves = 2 if activation == "swiglu" else 1
     common.check_float("linear", linear, x)
     if linear.dim() != 2 or linear.shape[1] != x.shape[2] or linear.shape[0] % halves:
@@ -155,6 +156,9 @@ def _apart(
     if norm != "none":
         vectors = {"gate": gate, "weight": weight, "bias": bias}
         total, normed = add_norm_unchecked(x, branch, **vectors, eps=eps, rms=norm == "rms")
+    for name, tensor in (("linear", linear), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != normed.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name}: got {tensor.dtype}, expected {normed.dtype} as its input, or autocast")
     return total, activated(F.linear(normed, linear, linear_bias), activation)
 
 

@@ -18,6 +18,7 @@ from ddfast.ops.flow_sample import (
     DEFAULT_SOLVER,
     DEFAULT_STEPS,
     check_flow,
+    check_noise_row,
     cuda_flow,
     flow_sample_reference,
     native_flow_arguments,
@@ -84,7 +85,7 @@ def only_codes(
 ) -> Tensor:
     """The codes of `sample_codes` without their embeddings: a launch less, for who looks none up."""
     check_filter(logits, uncond, temperature, top_k, top_p)
-    check_flow(noise, codebook, steps, solver)
+    check_flow(noise, codebook, steps, solver, logits)
     common.check_shape("logits", logits, (*noise.shape[:-1], codebook.shape[0]))
     scale = cfg_rows(logits, uncond, cfg_scale)
     return _op(
@@ -123,6 +124,7 @@ def _sample_codes(
     if common.rows_are_checked(chosen, noise):
         common.check_finite("noise", noise)
     if chosen == "reference":
+        check_noise_row(noise, -1)
         log_probs = filter_logits_reference(logits, uncond, cfg_scale, temperature, top_k, top_p)
         return flow_sample_reference(log_probs, noise, codebook, steps, solver)
     if chosen == "triton":
@@ -140,6 +142,8 @@ def _sample_codes(
     assert native.cpu is not None
     flow_arguments, _flow_alive = native_flow_arguments(noise, codebook, out, steps, solver)
     status = native.cpu.sample_codes(*filter_arguments, *flow_arguments)
+    if status >= 0:
+        check_noise_row(noise, status)
     check_filtered(status, logits, uncond, cfg_scale, temperature)
     return out
 

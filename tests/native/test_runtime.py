@@ -88,12 +88,12 @@ def test_interpreter_exits_while_workers_wait() -> None:
 def test_out_of_memory_is_an_exception(threads) -> None:
     """Also one that strikes in another thread, and the next call is none the wiser."""
     x, codebook = problem()
-    with pytest.raises(MemoryError):
-        native.nearest_code(0, 0, 0, 1, 2**50, 8, False, 2)
     qkv, position = np.zeros((64, 24), np.float32), np.zeros(1, np.int64)
-    address = [array.ctypes.data for array in (qkv, position)]
-    with pytest.raises(MemoryError):  # scores of 2^50 positions, in every thread
-        native.decode_attention(address[0], 0, 24, 0, 0, address[1], 0, 0, 0, 64, 1, 1, 2**50, 8, 1.0, threads)
+    claimed, here = qkv.ctypes.data, position.ctypes.data  # room is asked for before anything is read
+    with pytest.raises(MemoryError):
+        native.nearest_code(claimed, claimed, here, 1, 2**20, 2**23, False, 2)
+    with pytest.raises(MemoryError):  # scores of 2^38 positions, in every thread
+        native.decode_attention(claimed, 0, 3, claimed, claimed, here, 0, 0, claimed, 32, 1, 1, 2**38, 1, 1.0, threads)
     codes = np.zeros(len(x), np.int64)
     native.nearest_code(
         x.ctypes.data, codebook.ctypes.data, codes.ctypes.data, *x.shape[:1], *codebook.shape, False, threads

@@ -168,7 +168,7 @@ X, LOG_P, CODES = torch.randn(3, 4), torch.zeros(3, 5), torch.randn(5, 4)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((X, 0.0, LOG_P, CODES), "t: got values from 0 to 0, expected 0 < t <= 1"),
+        ((X, 0.0, LOG_P, CODES), "t: got values from 0 to 0, expected 1e-12 <= t <= 1"),
         ((X, torch.tensor([0.1, 0.5, 1.5]), LOG_P, CODES), "t: got values from 0.1 to 1.5"),
         ((X, math.nan, LOG_P, CODES), "t: got values from nan"),
         ((X, torch.ones(2), LOG_P, CODES), r"t: got shape \(2,\)"),
