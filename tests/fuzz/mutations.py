@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
 import json
 import pickletools
@@ -18,20 +20,40 @@ from ddfast.models import checkpoint
 
 Change: TypeAlias = Callable[[bytes, random.Random], bytes]
 
-NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**64 - 1)
+NUMBERS = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    127,
+    128,
+    255,
+    256,
+    65535,
+    65536,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**53,
+    2**63 - 1,
+    2**64 - 1,
+)
 
 DEEP = 3000
 """Brackets in each other: more than Python's stack takes."""
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 10**6, 2**31, 2**63, 2**64, -(2**63), 10**30, 0.5, -0.0, 1e308, float("inf"),
-    float("-inf"), float("nan"), "", "x", "0", "1", "x" * 3000, "\n\r\x1b[2J", "\ud800", "\0", "%s{}", "../x", "/etc/passwd",
-    "~", "F32", "cpu", "os:system", [], [[]], [0], [1, 2, 3, 4, 5], ["x"], [None], {}, {"": 0}, {"x": {"x": "x"}},
+    float("-inf"), float("nan"), "", "x", "0", "1", "x" * 3000, "\n\r\x1b[2J",
+    "\ud800", "\0", "%s{}", "../x", "/etc/passwd", "~", "F32", "cpu", "os:system", [], [[]], [0], [1, 2, 3, 4, 5], ["x"], [None], {}, {"": 0}, {"x": {"x": "x"}},
 )  # fmt: skip
 
 WORDS = (
-    b"\0", b"\n", b"{", b"[", b"]", b'"', b"'", b":", b"/", b"../", b"\\", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r\n", b"1e999",
-    b"NaN", b"null", b"-", b"[" * DEEP, b"9" * 5000, b"PK\x03\x04", b"\x80\x02", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\x85",
+    b"\0", b"\n", b"{", b"[", b"]", b'"', b"'", b":", b"/", b"../", b"\\", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe",
+    b"\r\n", b"1e999", b"NaN", b"null", b"-", b"[" * DEEP, b"9" * 5000, b"PK\x03\x04", b"\x80\x02",
+    b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\x85",
 )  # fmt: skip
 
 
@@ -76,7 +98,7 @@ def changed(value: Any, draw: random.Random) -> Any:
         left += [node[key] for key in keys]
     kind = draw.randrange(10)
     if not nodes or (kind == 0 and draw.randrange(4) == 0):
-        return draw.choice(VALUES)
+        return copy.deepcopy(draw.choice(VALUES))
     node, key = draw.choice(nodes)
     if kind == 1:
         del node[key]
@@ -98,7 +120,7 @@ def changed(value: Any, draw: random.Random) -> Any:
         except (ValueError, RecursionError):
             node[key] = ""
     else:
-        node[key] = draw.choice(VALUES)
+        node[key] = copy.deepcopy(draw.choice(VALUES))
     return value
 
 
@@ -135,12 +157,15 @@ def toml_lines(data: bytes, draw: random.Random) -> bytes:
     elif kind == 1:
         lines.insert(at, draw.choice(lines))
     elif kind == 2:
-        lines.insert(at, draw.choice(("[x]", "[[x]]", "x = 1", '"" = 1', "[teacher]", "recipe = []", "a.b.c = {}", "= ")))
+        lines.insert(
+            at, draw.choice(("[x]", "[[x]]", "x = 1", '"" = 1', "[teacher]", "recipe = []", "a.b.c = {}", "= "))
+        )
     else:
         name, equals, _ = lines[at].partition("=")
         values = (
             "0", "-1", "1e999", "nan", "inf", "-inf", "9" * 30, "9" * 5000, '""', '"x"', "[]", "[1, 'x']", "{}", "true",
-            "1979-05-27T07:32:00Z", "07:32:00", '"\\u0000"', "[[[]]]", "[" * DEEP, "'../x'", '"os:system"', "1.5", "[1.5]",
+            "1979-05-27T07:32:00Z", "07:32:00", '"\\u0000"', "[[[]]]", "[" * DEEP, "'../x'",
+            '"os:system"', "1.5", "[1.5]",
         )  # fmt: skip
         lines[at] = f"{name}{equals or '='} {draw.choice(values)}"
     return "\n".join(lines).encode()
@@ -168,14 +193,20 @@ def safetensors(data: bytes, draw: random.Random) -> bytes:
 
 def _header_changed(header: Any, draw: random.Random) -> Any:
     tensors = [entry for name, entry in header.items() if name != "__metadata__"] if isinstance(header, dict) else []
-    kind = draw.randrange(6)
+    kind = draw.randrange(8)
+    about = header.get("__metadata__") if isinstance(header, dict) else None
+    if kind > 4 and isinstance(about, dict) and isinstance(about.get("config"), str):
+        about["config"] = json_tree(about["config"].encode(errors="replace"), draw).decode(errors="replace")
+        return header
     if not tensors or kind > 2 or not all(isinstance(entry, dict) for entry in tensors):
         return changed(header, draw)
     entry = draw.choice(tensors)
     if kind == 0:
         entry["dtype"] = draw.choice((*checkpoint._DTYPES, "F8_E8M0", "F4", "C64", "f32", "X", 1, None))
     elif kind == 1:
-        entry["shape"] = draw.choice(([], [0], [1], [-1], [2**40, 0], [0, 2**62], [1] * 100, [2, 3], [3, 2], [6], [2.0]))
+        entry["shape"] = draw.choice(
+            ([], [0], [1], [-1], [2**40, 0], [0, 2**62], [1] * 100, [2, 3], [3, 2], [6], [2.0])
+        )
     else:
         numbers = (0, 1, 4, 8, 24, 2**32, 2**63, 2**64, -1)
         entry["data_offsets"] = [draw.choice(numbers), draw.choice(numbers)]
@@ -202,7 +233,16 @@ def members(change: Change) -> Change:
         elif kind == 1:
             held.append(held[at])
         elif kind == 2:
-            names = (name + "x", name.upper(), "../x", "/x", "", name.removesuffix(".npy"), f"x/{name}", "constants.pkl")
+            names = (
+                name + "x",
+                name.upper(),
+                "../x",
+                "/x",
+                "",
+                name.removesuffix(".npy"),
+                f"x/{name}",
+                "constants.pkl",
+            )
             held[at] = (draw.choice(names), content)
         elif kind == 3:
             comment = draw.choice((b"", b"{", b"{}", b'{"count": "x"}', b"[" * 200, json_tree(comment, draw)))[:65000]
@@ -232,12 +272,15 @@ def array(data: bytes, draw: random.Random) -> bytes:
         text = re.sub(r"'descr': '[^']*'", f"'descr': '{draw.choice(types)}'", text)
     elif kind == 1:
         shapes = ("()", "(0,)", "(1,)", "(-1, 2, 2, 3)", "(2**9,)", "(99999999999, 9, 9, 3)", "(0, 9999999999, 9, 3)",
-                  "(2, 2, 3)", "(1, 2, 2, 3)", "'x'", "None", "(True, 2, 2, 3)", "(1.0, 2, 2, 3)", "[2, 2, 2, 3]")  # fmt: skip
+                  "(2, 2, 3)", "(1, 2, 2, 3)", "'x'", "None", "(True, 2, 2, 3)", "(1., 2, 2, 3)",
+                  "[2, 2, 2, 3]")  # fmt: skip
         text = re.sub(r"'shape': \([^)]*\)", f"'shape': {draw.choice(shapes)}", text)
     elif kind == 2:
         text = text.replace("False", draw.choice(("True", "0", "None", "(", "x")))
     elif kind == 3:
-        text = draw.choice(("", "{", "{}", "[" * 300, "(" * 9000, "{'a': 1L}", "x = 1", "'''", "\0", "{'descr': [('x', '|u1')]}"))
+        text = draw.choice(
+            ("", "{", "{}", "[" * 300, "(" * 9000, "{'a': 1L}", "x = 1", "'''", "\0", "{'descr': [('x', '|u1')]}")
+        )
     else:
         text = bytewise(text.encode("latin1"), draw).decode("latin1")
     version = draw.choice((1, 1, 1, 2, 3, 4))
@@ -248,10 +291,8 @@ def array(data: bytes, draw: random.Random) -> bytes:
 def pickled(data: bytes, draw: random.Random) -> bytes:
     """A pickle with an operation less, more, at another place, or with another argument."""
     starts: list[int] = []
-    try:
+    with contextlib.suppress(Exception):  # no pickle any more: what there is of one
         starts += [at for _, _, at in pickletools.genops(data) if at is not None]
-    except Exception:  # no pickle any more: what there is of one
-        pass
     if len(starts) < 2:
         return bytewise(data, draw)
     number = draw.randrange(len(starts) - 1)
@@ -275,18 +316,22 @@ def pickled(data: bytes, draw: random.Random) -> bytes:
 
 
 _OPERATIONS = (
-    b"0", b"1", b"2", b"(", b")", b"}", b"]", b"t", b"d", b"l", b"a", b"e", b"s", b"u", b"R", b"b", b"\x81", b"\x85", b"\x86",
-    b"\x87", b"Q", b"q\x00", b"h\x00", b"K\x01", b"K\xff", b"J\xff\xff\xff\xff", b"N", b"\x88", b"I01\n", b"G\x7f\xf0\0\0\0\0\0\0",
+    b"0", b"1", b"2", b"(", b")", b"}", b"]", b"t", b"d", b"l", b"a", b"e", b"s", b"u", b"R", b"b", b"\x81",
+    b"\x85", b"\x86", b"\x87", b"Q", b"q\x00", b"h\x00", b"K\x01", b"K\xff", b"J\xff\xff\xff\xff", b"N", b"\x88",
+    b"I01\n", b"G\x7f\xf0\0\0\0\0\0\0",
     b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"X\x01\0\0\0x", b"X\xff\xff\xff\x7f", b"T\xff\xff\xff\x7f", b"h\xff",
-    b"r\xff\xff\xff\x7f", b"\x93", b"\x94", b"\x95\xff\0\0\0\0\0\0\0", b"\x8f", b"\x90", b"S'x'\n", b"P1\n", b"\x82\x01", b".",
+    b"r\xff\xff\xff\x7f", b"\x93", b"\x94", b"\x95\xff\0\0\0\0\0\0\0", b"\x8f", b"\x90", b"S'x'\n",
+    b"P1\n", b"\x82\x01", b".",
 )  # fmt: skip
 
 _NAMES = (
     b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
     b"ctorch._utils\n_rebuild_parameter\n", b"ctorch\nSize\n", b"ctorch\nfloat64\n", b"ctorch\ndevice\n",
-    b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n", b"cpathlib\nPosixPath\n", b"cnumpy\ndtype\n", b"cnumpy\nndarray\n",
+    b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n", b"cpathlib\nPosixPath\n",
+    b"cnumpy\ndtype\n", b"cnumpy\nndarray\n",
     b"cnumpy._core.multiarray\n_reconstruct\n", b"cnumpy._core.multiarray\nscalar\n", b"c_codecs\nencode\n",
-    b"ctorch._utils\n_rebuild_sparse_tensor\n", b"ctorch._utils\n_rebuild_qtensor\n", b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n",
+    b"ctorch._utils\n_rebuild_sparse_tensor\n", b"ctorch._utils\n_rebuild_qtensor\n",
+    b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n",
     b"ctorch\nUntypedStorage\n", b"ctorch.serialization\n_get_layout\n", b"ctorch._tensor\n_rebuild_from_type_v2\n",
     b"ccollections\nCounter\n", b"cbuiltins\nbytearray\n", b"cbuiltins\nset\n", b"cbuiltins\ncomplex\n",
 )  # fmt: skip
@@ -311,8 +356,24 @@ def picture(data: bytes, draw: random.Random) -> bytes:
     elif kind == 1:
         chunks.insert(at, draw.choice(chunks))
     elif kind == 2:
-        names = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"iCCP", b"gAMA", b"acTL", b"fcTL", b"eXIf", b"zTXt", b"iTXt", b"pHYs")
-        chunks.insert(at, (draw.choice(names), draw.choice((b"", content, draw.randbytes(9), zlib.compress(bytes(10**6))))))
+        names = (
+            b"IHDR",
+            b"PLTE",
+            b"tRNS",
+            b"IDAT",
+            b"IEND",
+            b"iCCP",
+            b"gAMA",
+            b"acTL",
+            b"fcTL",
+            b"eXIf",
+            b"zTXt",
+            b"iTXt",
+            b"pHYs",
+        )
+        chunks.insert(
+            at, (draw.choice(names), draw.choice((b"", content, draw.randbytes(9), zlib.compress(bytes(10**6)))))
+        )
     elif kind == 3 and name == b"IHDR":
         sides = (0, 1, 2, 16, 1000, 9000, 60000, 2**31 - 1, 2**31, 2**32 - 1)
         parts = draw.choice(sides), draw.choice(sides), draw.choice((1, 8, 16, 3)), draw.choice((0, 2, 3, 4, 6, 7))

@@ -12,7 +12,7 @@ import itertools
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from ddfast import cli, hub, runs
-from ddfast.config import FILES, TrainConfig, plain
-from ddfast.distill import checkpoints, lpips
+from ddfast.config import TrainConfig, plain
+from ddfast.distill import checkpoints
 from ddfast.distill.tracking import json_lines, read_log
 from ddfast.evaluation import clip, inception, judgements, references
 from ddfast.evaluation.images import open_images
@@ -34,12 +34,11 @@ from ddfast.hub import Generator
 from ddfast.models.caption_files import read_texts
 from ddfast.models.checkpoint import load_tensors, read_checkpoint, read_tensor, save_tensors, tensors_of
 from ddfast.models.llamagen.captions import load_captions, random_captions, save_captions
-from ddfast.models.loading import load_student, load_teacher, start_student, untrained_teacher
-from ddfast.models.official import checkpoint_file
+from ddfast.models.loading import start_student, untrained_teacher
 from ddfast.ops import findings
 from ddfast.recipes import get_recipe
 from ddfast.runs import Stages
-from ddfast.saving import Kept, is_whole_png
+from ddfast.saving import Kept
 from ddfast.trajectories.store import MANIFEST, StoreSettings, TrajectoryStore
 
 
@@ -126,7 +125,9 @@ def _store(folder: Path) -> TrajectoryStore:
     store = TrajectoryStore.create(folder, _STORE)
     for shard in range(2):
         codes = torch.arange(6, dtype=torch.int64).reshape(2, 3)
-        store.write_shard(shard, codes, torch.tensor([1, 4], dtype=torch.int64), torch.ones(2, 3, 2, dtype=torch.float32))
+        store.write_shard(
+            shard, codes, torch.tensor([1, 4], dtype=torch.int64), torch.ones(2, 3, 2, dtype=torch.float32)
+        )
     return store
 
 
@@ -137,7 +138,7 @@ def _manifest(folder: Path) -> list[bytes]:
 
 def _shard(folder: Path) -> list[bytes]:
     store = _store(folder)
-    return [store.shard_path(0).read_bytes(), store.shard_path(1).read_bytes()]
+    return [store.shard_path(0).read_bytes()]
 
 
 def _read_store(path: Path) -> Any:
@@ -183,10 +184,22 @@ def _of_run(path: Path) -> Any:
 
 
 def _metrics(folder: Path) -> list[bytes]:
-    row = {"frechet": 1.0, "frechet_error": 0.1, "teacher_nll": 2.0, "count": 5000, "seconds_per_image": {"1": 0.1, "64": 0.2}}
-    row |= {"speedup_vs_ar": {"1": 2.0, "64": 3.0}, "path_length": 0.1, "path_length_clipped": 0.2, "per_class": [0.1] * 10}
+    row = {
+        "frechet": 1.0,
+        "frechet_error": 0.1,
+        "teacher_nll": 2.0,
+        "count": 5000,
+        "seconds_per_image": {"1": 0.1, "64": 0.2},
+    }
+    row |= {
+        "speedup_vs_ar": {"1": 2.0, "64": 3.0},
+        "path_length": 0.1,
+        "path_length_clipped": 0.2,
+        "by_class": {"teacher_nll": {"0": 1.0, "1": 2.0}},
+        "least_likely": {"number": [3, 1], "teacher_nll": [9.0, 8.0]},
+    }
     sources = ("teacher", "student_1step", "student_2step", "teacher_plain", "independent_marginals")
-    return [_json({"num_groups": 8, "path_distance": "features", **{source: row for source in sources}})]
+    return [_json({"num_groups": 8, "path_distance": "features", **dict.fromkeys(sources, row)})]
 
 
 def _read_stages(path: Path) -> Any:
@@ -316,8 +329,9 @@ def _read_reference(instrument: str) -> Callable[[Path], Any]:
 
 def _judgement(folder: Path) -> list[bytes]:
     said = judgements.Judgement(
-        instrument="adm", source="images", count=50_000, size=(256, 256), figures={"fid": 2.0, "fid_error": 0.1, "recall": 0.5},
-        inception={"file": "weights.pth", "sha256": "6726825d"}, reference={"file": "reference.npz", "sha256": "0123"},
+        instrument="adm", source="images", count=50_000, size=(256, 256),
+        figures={"fid": 2.0, "fid_error": 0.1, "recall": 0.5}, inception={"file": "weights.pth", "sha256": "6726825d"},
+        reference={"file": "reference.npz", "sha256": "0123"},
         clip={"file": "clip", "sha256": "01", "captions": "23"}, preset="var-readme",
         settings={"labels": "uniform", "changed": ["count 3"]}, versions={"torch": "2"},
     )  # fmt: skip
@@ -330,7 +344,10 @@ def _read_judgement(path: Path) -> Any:
 
 
 def _features(folder: Path) -> list[bytes]:
-    pair = {"image_features": torch.ones(2, 4, dtype=torch.float32), "text_features": torch.ones(2, 4, dtype=torch.float32)}
+    pair = {
+        "image_features": torch.ones(2, 4, dtype=torch.float32),
+        "text_features": torch.ones(2, 4, dtype=torch.float32),
+    }
     return [written(lambda path: save_tensors(path, pair, {})), safetensors.torch.save(pair)]
 
 
@@ -355,7 +372,10 @@ def _texts(folder: Path) -> list[bytes]:
 
 
 def _coco(folder: Path) -> list[bytes]:
-    images, captions = [{"id": 1}, {"id": 2}], [{"image_id": 2, "caption": "two\ndogs"}, {"image_id": 1, "caption": "a bird"}]
+    images, captions = (
+        [{"id": 1}, {"id": 2}],
+        [{"image_id": 2, "caption": "two\ndogs"}, {"image_id": 1, "caption": "a bird"}],
+    )
     return [_json({"info": {}, "images": images, "annotations": captions})]
 
 
@@ -384,7 +404,11 @@ def _machine() -> Any:
 
 def _read_kernels(path: Path) -> Any:
     device = torch.device("cuda", 0)
-    with _machine(), mock.patch.dict("os.environ", {"DDFAST_CACHE": str(path.parent)}), mock.patch.dict(findings._read, clear=True):
+    with (
+        _machine(),
+        mock.patch.dict("os.environ", {"DDFAST_CACHE": str(path.parent)}),
+        mock.patch.dict(findings._read, clear=True),
+    ):
         found = findings.of(device)
         told = [findings.Verdict(*verdict[:2]) for verdict in found["verdicts"].values()]
         order = findings.order(device, "op", torch.float32, 8, 32, 4096)
@@ -424,7 +448,9 @@ TARGETS = {
     "inception": Target(file="a.pth", seeds=_network, read=inception._weights),
     "captions: text": Target(file="a.txt", seeds=_texts, read=read_texts, kind="text"),
     "captions: coco": Target(file="a.json", seeds=_coco, read=read_texts),
-    "captions: features": Target(file="a.safetensors", seeds=_caption_features, read=_read_caption_features, sealed=True),
+    "captions: features": Target(
+        file="a.safetensors", seeds=_caption_features, read=_read_caption_features, sealed=True
+    ),
     "kernels": Target(file="kernels.json", seeds=_kernels, read=_read_kernels),
 }
 """By name."""
