@@ -250,7 +250,11 @@ def _dcp(action: str, tensors: Mapping[str, Tensor], place: Path) -> None:
         try:
             getattr(checkpoint, action)(dict(tensors), checkpoint_id=str(place), no_dist=processes.count() == 1)
         except checkpoint.CheckpointException as error:  # no Exception; its text is all tracebacks of all processes
-            raise next(failure for failure, _ in error.failures.values()) from error
+            failure = next(failure for failure, _ in error.failures.values())
+            if action == "load":
+                with reading(place):
+                    raise failure from error
+            raise failure from error
 
 
 def _digest(path: Path) -> str:

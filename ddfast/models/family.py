@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddfast.config import PretrainedTeacherConfig, TeacherConfig, TokenizerConfig, TrainConfig, plain, update
 from ddfast.errors import DDFastError
-from ddfast.files import expect
+from ddfast.files import expect, reading
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import (
     AnyTensor,
@@ -197,7 +197,8 @@ class Family(ABC):
             raise DDFastError(f"{lacks}; where a recipe says it, give the file as --teacher.weights") from error
         for settings in (parts.header["tokenizer"], parts.header["teacher"]):
             check_layers(settings, parts.tensors, parts.source)
-        check_fits(lambda: self.untrained(config), parts.tensors, parts.source)
+        with reading(parts.source, f"is no {self.name} teacher of the sizes that it says"):
+            check_fits(lambda: self.untrained(config), parts.tensors, parts.source)
         made = self.untrained(config)
         load_state(made, _read(parts.tensors), parts.source)
         for name, parameter in network_parameters(made):

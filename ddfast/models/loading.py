@@ -17,6 +17,7 @@ import torch
 from ddfast import processes, seeds
 from ddfast.config import PretrainedTeacherConfig, TrainConfig
 from ddfast.errors import DDFastError
+from ddfast.files import reading
 from ddfast.messages import say, warn
 from ddfast.models import families
 from ddfast.models.autoregressive import SamplingDefaults
@@ -376,10 +377,8 @@ def student_from(
     check_layers(config, chosen.tensors, path)
 
     def make() -> Student:
-        try:
+        with reading(path, f"does not fit {kind.__name__}"):
             return kind(teacher, **config)
-        except (TypeError, ValueError) as error:
-            raise DDFastError(f"{path} does not fit {kind.__name__}: {error}") from error
 
     student = build_around(
         make,

@@ -35,9 +35,9 @@ OPTIONS: dict[str, type[Any] | None] = {
 assert OPTIONS.keys() == COMMANDS.keys()
 
 STOPS = (
-    "pipeline.build_teacher", "trajectories.__main__.build_teacher", "tune.teacher_of", "profile.untrained_teacher",
-    "profile.open_student", "plan.plan", "evaluate.open_student", "drawing.open_student", "drawing.open_teacher",
-    "judging.Inception", "doctor.diagnosis", "models.llamagen.captions.CaptionEncoder",
+    "models.digits.files.OfDigits.build", "models.loading.untrained_teacher", "profile.untrained_teacher",
+    "profile.profile", "plan.plan", "evaluate.evaluate", "drawing.save_stream", "judging.Inception", "doctor.diagnosis",
+    "models.llamagen.captions.CaptionEncoder",
 )  # fmt: skip
 """Where the work begins."""
 
@@ -45,23 +45,38 @@ FOLDERS = {"hub: config": "hub", "npz": "npz", "samples": "pictures", "captions:
 """Folders that are there, of these targets."""
 
 VALUES = (
-    "", " ", "0", "1", "-1", "2", "5", "64", "1000", "0.5", "-0.5", "1e999", "nan", "inf", "1e-320", "9" * 30, "9" * 5000,
-    "x" * 5000, "None", "True", "False", "--", "-", "-x", "--x", "--seed", "=", "a=b", "ä", "\u2028", "\n", "\x1b[2J", "\udcff",
-    "🙂", "%s", "{}", "*", "1,2", "1,x", ",", "[1, 2]", "cpu", "cuda", "cuda:99", "meta", "dd1", "dd2", "dd1:hub", "stage1",
-    "uniform", "files", "npz", "grid", "exact", "wandb", "3:4", "80GiB", "1e400GiB", "-5GiB", "adm", "clean", "official",
-    "float16", *RECIPES, *PRESETS, "os:getcwd", "os:nothing", "os", "nosuch", "hub", "npz/a.npz", "npz", "pictures/images",
-    "texts/a.txt", "settings/a.toml", "none/none", "out", "out/a.json", "hub/config.json/x", "~nobody/x", "x/" * 3000,
+    "", " ", "0", "1", "-1", "2", "5", "64", "1000", "0.5", "-0.5", "1e999", "nan", "inf", "1e-320", "9" * 30,
+    "9" * 5000, "x" * 5000, "None", "True", "False", "--", "-", "-x", "--x", "--seed", "=", "a=b", "ä", "\u2028", "\n",
+    "\x1b[2J", "\udcff", "🙂", "%s", "{}", "*", "1,2", "1,x", ",", "[1, 2]", "cpu", "cuda", "cuda:99", "meta", "dd1",
+    "dd2", "dd1:hub", "stage1", "uniform", "files", "npz", "grid", "exact", "wandb", "3:4", "80GiB", "1e400GiB", "-5GiB",
+    "adm", "clean", "official", "float16", *RECIPES, *PRESETS, "os:getcwd", "os:nothing", "os", "nosuch", "hub", "npz",
+    "npz/a.npz", "pictures/images", "texts/a.txt", "settings/a.toml", "none/none", "out", "out/a.json",
+    "hub/config.json/x", "~nobody/x", "x/" * 3000,
 )  # fmt: skip
 
-SHARED = ("--config", "--recipe", "--preset", "--import", "--help", "-h", "--debug", "--check", "--", "--cfg", "--lr", "--x")
+SHARED = (
+    "--config",
+    "--recipe",
+    "--preset",
+    "--import",
+    "--help",
+    "-h",
+    "--debug",
+    "--check",
+    "--",
+    "--cfg",
+    "--lr",
+    "--x",
+)
 
 
 FITTING = {
     "int": ("0", "1", "-1", "2", "3", "7", "64", "1000", "100000", str(2**31), str(2**63), str(2**64), "9" * 30),
     "float": ("0", "1", "-1", "0.5", "1e-9", "1e-320", "1e308", "1e999", "nan", "inf", "-inf", "3"),
     "bool": ("True", "False"),
-    "Path": ("hub", "npz/a.npz", "npz", "pictures/images", "texts/a.txt", "settings/a.toml", "none/none", "out", "out/a.json",
-             "hub/model.safetensors", "hub/config.json/x", "~nobody/x", "x/" * 3000, "y" * 300, "\udcff", "", "."),
+    "Path": ("hub", "npz/a.npz", "npz", "pictures/images", "texts/a.txt", "settings/a.toml", "none/none", "out",
+             "out/a.json", "hub/model.safetensors", "hub/config.json/x", "~nobody/x", "x/" * 3000, "y" * 300, "\udcff", "",
+             "."),
 }  # fmt: skip
 """Values of a type that parse, of whatever use they are then; texts have all."""
 
@@ -128,7 +143,12 @@ def ended(line: list[str]) -> int:
         Finding: it ended in another way than with 0, 1 and one line, or 2.
     """
     shown, errors = io.StringIO(), io.StringIO()
-    with watched(Path.cwd()) as outside, within(60), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
+    with (
+        watched(Path.cwd()) as outside,
+        within(60),
+        contextlib.redirect_stdout(shown),
+        contextlib.redirect_stderr(errors),
+    ):
         try:
             code = main(line)
         except SystemExit as end:
@@ -136,7 +156,7 @@ def ended(line: list[str]) -> int:
         except Exception as error:
             raise Finding(f"{type(error).__name__}: {str(error)[:300]}") from error
     said = errors.getvalue()
-    if code not in (0, 1, 2) or "Traceback" in said and "--debug" not in line:
+    if code not in (0, 1, 2) or ("Traceback" in said and "--debug" not in line):
         raise Finding(f"exit code {code}: {said[:1000]}")
     lines = [text for text in said.splitlines() if "error:" in text]
     if code == 1 and "--debug" not in line and (len(lines) != 1 or not lines[0].isprintable()):

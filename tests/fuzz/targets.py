@@ -241,11 +241,28 @@ def _from_hub(path: Path) -> Any:
 # Checkpoints of a training.
 
 
-def _checkpoint(folder: Path) -> Path:
-    kept = checkpoints.Checkpoints(folder, "distillation", "identity")
-    kept.save(3, {"weight": _TENSORS["weight"].clone()}, {"losses": [0.5]})
-    (place,) = (folder / checkpoints.FOLDER).iterdir()
-    return place
+_PLACE = f"{checkpoints.FOLDER}/distillation-00000003"
+
+
+def _in_checkpoint(name: str) -> Callable[[Path], list[bytes]]:
+    def seeds(folder: Path) -> list[bytes]:
+        tensors = {"weight": _TENSORS["weight"].clone(), "scale": torch.tensor(0.5, dtype=torch.float64)}
+        checkpoints.Checkpoints(folder, "distillation", "identity").save(tensors, {"step": 3, "figures": {"loss": 0.5}})
+        return [(folder / _PLACE / name).read_bytes()]
+
+    return seeds
+
+
+def _resume(path: Path) -> Any:
+    found = checkpoints.Checkpoints(path.parents[2], "distillation", "identity").newest()
+    return None if found is None else found[1]
+
+
+def _fill(path: Path) -> Any:
+    names = checkpoints.names_in(path.parent)
+    into = {"weight": torch.empty(2, 3, dtype=torch.float32)}
+    checkpoints.load(path.parent, into)
+    return names, into
 
 
 # Evaluation.
@@ -432,6 +449,9 @@ TARGETS = {
     "hub: config": Target(file="config.json", seeds=_hub_file("config.json"), read=_from_hub),
     "hub: student": Target(file="student.safetensors", seeds=_hub_file("student.safetensors"), read=_from_hub),
     "hub: teacher": Target(file="model.safetensors", seeds=_hub_file("model.safetensors"), read=_from_hub),
+    "checkpoint's state": Target(file=f"{_PLACE}/state.json", seeds=_in_checkpoint("state.json"), read=_resume),
+    "checkpoint's index": Target(file=f"{_PLACE}/.metadata", seeds=_in_checkpoint(".metadata"), read=_fill),
+    "checkpoint's tensors": Target(file=f"{_PLACE}/__0_0.distcp", seeds=_in_checkpoint("__0_0.distcp"), read=_fill),
     "npz": Target(file="a.npz", seeds=_npz, read=_read_images),
     "picture": Target(file="images/00000-class001.png", seeds=_pictures, read=lambda path: _read_images(path.parent)),
     "samples": Target(file="images/samples.json", seeds=_samples, read=_read_samples),
