@@ -124,9 +124,17 @@ def open_images(path: Path, option: str, progress: Progress = silent, *, any_siz
         return ImageFolder(path, option, progress, any_size=any_size)
     if not path.exists():
         raise DDFastError(f"{option} {path}: there is no such file or folder")
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         raise DDFastError(f"{option} {path}: expected an .npz file with {ARRAY}, or a folder with PNG or JPG files")
     return ImageArray(path, option)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive in one piece."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one of several disks
+        return False
 
 
 class ImageFolder(Images):

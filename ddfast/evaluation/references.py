@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddfast import processes, seeds
 from ddfast.errors import DDFastError, first_line
-from ddfast.evaluation.images import ARRAY, ImageArray, Images, member
+from ddfast.evaluation.images import ARRAY, ImageArray, Images, is_archive, member
 from ddfast.evaluation.inception import POOL, SPATIAL
 from ddfast.evaluation.instruments import Instrument, Reference
 from ddfast.files import reading, write_atomically
@@ -160,7 +160,7 @@ def write_reference(path: Path, instrument: str, reference: Reference, images: I
 
 def _names(path: Path) -> list[str] | None:
     """Of the arrays in an npz file; None: it is none."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return None
     with reading(f"--reference {path}"), zipfile.ZipFile(path) as archive:
         names = archive.namelist()

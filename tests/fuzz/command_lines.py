@@ -48,10 +48,10 @@ VALUES = (
     "", " ", "0", "1", "-1", "2", "5", "64", "1000", "0.5", "-0.5", "1e999", "nan", "inf", "1e-320", "9" * 30,
     "9" * 5000, "x" * 5000, "None", "True", "False", "--", "-", "-x", "--x", "--seed", "=", "a=b", "ä", "\u2028", "\n",
     "\x1b[2J", "\udcff", "🙂", "%s", "{}", "*", "1,2", "1,x", ",", "[1, 2]", "cpu", "cuda", "cuda:99", "meta", "dd1",
-    "dd2", "dd1:hub", "stage1", "uniform", "files", "npz", "grid", "exact", "wandb", "3:4", "80GiB", "1e400GiB", "-5GiB",
-    "adm", "clean", "official", "float16", *RECIPES, *PRESETS, "os:getcwd", "os:nothing", "os", "nosuch", "hub", "npz",
-    "npz/a.npz", "pictures/images", "texts/a.txt", "settings/a.toml", "none/none", "out", "out/a.json",
-    "hub/config.json/x", "~nobody/x", "x/" * 3000,
+    "dd2", "dd1:hub", "stage1", "uniform", "files", "npz", "grid", "exact", "wandb", "3:4", "80GiB", "1e400GiB",
+    "-5GiB", "adm", "clean", "official", "float16", *RECIPES, *PRESETS, "os:getcwd", "os:nothing", "os", "nosuch",
+    "hub", "npz", "npz/a.npz", "pictures/images", "texts/a.txt", "settings/a.toml", "none/none",
+    "out", "out/a.json", "hub/config.json/x", "~nobody/x", "x/" * 3000,
 )  # fmt: skip
 
 SHARED = (
@@ -75,8 +75,8 @@ FITTING = {
     "float": ("0", "1", "-1", "0.5", "1e-9", "1e-320", "1e308", "1e999", "nan", "inf", "-inf", "3"),
     "bool": ("True", "False"),
     "Path": ("hub", "npz/a.npz", "npz", "pictures/images", "texts/a.txt", "settings/a.toml", "none/none", "out",
-             "out/a.json", "hub/model.safetensors", "hub/config.json/x", "~nobody/x", "x/" * 3000, "y" * 300, "\udcff", "",
-             "."),
+             "out/a.json", "hub/model.safetensors", "hub/config.json/x", "~nobody/x", "x/" * 3000, "y" * 300, "\udcff",
+             "", "."),
 }  # fmt: skip
 """Values of a type that parse, of whatever use they are then; texts have all."""
 

@@ -198,7 +198,7 @@ def _metrics(folder: Path) -> list[bytes]:
         "by_class": {"teacher_nll": {"0": 1.0, "1": 2.0}},
         "least_likely": {"number": [3, 1], "teacher_nll": [9.0, 8.0]},
     }
-    sources = ("teacher", "student_1step", "student_2step", "teacher_plain", "independent_marginals")
+    sources = ("teacher", "student_1step")
     return [_json({"num_groups": 8, "path_distance": "features", **dict.fromkeys(sources, row)})]
 
 
