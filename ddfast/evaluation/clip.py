@@ -235,7 +235,10 @@ class FileScore:
         if not fits or not (images.is_floating_point() and texts.is_floating_point()):
             got = f"{list(images.shape)} of {images.dtype} and {list(texts.shape)} of {texts.dtype}"
             raise DDFastError(f"--clip {path}: holds features {got}, expected floating-point [{count}, D] both")
-        self._cosines = cosines(images, texts)
+        try:
+            self._figures = clip_figures(cosines(images, texts))
+        except ValueError as error:
+            raise DDFastError(f"--clip {path}: {error}") from error
         told = hashlib.sha256(texts.float().contiguous().numpy().tobytes()).hexdigest()
         self.said = {"file": path.name, "sha256": told, "captions": told}
 
@@ -245,4 +248,4 @@ class FileScore:
 
     def figures(self) -> dict[str, float]:
         """As `clip_figures`."""
-        return clip_figures(self._cosines)
+        return self._figures
