@@ -454,7 +454,7 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in sorted(files):
         part = path.parent / name
         if part.parent != path.parent or not os.path.isfile(part) or name.endswith(INDEX_SUFFIX):
-            raise DDFastError(f"{path} names {shown(name)}, which is not there; download it too")
+            raise DDFastError(f"{path} names {name[:200]}, which is not there; download it too")
         content |= read_checkpoint(part)[0]
     return content, {}
 
