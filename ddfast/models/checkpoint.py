@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddfast import private_api, processes
-from ddfast.errors import DDFastError, first_line, shown
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import bytes_digest, expect, json_digest, parse_json, read_text, reading, write_atomically
 from ddfast.messages import say
 from ddfast.models.layers import stacked_rows
