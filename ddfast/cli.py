@@ -204,6 +204,8 @@ def parse(command: str, kind: type[Options], arguments: list[str], examples: str
     description = _description(command, examples, "--config FILE reads TOML; ")
     options = _parsed(command, kind, rest, description, default=default)
     default_folder = options.out == recipe.out and "out" not in set(typed(rest))
+    if not options.method.isidentifier():  # it becomes part of a folder's name
+        raise DDFastError(f"--method: got {options.method!r}, expected a name such as dd1")
     if options.method != recipe.method and default_folder:  # both methods have one
         options.out = options.out.with_name(f"{options.out.name}-{options.method}")
     return options

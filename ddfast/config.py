@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line
 from ddfast.files import read_text
 from ddfast.seeds import check_seed
 
@@ -790,8 +790,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; a `DDFastError` where it cannot be read."""
     try:
         return tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise DDFastError(f"{path} is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # of the TOML, or of one of its numbers
+        raise DDFastError(f"{path} is not TOML: {first_line(error)}") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -831,7 +831,7 @@ def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
     """Set a configuration's fields from nested tables and validate it.
 
     Raises:
-        DDFastError: a key is unknown, or a value is not of the type of the one it replaces.
+        DDFastError: a key is unknown, or a value is out of range or not of the type of the one it replaces.
     """
     names = {field.name for field in dataclasses.fields(target)}
     for name, value in values.items():
@@ -849,8 +849,11 @@ def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
             raise DDFastError(f"configuration: {prefix}{name}: got {value!r}, expected {expected}")
         setattr(target, name, kind(value) if issubclass(kind, (Path, tuple)) else value)
     check = getattr(target, "__post_init__", None)
-    if check:
-        check()
+    try:
+        if check:
+            check()
+    except SettingError as error:
+        raise DDFastError(f"configuration: {prefix}{error}") from error
 
 
 def _kind(target: Any, name: str) -> type:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,10 +12,11 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import UnionType
+from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 from ddfast import processes
-from ddfast.errors import DDFastError
+from ddfast.errors import DDFastError, first_line, is_out_of_memory, shown
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 """Byte-order marks that editors, and PowerShell's `>`, put before a text."""
@@ -186,6 +188,22 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def reading(path: object, otherwise: str = "is damaged or cannot be read") -> Iterator[None]:
+    """Within, whatever is said against a file's content is one line that names it.
+
+    For readers of formats of others (zip, NumPy, pictures, pickle): what they raise for damaged files is written
+    nowhere, and differs by version.
+    """
+    try:
+        yield
+    except DDFastError:
+        raise
+    except Exception as error:
+        said = "it asks for more memory than there is" if is_out_of_memory(error) else first_line(error)
+        raise DDFastError(f"{path} {otherwise}: {said}") from error
+
+
 def parse_json(text: str | bytes) -> Any:
     """What a JSON text of anyone's says.
 
@@ -196,6 +214,56 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def expect(value: Any, kind: Any, what: str = "content") -> Any:
+    """A value that JSON or pickle gave, if it is of a type, at any depth.
+
+    Args:
+        value: the value.
+        kind: bool, int, float (an int too), str, `Any`, list[X], tuple[X, ...], tuple[X, Y] (a list in JSON), dict[str,
+            X], X | Y, or a dataclass of such fields (an object in JSON, that has those without defaults and no others).
+        what: to call it.
+
+    Returns:
+        The value; tuples and dataclasses made of what JSON has for them.
+
+    Raises:
+        ValueError: it is not, or a number is larger than any that is meant.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is UnionType:
+        for one in inner:
+            with contextlib.suppress(ValueError):
+                return expect(value, one, what)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
+        hints, fields = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+        for name in (name for name, field in fields.items() if name not in value and _is_required(field)):
+            raise ValueError(f"{what}: {name} is missing")
+        for name in value.keys() - fields.keys():
+            raise ValueError(f"{what}: {shown(name)} is unknown")
+        return kind(**{name: expect(part, hints[name], name) for name, part in value.items()})
+    if origin is dict and isinstance(value, dict):
+        return {expect(name, inner[0], what): expect(part, inner[1], str(name)) for name, part in value.items()}
+    if origin is list and isinstance(value, list):
+        return [expect(part, inner[0], what) for part in value]
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            return tuple(expect(part, one, what) for part, one in zip(value, kinds, strict=True))
+    if kind in (int, float):
+        is_one = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if is_one and (isinstance(value, float) or -(2**63) <= value < 2**64):
+            return value
+    elif isinstance(kind, type) and not inner and isinstance(value, kind):
+        return value
+    raise ValueError(f"{what}: got {shown(value)}, expected {getattr(kind, '__name__', kind) if not inner else kind}")
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def bytes_digest(content: bytes | memoryview) -> str:

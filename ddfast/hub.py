@@ -22,7 +22,7 @@ from torch import Tensor
 import ddfast
 from ddfast.config import plain
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import parse_json, read_text, whole_folder, write_atomically
+from ddfast.files import expect, parse_json, read_text, whole_folder, write_atomically
 from ddfast.models.autoregressive import Condition, condition_size, on_device, take
 from ddfast.models.layers import num_parameters
 from ddfast.models.llamagen.captions import captions_for
@@ -33,9 +33,9 @@ from ddfast.models.student import DD1Student, Student
 from ddfast.ops import nearest_code, noise
 from ddfast.portable import shared_settings
 from ddfast.progress import silent
-from ddfast.report import quality_table
+from ddfast.report import quality_table, read_metrics
 from ddfast.runs import CONFIG as RUN_CONFIG
-from ddfast.runs import LOCATION, METRICS_JSON, STAGES, hashed_files, open_student, read_json, student_header
+from ddfast.runs import LOCATION, METRICS_JSON, STAGES, hashed_files, open_student, read_seconds, student_header
 from ddfast.sampling import condition_index
 from ddfast.trajectories.memory import fitting, largest_sampling_batch
 
@@ -145,10 +145,10 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         told = shared_settings(settings, hashes)
         card = {"recipe": f"`{config.recipe}`; every setting:\n\n```toml\n{told}```"}
         if (folder / STAGES).exists():
-            seconds = read_json(folder / STAGES)
+            seconds = read_seconds(folder / STAGES)
             card["cost"] = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()) + f" on {device}."
         if (folder / METRICS_JSON).exists():
-            card["evaluation"] = "\n".join(quality_table(config, read_json(folder / METRICS_JSON), student))
+            card["evaluation"] = "\n".join(quality_table(config, read_metrics(folder / METRICS_JSON), student))
         return cls(teacher, student, card=card)
 
     @torch.no_grad()
@@ -341,8 +341,9 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             advice = "it is a training run: use Generator.from_run" if run else _ADVICE
             raise DDFastError(f"{folder} holds no generator of ddfast (no {', '.join(missing)}); {advice}")
         try:
-            card = parse_json(read_text(folder / CONFIG_FILE)).get("card", {})
-        except (ValueError, AttributeError) as error:
+            config = expect(parse_json(read_text(folder / CONFIG_FILE)), dict[str, Any])
+            card = expect(config.get("card", {}), dict[str, str], "card")
+        except ValueError as error:
             raise DDFastError(f"{folder} holds no generator of ddfast ({CONFIG_FILE}: {error})") from error
         _, teacher, student = open_student(folder, device, silent)
         return cls(teacher, student, card=card)

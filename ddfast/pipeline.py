@@ -28,7 +28,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.portable import portable
 from ddfast.progress import Progress, ProgressBar
-from ddfast.report import machine, quality_table, write_pictures, write_report
+from ddfast.report import machine, quality_table, read_metrics, write_pictures, write_report
 from ddfast.runs import (
     ADAPTATION_JSON,
     ADAPTED_FILE,
@@ -46,7 +46,6 @@ from ddfast.runs import (
     complete,
     hashed_files,
     occupied,
-    read_json,
 )
 from ddfast.trajectories.generate import generate_trajectories, store_settings
 from ddfast.trajectories.memory import release_memory
@@ -92,7 +91,7 @@ def _train(config: TrainConfig, progress_bar: ProgressBar) -> dict[str, Any]:
     measured = not exists(out / METRICS_JSON)
     if not measured:
         say(f"evaluation: {out / METRICS_JSON} exists, skipped")
-        metrics = read_json(out / METRICS_JSON)
+        metrics = read_metrics(out / METRICS_JSON)
     else:
         with stages.timed("evaluation"):
             metrics = evaluate(config, teacher, student, progress_bar("evaluation"))

@@ -27,7 +27,7 @@ from ddfast.ops import native
 from ddfast.page import Block, Charts, Code, Facts, Page, Section, Text
 from ddfast.pictures import decoded, grid
 from ddfast.portable import portable_command, shared_settings
-from ddfast.runs import PAGE, PICTURES, REPORT, hashed_files
+from ddfast.runs import PAGE, PICTURES, REPORT, hashed_files, read_json
 
 Shown: TypeAlias = tuple[list[int], dict[str, Tensor]]
 """What `gallery.same_noise` makes."""
@@ -83,6 +83,11 @@ def quality_table(config: TrainConfig, metrics: dict[str, Any], student: Student
     Its form: docs/method.md section 18 (Published results).
     """
     return list(tables.quality(config, metrics, student).markdown())
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """A run's metrics.json; errors as of `read_json`."""
+    return read_json(path, tables.checked_metrics)
 
 
 def write_report(config: TrainConfig, metrics: dict[str, Any], student: Student, seconds: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ from ddfast import env, processes
 from ddfast.config import DD1_PREFIX, FILES, TrainConfig, as_then, plain, read_settings, update
 from ddfast.distill.checkpoints import FOLDER as CHECKPOINTS
 from ddfast.errors import DDFastError
-from ddfast.files import file_sha256, locked, parse_json, read_text, write_atomically
+from ddfast.files import expect, file_sha256, locked, parse_json, read_text, write_atomically
 from ddfast.messages import say
 from ddfast.models.checkpoint import read_checkpoint
 from ddfast.models.loading import TEACHER_FILES, build_teacher, load_student, load_teacher
@@ -255,7 +255,7 @@ class Stages:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
+        self.seconds: dict[str, float] = read_seconds(path) if path.exists() else {}
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -270,12 +270,21 @@ class Stages:
                 write_atomically(self.path, json.dumps(self.seconds, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a run's JSON file; a `DDFastError` where it is damaged."""
+def read_json(path: Path, checked: Callable[[Any], Any] = lambda found: expect(found, dict[str, Any])) -> Any:
+    """The content of a run's JSON file, by what raises `ValueError` unless it is one; default: any object.
+
+    Raises:
+        DDFastError: it is damaged, or something else.
+    """
     try:
-        return parse_json(read_text(path))
+        return checked(parse_json(read_text(path)))
     except ValueError as error:
         raise DDFastError(f"{path} is damaged ({error}); delete it and run again") from error
+
+
+def read_seconds(path: Path) -> dict[str, float]:
+    """Seconds by stage, of a run's stages.json; errors as of `read_json`."""
+    return read_json(path, lambda found: expect(found, dict[str, float]))
 
 
 _LEFT = re.compile(r"dd2\.(tune|match)\.(cfg_scale|temperature|top_k|top_p)")

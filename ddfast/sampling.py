@@ -157,8 +157,18 @@ def conditions_of(number: Tensor, conditions: Tensor, labels: str, seed: int) ->
     return conditions[drawn.long().clamp_max(len(conditions) - 1)]
 
 
+MOST = 10_000_000
+"""Samples of a stream."""
+
+
 def batch_ranges(count: int, batch_size: int) -> list[range]:
-    """The numbers of the samples in every batch of a stream: all have one size, at most `batch_size`, but the last."""
+    """The numbers of the samples in every batch of a stream: all have one size, at most `batch_size`, but the last.
+
+    Raises:
+        ValueError: there are more than `MOST` samples: their list alone would not fit in memory.
+    """
+    if count > MOST:
+        raise ValueError(f"count: got {count}, expected at most {MOST}")
     size = math.ceil(count / math.ceil(count / batch_size))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 

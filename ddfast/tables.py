@@ -8,6 +8,7 @@ from typing import Any
 
 from ddfast.config import TrainConfig
 from ddfast.evaluation.sources import SOURCES
+from ddfast.files import expect
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.page import Card, Table
@@ -54,6 +55,33 @@ TIMES = {
 
 MOST_CLASSES = 20
 """Classes that are told one by one; of more, the ten at either end."""
+
+
+def checked_metrics(metrics: Any) -> dict[str, Any]:
+    """What `metrics.json` holds, if it does: `num_groups`, and figures by source.
+
+    Raises:
+        ValueError: it is something else; the message names the figure.
+    """
+    found = expect(metrics, dict[str, Any])
+    if expect(found.get("num_groups"), int, "num_groups") < 1:
+        raise ValueError(f"num_groups: got {found['num_groups']}, expected a positive number")
+    expect(found.get("path_distance", ""), str, "path_distance")
+    for source in ("teacher", "student_1step", *SOURCES):
+        for name, value in expect(found.get(source, {}), dict[str, Any], source).items():
+            times = dict[str, float] if name.startswith(("seconds_", "speedup_")) else float
+            expect(value, _KINDS.get(name, times), f"{source}.{name}")
+        for label in (label for values in found.get(source, {}).get("by_class", {}).values() for label in values):
+            int(label)
+    return found
+
+
+_KINDS = {
+    "count": int,
+    "by_class": dict[str, dict[str, float]],
+    "least_likely": dict[str, list[float]],
+}
+"""Of figures that are not one number, nor by batch size."""
 
 
 def rows_of(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,11 +1,13 @@
 """A name always stands for a whole file or folder, and text is read whoever wrote it."""
 
+import dataclasses
 import os
+from typing import Any
 
 import pytest
 
 from ddfast.errors import DDFastError
-from ddfast.files import check_new, read_text, whole_file, whole_folder, write_atomically
+from ddfast.files import check_new, expect, read_text, reading, whole_file, whole_folder, write_atomically
 
 
 def test_a_file_is_its_old_content_or_all_of_the_new(tmp_path):
@@ -84,3 +86,56 @@ def test_what_is_no_text(tmp_path):
         read_text(tmp_path / "x")
     with pytest.raises(DDFastError, match=r"cannot read .*/y: No such file"):
         read_text(tmp_path / "y")
+
+
+@dataclasses.dataclass
+class Thing:
+    name: str
+    sizes: tuple[int, int]
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    point: int | None = None
+
+
+def test_what_json_says_has_its_type():
+    made = expect({"name": "a", "sizes": [1, 2], "figures": {"x": 1, "y": float("inf")}, "point": None}, Thing)
+    assert made == Thing("a", (1, 2), {"x": 1, "y": float("inf")})
+    assert expect([[True, "a"]], list[tuple[bool, str]]) == [(True, "a")]
+    assert expect((1, 2, 3), tuple[int, ...]) == (1, 2, 3)
+    assert expect({"x": [None]}, dict[str, Any]) == {"x": [None]}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "words"),
+    [
+        ([], dict[str, int], r"content: got a list of 0, expected dict\[str, int\]"),
+        ({"x": "1"}, dict[str, int], "x: got '1', expected int"),
+        ({"x": True}, dict[str, int], "x: got True, expected int"),
+        ({"x": 1.0}, dict[str, int], "x: got 1.0, expected int"),
+        ({"x": 10**30}, dict[str, float], "x: got 1000000000000000000000000000000, expected float"),
+        ([1], tuple[int, int], "got a list of 1"),
+        (1, bool, "got 1, expected bool"),
+        (None, str, "got None, expected str"),
+        ("x" * 500, int | None, "got 'x{70,80}"),
+        ({"name": "a"}, Thing, "sizes is missing"),
+        ({"name": "a", "sizes": [1, 2], "": 1}, Thing, "'' is unknown"),
+        ({"name": "a", "sizes": [1, "2"]}, Thing, "sizes: got '2', expected int"),
+    ],
+)
+def test_what_has_another_type_is_named(value, kind, words):
+    with pytest.raises(ValueError, match=words):
+        expect(value, kind)
+
+
+def test_whatever_a_message_repeats_it_is_one_line():
+    text = str(DDFastError("a\nb\x1b[2J\u2028c\ud800 ä"))
+    assert text == "a b\\x1b[2J c\\ud800 ä"
+    assert text.encode()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("x\ny"), NotImplementedError("x"), KeyError("x"), MemoryError(), EOFError()]
+)
+def test_what_others_code_says_of_a_file_names_it(error):
+    with pytest.raises(DDFastError, match=r"^a\.zip is damaged or cannot be read: .") as caught, reading("a.zip"):
+        raise error
+    assert str(caught.value).isprintable()

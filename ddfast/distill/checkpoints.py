@@ -12,22 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ddfast import processes
-from ddfast.errors import DDFastError, first_line
-from ddfast.files import json_digest, parse_json, sync, write_atomically, writing
+from ddfast.errors import DDFastError, first_line, shown
+from ddfast.files import expect, json_digest, parse_json, reading, sync, write_atomically, writing
 from ddfast.messages import warn
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+_INDEX = ".metadata"
 FORMAT = 1
 """Of `state.json`; those of before have none."""
 
@@ -134,16 +137,61 @@ class Checkpoints:
 
 
 def load(place: Path, into: Mapping[str, Tensor]) -> None:
-    """Fill tensors, spread as they are, from a checkpoint. All processes call this."""
+    """Fill tensors, spread as they are, from a checkpoint. All processes call this.
+
+    Raises:
+        DDFastError: it holds anything but tensors.
+    """
+    _check_index(place)
     with processes.busy():
         _dcp("load", into, place)
 
 
 def names_in(place: Path) -> set[str]:
-    """Names of the tensors that a checkpoint holds."""
-    from torch.distributed.checkpoint import FileSystemReader
+    """Names of the tensors that a checkpoint holds; errors as of `load`."""
+    return _check_index(place)
 
-    return set(FileSystemReader(place).read_metadata().state_dict_metadata)
+
+def _check_index(place: Path) -> set[str]:
+    """The tensors' names in a checkpoint's index, a pickle that PyTorch would run: here it has to hold tensors alone.
+
+    What is no tensor, PyTorch would unpickle too, and a tensor's file may be anywhere, as far as it is concerned.
+
+    Raises:
+        DDFastError: it is damaged, or holds something else.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    path = place / _INDEX
+    with reading(path), path.open("rb") as file:
+        index = _Index(file).load()
+        tensors, parts = dict(index.state_dict_metadata), dict(index.storage_data)
+        elsewhere = [one.relative_path for one in parts.values() if Path(one.relative_path).name != one.relative_path]
+        other = [name for name, value in tensors.items() if type(value) is not TensorStorageMetadata]
+        if other or elsewhere:
+            raise ValueError(f"names {shown([*other, *elsewhere][0])}, which is no tensor in this folder")
+        return set(tensors)
+
+
+class _Index(pickle.Unpickler):
+    """Makes what PyTorch writes into a checkpoint's index, and nothing else."""
+
+    _NAMES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+            "StorageMeta", "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size",),
+        **dict.fromkeys(("pathlib", "pathlib._local"), ("Path", "PosixPath", "WindowsPath")),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in self._NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}: refused, nothing of it was run")
 
 
 def remove(out: Path) -> None:
@@ -190,13 +238,14 @@ def _written_here(folder: Path) -> list[str]:
 def _read_state(place: Path) -> tuple[dict[str, Any], str]:
     """A checkpoint's state, and what is wrong with it."""
     try:
-        state = parse_json((place / STATE).read_text())
+        state = expect(parse_json((place / STATE).read_bytes()), dict[str, Any])
         if state.pop("seal", None) not in (None, json_digest(state)):  # those of before have none
             return {}, f"{STATE}: its digest differs"
-        missing = [name for name in state["files"] if not (place / name).exists()]
-        int(state["step"])
+        expect(state.get("step"), int, "step")
+        files = expect(state.get("files"), dict[str, str], "files")
+        missing = [name for name in files if Path(name).name != name or not (place / name).is_file()]
         return state, f"{', '.join(missing)} missing" if missing else ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return {}, f"{STATE}: {first_line(error)}"
 
 
@@ -208,7 +257,11 @@ def _dcp(action: str, tensors: Mapping[str, Tensor], place: Path) -> None:
         try:
             getattr(checkpoint, action)(dict(tensors), checkpoint_id=str(place), no_dist=processes.count() == 1)
         except checkpoint.CheckpointException as error:  # no Exception; its text is all tracebacks of all processes
-            raise next(failure for failure, _ in error.failures.values()) from error
+            failure = next(failure for failure, _ in error.failures.values())
+            if action == "load":
+                with reading(place):
+                    raise failure from error
+            raise failure from error
 
 
 def _digest(path: Path) -> str:

@@ -27,7 +27,7 @@ import torch
 from ddfast import processes
 from ddfast.config import TrainConfig, plain, profiled_steps, trackers
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import read_text, write_atomically
+from ddfast.files import expect, parse_json, read_text, write_atomically
 from ddfast.portable import portable
 from ddfast.tracing import ProfileWindow
 
@@ -122,8 +122,7 @@ def json_lines(out: Path, stage: str, step: int, settings: Mapping[str, Any]) ->
     path = out / METRICS
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line.get("stage") != stage or line["step"] <= step]
+        kept = [line for line in _lines(path) if line["stage"] != stage or line["step"] <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def sink(step: int, figures: Mapping[str, float]) -> None:
@@ -136,15 +135,25 @@ def json_lines(out: Path, stage: str, step: int, settings: Mapping[str, Any]) ->
 def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of a `metrics.jsonl` by stage and in the order of their steps; of a step's lines, the last counts.
 
-    A line that a killed run left half written is left out, and where there is no file, there is nothing.
+    What is no line of it, such as one that a killed run left half written, is left out, and where there is no file,
+    there is nothing.
     """
     stages: dict[str, dict[int, dict[str, Any]]] = {}
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int):
-                stages.setdefault(line["stage"], {})[line["step"]] = line
+    for line in _lines(path):
+        stages.setdefault(line["stage"], {})[line["step"]] = line
     return {stage: [lines[step] for step in sorted(lines)] for stage, lines in stages.items()}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` that are: stage, step, and figures."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            line = expect(parse_json(text), dict[str, Any])
+            figures = {name: value for name, value in line.items() if name not in ("stage", "step")}
+            expect((line.get("stage"), line.get("step"), figures), tuple[str, int, dict[str, float]])
+            lines.append(line)
+    return lines
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from ddfast import processes
 from ddfast.errors import DDFastError, first_line
 from ddfast.evaluation.images import Pictured
 from ddfast.evaluation.resizing import clip_resize
-from ddfast.files import file_sha256, parse_json, read_text
+from ddfast.files import expect, file_sha256, parse_json, read_text
 from ddfast.models.checkpoint import load_tensors
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -134,9 +134,10 @@ def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     file = folder / "preprocessor_config.json"
     if file.is_file():
         try:
-            said = parse_json(read_text(file))
-            made = [torch.tensor(said[name], dtype=torch.float32) for name in ("image_mean", "image_std")]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            said = expect(parse_json(read_text(file)), dict[str, Any])
+            numbers = [expect(said.get(name), list[float], name) for name in ("image_mean", "image_std")]
+            made = [torch.tensor(one, dtype=torch.float32) for one in numbers]
+        except ValueError as error:
             raise DDFastError(f"{file}: no settings of an image processor: {first_line(error)}") from error
         if any(part.shape != (3,) or not bool(part.isfinite().all()) for part in made) or not bool(made[1].all()):
             raise DDFastError(f"{file}: expected image_mean and image_std, three numbers each")
@@ -234,7 +235,10 @@ class FileScore:
         if not fits or not (images.is_floating_point() and texts.is_floating_point()):
             got = f"{list(images.shape)} of {images.dtype} and {list(texts.shape)} of {texts.dtype}"
             raise DDFastError(f"--clip {path}: holds features {got}, expected floating-point [{count}, D] both")
-        self._cosines = cosines(images, texts)
+        try:
+            self._figures = clip_figures(cosines(images, texts))
+        except ValueError as error:
+            raise DDFastError(f"--clip {path}: {error}") from error
         told = hashlib.sha256(texts.float().contiguous().numpy().tobytes()).hexdigest()
         self.said = {"file": path.name, "sha256": told, "captions": told}
 
@@ -244,4 +248,4 @@ class FileScore:
 
     def figures(self) -> dict[str, float]:
         """As `clip_figures`."""
-        return clip_figures(self._cosines)
+        return self._figures

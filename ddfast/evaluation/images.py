@@ -13,7 +13,6 @@ import contextlib
 import math
 import re
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ddfast import processes
-from ddfast.errors import DDFastError, first_line
-from ddfast.files import parse_json, read_text
+from ddfast.errors import DDFastError
+from ddfast.files import parse_json, read_text, reading
 from ddfast.pictures import SETTINGS
 from ddfast.progress import Progress, silent
 
@@ -125,9 +124,17 @@ def open_images(path: Path, option: str, progress: Progress = silent, *, any_siz
         return ImageFolder(path, option, progress, any_size=any_size)
     if not path.exists():
         raise DDFastError(f"{option} {path}: there is no such file or folder")
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         raise DDFastError(f"{option} {path}: expected an .npz file with {ARRAY}, or a folder with PNG or JPG files")
     return ImageArray(path, option)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive in one piece."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one of several disks
+        return False
 
 
 class ImageFolder(Images):
@@ -190,7 +197,7 @@ class ImageArray(Images):
         self.count, self.size = shape[0], (shape[1], shape[2])
 
     def settings(self) -> dict[str, Any]:
-        with _reading(self.path), zipfile.ZipFile(self.path) as archive:
+        with reading(self.path), zipfile.ZipFile(self.path) as archive:
             said = archive.comment.decode(errors="replace")
         return _settings(said, self.path) if said.startswith("{") else {}
 
@@ -204,7 +211,7 @@ class ImageArray(Images):
     def read(self, numbers: Iterator[range]) -> Iterator[Tensor]:
         height, width = self.size
         bytes_each = height * width * 3
-        with _reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
+        with reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
             for run in numbers:
                 begin = self.start + run.start * bytes_each
                 if file.tell() == 0:
@@ -225,7 +232,7 @@ def member(path: Path, name: str, option: str) -> Iterator[tuple[IO[bytes], tupl
     Raises:
         DDFastError: it is not there, or is no array in C's order.
     """
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), zipfile.ZipFile(path) as archive:
         there = [entry.removesuffix(".npy") for entry in archive.namelist()]
         if name not in there:
             raise DDFastError(f"{option} {path}: no array {name} there, only {', '.join(there) or 'nothing'}")
@@ -234,7 +241,12 @@ def member(path: Path, name: str, option: str) -> Iterator[tuple[IO[bytes], tupl
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, in_columns, dtype = read(file)
             size = file.tell() + math.prod(shape) * dtype.itemsize
-            if dtype.hasobject or in_columns or archive.getinfo(f"{name}.npy").file_size != size:
+            if (
+                dtype.hasobject
+                or in_columns
+                or min(shape, default=0) < 0
+                or archive.getinfo(f"{name}.npy").file_size != size
+            ):
                 raise DDFastError(f"{option} {path}: {name} is no plain array of numbers in C's order")
             yield file, shape, dtype
 
@@ -251,23 +263,9 @@ def _settings(text: str, path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Within, what the system, zip or NumPy say against reading is one line that names the file."""
-    try:
-        yield
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DDFastError(f"{path} is damaged or cannot be read: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
 def _picture(file: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(file) as picture:
-            yield picture
-    except UnidentifiedImageError as error:
-        raise DDFastError(f"{file} is damaged or no picture") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DDFastError(f"cannot read {file}: {first_line(error)}") from error
+    with reading(file, "is damaged or no picture"), Image.open(file) as picture:
+        yield picture
 
 
 def _pixels(file: Path) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.errors import DDFastError
-from ddfast.files import parse_json, read_text
+from ddfast.files import expect, parse_json, read_text
 from ddfast.portable import base_name
 
 TITLES = {
@@ -77,7 +77,18 @@ def read_judgement(path: Path) -> Judgement:
     names = [one.name for one in dataclasses.fields(Judgement)]
     if not isinstance(values, dict) or not set(names[:7]) <= set(values):
         raise DDFastError(f"--beside {path}: names no instrument, reference and figures; {expected}")
-    return Judgement(**{name: values[name] for name in names if name in values})
+    try:
+        said = expect({name: values[name] for name in names if name in values}, Judgement)
+        expect(said.settings.get("changed", []), list[str], "changed")
+        parts = {"inception": said.inception, "reference": said.reference, **({"clip": said.clip} if said.clip else {})}
+        for part, held in parts.items():
+            if missing := {"file", "sha256", *(["captions"] if part == "clip" else [])} - held.keys():
+                raise ValueError(f"{part}: {min(missing)} is missing")
+        if said.count < 1:
+            raise ValueError(f"count: got {said.count}, expected a positive number")
+    except ValueError as error:
+        raise DDFastError(f"--beside {path}: is damaged ({error}); {expected}") from error
+    return said
 
 
 def check_comparable(rows: Sequence[Judgement]) -> None:

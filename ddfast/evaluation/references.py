@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ddfast import processes, seeds
 from ddfast.errors import DDFastError, first_line
-from ddfast.evaluation.images import ARRAY, ImageArray, Images, member
+from ddfast.evaluation.images import ARRAY, ImageArray, Images, is_archive, member
 from ddfast.evaluation.inception import POOL, SPATIAL
 from ddfast.evaluation.instruments import Instrument, Reference
-from ddfast.files import write_atomically
+from ddfast.files import reading, write_atomically
 from ddfast.frechet import Gaussian
 from ddfast.models.checkpoint import read_checkpoint, read_tensor
 from ddfast.progress import Progress, silent
@@ -160,9 +160,9 @@ def write_reference(path: Path, instrument: str, reference: Reference, images: I
 
 def _names(path: Path) -> list[str] | None:
     """Of the arrays in an npz file; None: it is none."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return None
-    with zipfile.ZipFile(path) as archive:
+    with reading(f"--reference {path}"), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     return [name.removesuffix(".npy") for name in names] if all(name.endswith(".npy") for name in names) else None
 

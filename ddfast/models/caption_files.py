@@ -62,8 +62,6 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix.lower() == ".json" or text.lstrip()[:1] == "{":
         try:
             return coco_captions(parse_json(text))
-        except RecursionError:
-            raise DDFastError(f"{path} is no file of captions in COCO's format: too deeply nested") from None
         except ValueError as error:  # of the JSON, of one of its numbers, or of what it holds
             raise DDFastError(f"{path} is no file of captions in COCO's format: {first_line(error)}") from error
     texts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddfast import private_api, processes
 from ddfast.errors import DDFastError, first_line
-from ddfast.files import bytes_digest, json_digest, parse_json, read_text, write_atomically
+from ddfast.files import bytes_digest, expect, json_digest, parse_json, read_text, reading, write_atomically
 from ddfast.messages import say
 from ddfast.models.layers import stacked_rows
 from ddfast.ops.common import check_finite
@@ -43,6 +43,9 @@ INDEX_SUFFIX = ".index.json"
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_MOST_PROBLEMS = 100
+"""Tensors that do not fit, of which one error tells."""
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
@@ -50,6 +53,13 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """Element types by safetensors' names."""
+
+_SAID: dict[str, Any] = {
+    "family": str, "method": str, "learnt_from": str, "files": dict[str, dict[str, str]], "config": dict[str, Any],
+    "student": dict[str, Any], "teacher": dict[str, Any], "tokenizer": dict[str, Any],
+    "point": int | None, "split": int | None,
+}  # fmt: skip
+"""What our files say of themselves, and how."""
 
 FORMAT = 1
 """Of our files, in their headers; those of before have none, and no digests."""
@@ -320,7 +330,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         parsed = parse_json(about.get("config", "{}"))
     except ValueError:
         parsed = {}
-    return content, parsed if isinstance(parsed, dict) else {}
+    if not isinstance(parsed, dict):
+        return content, {}
+    try:
+        for name in parsed.keys() & _SAID.keys():
+            expect(parsed[name], _SAID[name], name)
+    except ValueError as error:
+        raise DDFastError(f"{path} is damaged (what its header says of it: {error}); {_REMEDY}") from error
+    return content, parsed
 
 
 def _checked_digests(path: Path, header: Mapping[str, Any], about: Mapping[str, str]) -> dict[str, str]:
@@ -331,7 +348,10 @@ def _checked_digests(path: Path, header: Mapping[str, Any], about: Mapping[str, 
             raise DDFastError(f"{path} is damaged (its header's digest differs); {_REMEDY}")
         if written != str(FORMAT):
             raise DDFastError(f"{path} is of format {written}, this ddfast reads {FORMAT}: install a newer one")
-        return dict(parse_json(about["digests"]))
+        try:
+            return expect(parse_json(about["digests"]), dict[str, str])
+        except (ValueError, KeyError) as error:
+            raise DDFastError(f"{path} is damaged (no digests of its tensors); {_REMEDY}") from error
     return {}
 
 
@@ -339,30 +359,34 @@ def _read_pytorch(path: Path, *, zipped: bool) -> Any:
     opened = _File(path)
     if zipped:
         _check_archive(path)
-    try:
-        with os.fdopen(os.dup(opened.raw.fileno()), "rb") as file, torch.serialization.safe_globals(_HARMLESS):
-            if not zipped:  # the format before PyTorch 1.6 cannot be read in part
-                return torch.load(file, map_location="cpu", weights_only=True)
-            try:  # storages on the meta device are not read, and PyTorch notes where in the file they are
-                return _stored(torch.load(file, map_location="meta", weights_only=True), opened)
-            except _NoPlaceError:  # before 2.12 it does so for fake tensors only, whose import takes seconds
-                file.seek(0)
-                fake = private_api.fake_tensors()
-                if fake is None:
-                    return torch.load(file, map_location="cpu", weights_only=True)
-                with torch.inference_mode(False), fake:
-                    return _stored(torch.load(file, map_location="cpu", weights_only=True), opened)
-    except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):  # bytes that are no pickle of PyTorch at all
-            raise DDFastError(f"{path} is damaged or no PyTorch checkpoint; copy or download it again") from error
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
-        found = f" ({reason.strip()[:160]})" if reason else ""
-        raise DDFastError(
-            f"{path} holds something else than tensors{found}: refused, nothing of it was run; "
-            "save its state_dict alone"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, OSError) as error:
-        raise DDFastError(f"{path} is damaged or no PyTorch checkpoint: {first_line(error)}") from error
+    with reading(path, "is damaged or no PyTorch checkpoint"):
+        try:
+            return _unpickled(opened, zipped=zipped)
+        except pickle.UnpicklingError as error:
+            if "Unsupported operand" in str(error):  # bytes that are no pickle of PyTorch at all
+                raise DDFastError(f"{path} is damaged or no PyTorch checkpoint; copy or download it again") from error
+            reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+            found = f" ({reason.strip()[:160]})" if reason else ""
+            raise DDFastError(
+                f"{path} holds something else than tensors{found}: refused, nothing of it was run; "
+                "save its state_dict alone"
+            ) from error
+
+
+def _unpickled(opened: _File, *, zipped: bool) -> Any:
+    """What a pickle of PyTorch's holds, its tensors as they are in the file where that can be told."""
+    with os.fdopen(os.dup(opened.raw.fileno()), "rb") as file, torch.serialization.safe_globals(_HARMLESS):
+        if not zipped:  # the format before PyTorch 1.6 cannot be read in part
+            return _spread(torch.load(file, map_location="cpu", weights_only=True), opened)
+        try:  # storages on the meta device are not read, and PyTorch notes where in the file they are
+            return _stored(_spread(torch.load(file, map_location="meta", weights_only=True), opened), opened)
+        except _NoPlaceError:  # before 2.12 it does so for fake tensors only, whose import takes seconds
+            file.seek(0)
+            fake = private_api.fake_tensors()
+            if fake is None:
+                return _spread(torch.load(file, map_location="cpu", weights_only=True), opened)
+            with torch.inference_mode(False), fake:
+                return _stored(_spread(torch.load(file, map_location="cpu", weights_only=True), opened), opened)
 
 
 class _NoPlaceError(Exception):
@@ -374,12 +398,33 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # zipfile's, of which several are listed nowhere
         raise DDFastError(f"{path} is damaged, most likely cut short: copy or download it again") from error
     if "constants.pkl" in names:
         raise DDFastError(f"{path} is a TorchScript program, which is not run here: save its state_dict alone")
     if "data.pkl" not in names:
         raise DDFastError(f"{path} is a zip archive, not a PyTorch checkpoint: unpack it first")
+
+
+def _spread(content: Any, file: _File) -> Any:
+    """The content, which a file can hold as it is: in a pickle, few containers that hold each other twice are many.
+
+    Raises:
+        ValueError: it is nested deeply, or has more entries than the file has bytes.
+    """
+    left, entries = [(content, 0)], 0
+    while left:
+        value, depth = left.pop()
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, _SEQUENCES) else ()
+        entries += len(inner)
+        if depth > _DEEPEST or entries > file.state[0]:
+            raise ValueError("its containers hold each other, or are nested too deeply")
+        left += [(one, depth + 1) for one in inner]
+    return content
+
+
+_SEQUENCES, _DEEPEST = (list, tuple, set, frozenset), 100
 
 
 def _stored(content: Any, file: _File) -> Any:
@@ -402,14 +447,15 @@ def _stored(content: Any, file: _File) -> Any:
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        files = set(parse_json(read_text(path))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        index = expect(parse_json(read_text(path)), dict[str, Any])
+        files = set(expect(index.get("weight_map"), dict[str, str], "weight_map").values())
+    except ValueError as error:
         raise DDFastError(f"{path} is no index of checkpoint files: {first_line(error)}") from error
     content: dict[str, Any] = {}
     for name in sorted(files):
-        part = path.parent / str(name)
-        if part.parent != path.parent or not part.is_file():
-            raise DDFastError(f"{path} names {name}, which is not there; download it too")
+        part = path.parent / name
+        if part.parent != path.parent or not os.path.isfile(part) or name.endswith(INDEX_SUFFIX):
+            raise DDFastError(f"{path} names {name[:200]}, which is not there; download it too")
         content |= read_checkpoint(part)[0]
     return content, {}
 
@@ -484,10 +530,16 @@ def state_problems(expected: Mapping[str, Tensor], tensors: Mapping[str, AnyTens
     """What keeps `tensors` from being a state with the names and shapes of `expected`, an entry per tensor."""
     problems = [f"missing {name} {list(expected[name].shape)}" for name in expected if name not in tensors]
     problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in tensors if name not in expected]
-    return problems + [
+    both = [name for name in expected if name in tensors]
+    problems += [
         f"{name} is {list(tensors[name].shape)} instead of {list(expected[name].shape)}"
-        for name in expected
-        if name in tensors and tensors[name].shape != expected[name].shape
+        for name in both
+        if tensors[name].shape != expected[name].shape
+    ]
+    return problems + [
+        f"{name} holds {str(tensors[name].dtype).removeprefix('torch.')} instead of floating-point numbers"
+        for name in both
+        if expected[name].is_floating_point() and not tensors[name].dtype.is_floating_point
     ]
 
 
@@ -502,8 +554,36 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: object)
     module.load_state_dict(tensors)
 
 
+def check_fits(make: Callable[[], nn.Module], tensors: Mapping[str, AnyTensor], source: object) -> None:
+    """Raise unless tensors are the state of the module that is made: before memory for it is asked for.
+
+    Raises:
+        DDFastError: tensors are missing, unexpected or of another shape.
+    """
+    with torch.device("meta"), _Undrawn():
+        module = make()
+    _check_state(module, tensors, source)
+
+
+def check_layers(settings: Mapping[str, Any], tensors: Mapping[str, AnyTensor], source: object) -> None:
+    """Raise where settings tell of more layers than there are tensors: before any is made.
+
+    Raises:
+        DDFastError: they do.
+    """
+    for name in _LAYERS & settings.keys():
+        if isinstance(settings[name], int) and settings[name] > len(tensors):
+            raise DDFastError(f"{source} is damaged: it has {len(tensors)} tensors, and {name} is {settings[name]}")
+
+
+_LAYERS = {"depth", "head_depth", "blocks", "n_layer"}
+"""Settings that count what a network has one after the other."""
+
+
 def _check_state(module: nn.Module, tensors: Mapping[str, AnyTensor], source: object) -> None:
     problems = state_problems(module.state_dict(), tensors)
+    if len(problems) > _MOST_PROBLEMS:
+        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
     if problems:
         raise DDFastError(f"{source} does not fit {type(module).__name__}: " + "; ".join(problems))
 

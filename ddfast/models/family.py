@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from ddfast.config import PretrainedTeacherConfig, TeacherConfig, TokenizerConfig, TrainConfig, plain, update
 from ddfast.errors import DDFastError
+from ddfast.files import expect, reading
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import (
     AnyTensor,
     build_around,
     cast_float,
+    check_fits,
+    check_layers,
     load_state,
     one_dtype,
     read_checkpoint,
@@ -192,12 +195,15 @@ class Family(ABC):
         except (KeyError, TypeError, ValueError, DDFastError) as error:
             lacks = f"{parts.source} does not say how its {self.name} teacher was made ({error})"
             raise DDFastError(f"{lacks}; where a recipe says it, give the file as --teacher.weights") from error
+        for settings in (parts.header["tokenizer"], parts.header["teacher"]):
+            check_layers(settings, parts.tensors, parts.source)
+        with reading(parts.source, f"is no {self.name} teacher of the sizes that it says"):
+            check_fits(lambda: self.untrained(config), parts.tensors, parts.source)
         made = self.untrained(config)
         load_state(made, _read(parts.tensors), parts.source)
         for name, parameter in network_parameters(made):
             parameter.data = cast_float(parameter.data, parts.dtype or parts.tensors[name].dtype)
-        stored = parts.header.get("defaults")
-        made.defaults = parts.defaults or (SamplingDefaults(**stored) if stored else made.defaults)
+        made.defaults = parts.defaults or stored_defaults(parts.header, parts.source) or made.defaults
         return made.eval().requires_grad_(False)
 
     def read_tokenizer(self, parts: Parts) -> Any:
@@ -272,6 +278,18 @@ class Family(ABC):
 
     def __str__(self) -> str:
         return self.title or self.name
+
+
+def stored_defaults(header: Mapping[str, Any], source: object) -> SamplingDefaults | None:
+    """The sampling settings that a file's header says; None: it says none.
+
+    Raises:
+        DDFastError: they are others than a teacher has.
+    """
+    try:
+        return expect(header["defaults"], SamplingDefaults, "defaults") if header.get("defaults") else None
+    except ValueError as error:
+        raise DDFastError(f"{source} is damaged ({error})") from error
 
 
 def network_parameters(teacher: Teacher) -> Iterator[tuple[str, nn.Parameter]]:

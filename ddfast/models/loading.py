@@ -17,6 +17,7 @@ import torch
 from ddfast import processes, seeds
 from ddfast.config import PretrainedTeacherConfig, TrainConfig
 from ddfast.errors import DDFastError
+from ddfast.files import reading
 from ddfast.messages import say, warn
 from ddfast.models import families
 from ddfast.models.autoregressive import SamplingDefaults
@@ -24,6 +25,7 @@ from ddfast.models.checkpoint import (
     AnyTensor,
     build_around,
     cast_float,
+    check_layers,
     digest,
     one_dtype,
     read_checkpoint,
@@ -31,7 +33,7 @@ from ddfast.models.checkpoint import (
     state_of,
     tensors_of,
 )
-from ddfast.models.family import Family, Parts, network_parameters
+from ddfast.models.family import Family, Parts, network_parameters, stored_defaults
 from ddfast.models.flow_network import TransformerFlowNetwork
 from ddfast.models.official import (
     AVERAGE,
@@ -109,8 +111,8 @@ def load_teacher(
     assert network.kind is not None
     kind = families.named(wanted or network.kind.family, path)
     stored = stored_settings(content, header, path)
-    if "defaults" in header and defaults is None:
-        defaults = SamplingDefaults(**header["defaults"])
+    if defaults is None:
+        defaults = stored_defaults(header, path)
     parts = Parts(
         tensors=network.tensors, source=path, header=header, config=config, stored=stored, dtype=dtype,
         defaults=defaults,
@@ -372,12 +374,11 @@ def student_from(
     if kind is None or not _learns_from(kind, chosen.kind.family):
         raise DDFastError(f"{path} is {chosen.kind}, but the teacher is a {type(teacher).__name__}")
     config = header["student"] if "student" in header else _student_config(chosen, family, teacher, path)
+    check_layers(config, chosen.tensors, path)
 
     def make() -> Student:
-        try:
+        with reading(path, f"does not fit {kind.__name__}"):
             return kind(teacher, **config)
-        except (TypeError, ValueError) as error:
-            raise DDFastError(f"{path} does not fit {kind.__name__}: {error}") from error
 
     student = build_around(
         make,

@@ -335,9 +335,10 @@ class DD1Student(Student):
     def read_header(self, header: Mapping[str, Any]) -> None:
         super().read_header(header)
         self.point = header.get("point")
-        settings = header.get("config")
-        if self.point is None and isinstance(settings, dict):  # files of before have it there alone
-            self.point = settings.get("dd1", {}).get("point")
+        if self.point is None:  # files of before have it there alone
+            dd1 = header.get("config", {}).get("dd1")
+            point = dd1.get("point") if isinstance(dd1, dict) else None
+            self.point = point if isinstance(point, int) else None
 
     def settings(self, steps: int) -> dict[str, Any]:
         if steps not in (1, 2):

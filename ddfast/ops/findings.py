@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ddfast import env, messages
-from ddfast.errors import DDFastError
-from ddfast.files import parse_json, write_atomically
+from ddfast.errors import DDFastError, first_line
+from ddfast.files import expect, parse_json, write_atomically
 from ddfast.ops import native
 
 FILE = "kernels.json"
@@ -189,20 +189,26 @@ def forget_orders(device: torch.device) -> int:
 def _load(file: Path, *, quiet: bool = False) -> dict[str, Any]:
     """The file's machines; nothing where it is missing, damaged or of another format."""
     try:
-        content = parse_json(file.read_text())
-        machines = content["machines"] if content["format"] == _FORMAT else {}
+        content = expect(parse_json(file.read_bytes()), dict[str, Any])
+        if content.get("format") != _FORMAT:
+            return {}
+        machines = expect(content.get("machines"), dict[str, dict[str, Any]], "machines")
         for machine in machines.values():
-            for verdict in machine.get("verdicts", {}).values():
-                Verdict(bool(verdict[0]), str(verdict[1]))
-            for timed in machine.get("orders", {}).values():
-                _ = timed["order"], timed["reason"], int(timed["rows"]), int(timed["size"])
-        return dict(machines)
+            expect(machine.get("verdicts", {}), dict[str, tuple[bool, str]], "verdicts")
+            for timed in expect(machine.get("orders", {}), dict[str, dict[str, Any]], "orders").values():
+                for name, kind in _TIMED.items():
+                    expect(timed.get(name), kind, name)
+        return machines
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         if not quiet:
-            messages.warn_once(f"{file} cannot be used ({error}): kernels are verified anew")
+            messages.warn_once(f"{file} cannot be used ({first_line(error)}): kernels are verified anew")
         return {}
+
+
+_TIMED = {"order": list[str], "reason": str, "rows": int, "size": int}
+"""What an entry of the orders has."""
 
 
 @contextlib.contextmanager

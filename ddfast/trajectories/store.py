@@ -14,17 +14,20 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ddfast.errors import DDFastError
-from ddfast.files import parse_json, write_atomically
+from ddfast.errors import DDFastError, first_line, shown
+from ddfast.files import expect, parse_json, write_atomically
 from ddfast.ops import noise
+from ddfast.seeds import check_seed
 
 FORMAT = 1
+_REMAKE = "delete it and run again to remake it"
 MANIFEST = "manifest.json"
 
 
@@ -99,14 +102,21 @@ class TrajectoryStore:
         """
         path = Path(path)
         try:
-            found = parse_json((path / MANIFEST).read_text())
+            found = expect(parse_json((path / MANIFEST).read_bytes()), dict[str, Any])
             if found.get("format") != FORMAT:
-                raise DDFastError(f"{path} is a store of format {found.get('format')}; this ddfast reads {FORMAT}")
-            return cls(path, StoreSettings(**found))
+                raise DDFastError(
+                    f"{path} is a store of format {shown(found.get('format'))}; this ddfast reads {FORMAT}"
+                )
+            settings = expect(found, StoreSettings)
+            check_seed(settings.seed)
+            for name in ("num_tokens", "num_codes", "code_dim", "shard_size"):
+                if getattr(settings, name) < 1:
+                    raise ValueError(f"{name}: got {getattr(settings, name)}, expected a positive number")
         except OSError as error:
             raise DDFastError(f"no trajectory store at {path}: {error.strerror}") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise DDFastError(f"{path / MANIFEST} is damaged ({error}); make the store again elsewhere") from error
+        return cls(path, settings)
 
     @classmethod
     def open_or_create(cls, path: str | Path, settings: StoreSettings) -> TrajectoryStore:
@@ -159,7 +169,7 @@ class TrajectoryStore:
         write_atomically(self.shard_path(shard), save(tensors, {"sha256": checksum(tensors)}))
 
     def read_shard(self, shard: int) -> dict[str, Tensor]:
-        """The tensors of one shard, after comparing them with their checksum.
+        """The tensors of one shard, after comparing them with their checksum, and types and shapes with the settings.
 
         Raises:
             DDFastError: the shard is missing or damaged, or another one has its name.
@@ -171,13 +181,26 @@ class TrajectoryStore:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
                 written = (file.metadata() or {}).get("sha256")
-        except (SafetensorError, ValueError) as error:
-            raise DDFastError(f"{path} is damaged ({error}); delete it and run again to remake it") from error
+        except (SafetensorError, ValueError, OSError) as error:
+            raise DDFastError(f"{path} is damaged ({first_line(error)}); {_REMAKE}") from error
         if written != checksum(tensors):
-            raise DDFastError(f"{path} is damaged (its checksum differs); delete it and run again to remake it")
-        if not torch.equal(tensors["index"], self.indices(shard)):
-            raise DDFastError(f"{path} holds other samples than its name says; delete it and run again to remake it")
+            raise DDFastError(f"{path} is damaged (its checksum differs); {_REMAKE}")
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        if found != self._layout() or not torch.equal(tensors["index"], self.indices(shard)):
+            raise DDFastError(f"{path} is damaged, or of another store (its header differs); {_REMAKE}")
         return tensors
+
+    def _layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of a shard's tensors, which their checksum does not tell."""
+        size, settings = self.settings.shard_size, self.settings
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "codes": (_code_dtype(settings.num_codes), (size, settings.num_tokens)),
+            "condition": (torch.int64, (size,)),
+            "index": (torch.int64, (size,)),
+        }
+        if settings.store_noise:
+            layout["noise"] = (torch.float32, (size, settings.num_tokens, settings.code_dim))
+        return layout
 
     def load(self, count: int | None = None) -> Trajectories:
         """The first `count` pairs (None: all of the shards that follow each other from 0), every shard checked.

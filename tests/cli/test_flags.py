@@ -62,6 +62,7 @@ OUT = ("--out", "{tmp}/run")
         ("profile_steps: got '13:10', expected FIRST:END", ["train", *OUT, "--profile-steps=13:10"]),
         ("--track: has no effect: only `ddfast train` trains", ["trajectories", *OUT, "--track=wandb"]),
         ("--profile-steps: has no effect", ["profile", *OUT, "--random-weights", "--profile-steps=1:2"]),
+        ("--method: got '../x', expected a name", ["plan", "--method", "../x"]),
         ("--lr: here it is called --dd1.learning-rate", ["train", *OUT, "--lr", "0.1"]),
         ("--gpt-ckpt: here it is called --teacher.weights", ["train", *OUT, "--gpt-ckpt", "x"]),
         ("--cfg-scale: here it is called --teacher.cfg-scale", ["trajectories", *OUT, "--cfg_scale=4"]),

@@ -150,6 +150,24 @@ def recorded(path):
     return sorted(event["name"] for event in events if event["name"].startswith("step "))
 
 
+DAMAGED = (
+    b'{"step": 1, "loss": 1.0}', b'{"stage": "matching"}', b'{"stage": 1, "step": 1}',
+    b'{"stage": "matching", "step": "1"}', b'{"stage": "matching", "step": 1, "loss": [1]}', b"[]", b"null}", b"\xff}",
+    b"[" * 100_000 + b"}", b'{"step": ' + b"9" * 5000 + b"}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line[:40]))
+def test_a_damaged_line_is_left_out(tmp_path, line):
+    train(tmp_path, "matching", range(0, 2))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes() + line + b"\n")
+    assert [one["step"] for one in tracking.read_log(path)["matching"]] == [1, 2]
+    train(tmp_path, "matching", range(2, 3))
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    assert [(one["stage"], one["step"]) for one in lines] == [("matching", step) for step in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(("made", "names"), [(6, ["step 2", "step 3"]), (3, ["step 2"]), (2, None), (1, None)])
 def test_the_steps_of_the_window_are_recorded(made, names, tmp_path, capsys):
     path = tmp_path / "profile" / "trace.json.gz"

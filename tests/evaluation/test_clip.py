@@ -292,6 +292,14 @@ def test_other_files_are_refused(tmp_path, tensors, problem):
         FileScore(path, 2)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_features_without_a_direction_are_refused(tmp_path, value):
+    path = tmp_path / "features.safetensors"
+    save_file({"image_features": torch.ones(2, 3), "text_features": torch.full((2, 3), value)}, path)
+    with pytest.raises(DDFastError, match=r"^--clip .*features\.safetensors: .* zero or not finite"):
+        FileScore(path, 2)
+
+
 def test_one_score_has_no_error_and_one_that_is_none_is_refused():
     assert clip_figures(torch.tensor([-0.5], dtype=torch.float64)) == {"clip_score": 0, "count": 1}
     with pytest.raises(ValueError, match="CLIP score: the features of image 1 or of its caption are zero"):

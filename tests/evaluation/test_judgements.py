@@ -1,9 +1,11 @@
-"""Which figures share a table."""
+"""Which figures share a table, and what their files hold."""
+
+import json
 
 import pytest
 
 from ddfast.errors import DDFastError
-from ddfast.evaluation.judgements import Judgement, table
+from ddfast.evaluation.judgements import Judgement, read_judgement, table
 
 
 def judged(source, **given):
@@ -33,3 +35,26 @@ def test_what_a_preset_was_changed_to_is_told():
     row = judged("a", preset="var-readme", settings={"changed": ["quantise nearest", "cfg_scale 4.0"]})
     assert "| var-readme, but quantise nearest, cfg_scale 4.0 |" in "\n".join(table([row]))
     assert "| var-readme |" in "\n".join(table([judged("a", preset="var-readme")]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("figures", {"fid": "1"}, "fid: got '1', expected float"),
+        ("figures", [1], "figures: got a list of 1"),
+        ("size", [8], "size: got a list of 1"),
+        ("count", 1.5, "count: got 1.5, expected int"),
+        ("count", 0, "count: got 0, expected a positive number"),
+        ("inception", {"file": "x"}, "inception: sha256 is missing"),
+        ("reference", None, "reference: got None"),
+        ("clip", {"file": "x", "sha256": "y"}, "clip: captions is missing"),
+        ("settings", {"changed": [1]}, "changed: got 1, expected str"),
+    ],
+)
+def test_a_file_of_others_says_what_it_has_to(tmp_path, name, value, words):
+    path = tmp_path / "a.json"
+    path.write_text(judged("a").text())
+    assert read_judgement(path).figures == judged("a").figures
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(DDFastError, match=rf"--beside .*a\.json: is damaged \({words}"):
+        read_judgement(path)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -7,13 +8,14 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import ddfast
 from ddfast.config import TrajectoryConfig
 from ddfast.errors import DDFastError
 from ddfast.models.toy import ToyTeacher
 from ddfast.trajectories.generate import generate_trajectories, store_settings
-from ddfast.trajectories.store import TrajectoryStore
+from ddfast.trajectories.store import TrajectoryStore, checksum
 
 TEACHER = ToyTeacher()
 SETTINGS = store_settings(TEACHER, TrajectoryConfig(shard_size=50), seed=3)
@@ -126,6 +128,47 @@ def test_a_damaged_manifest_and_no_store(tmp_path):
         TrajectoryStore.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("shard_size", 0, "shard_size: got 0, expected a positive number"),
+        ("shard_size", "50", "shard_size: got '50', expected int"),
+        ("num_codes", -1, "num_codes: got -1, expected a positive number"),
+        ("seed", -1, "seed: got -1"),
+        ("cfg_scale", None, "cfg_scale: got None, expected float"),
+        ("store_noise", 1, "store_noise: got 1, expected bool"),
+        ("more", 1, "'more' is unknown"),
+    ],
+)
+def test_a_manifest_says_what_it_has_to(tmp_path, name, value, words):
+    TrajectoryStore.create(tmp_path, SETTINGS)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(DDFastError, match=rf"manifest\.json is damaged \(.*{words}"):
+        TrajectoryStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("condition", lambda tensor: tensor.view(torch.uint64)),
+        ("codes", lambda tensor: tensor.view(torch.int8)),
+        ("codes", lambda tensor: tensor.reshape(-1)),
+        ("codes", lambda tensor: tensor.reshape(tensor.shape[1], tensor.shape[0])),
+        ("index", lambda tensor: tensor + 50),
+        ("noise", lambda tensor: torch.zeros(3, dtype=torch.float32)),
+    ],
+)
+def test_a_shard_has_the_types_and_shapes_of_its_store(tmp_path, name, change):
+    """Its checksum is of bytes and names alone: here it is right."""
+    store = made(tmp_path, 50)
+    tensors = store.read_shard(0)
+    tensors[name] = change(tensors.get(name)).contiguous()
+    store.shard_path(0).write_bytes(save(tensors, {"sha256": checksum(tensors)}))
+    with pytest.raises(DDFastError, match=r"of another store \(its header differs\); delete it and run again"):
+        store.load()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DDFastError, match="cannot write"):
@@ -140,7 +183,7 @@ torch.set_num_threads(1)
 from ddfast.config import TrajectoryConfig
 from ddfast.models.toy import ToyTeacher
 from ddfast.trajectories.generate import generate_trajectories, store_settings
-from ddfast.trajectories.store import TrajectoryStore
+from ddfast.trajectories.store import TrajectoryStore, checksum
 teacher = ToyTeacher()
 store = TrajectoryStore.open_or_create(sys.argv[1], store_settings(teacher, TrajectoryConfig(shard_size=50), 3))
 generate_trajectories(teacher, store, 2000)
