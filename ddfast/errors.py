@@ -20,10 +20,12 @@ def printable(text: str) -> str:
 
 
 def shown(value: object, length: int = 80) -> str:
-    """A value as a message repeats it: of a large one, the beginning."""
+    """A value as a message repeats it, on one line: of a large one, the beginning."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__} of {len(value)}"
-    text = str(value) if isinstance(value, (int, float)) else repr(value)
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write too many digits
+        return f"a whole number of {value.bit_length()} bits"
+    text = "nothing" if value is None else " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ddfast.errors import DDFastError, first_line
+from ddfast.errors import DDFastError, first_line, shown
 from ddfast.files import parse_json, read_text
 from ddfast.models.checkpoint import read_checkpoint
 
@@ -87,7 +87,7 @@ def coco_captions(annotations: Any) -> list[str]:
         image = _entry(annotation, where, "image_id", int)
         caption = " ".join(_entry(annotation, where, "caption", str).split())
         if image not in images:
-            raise ValueError(f"{where}.image_id: got {_shown(image)}, which is no image of the file")
+            raise ValueError(f"{where}.image_id: got {shown(image)}, which is no image of the file")
         if len(caption) > _LONGEST_CAPTION:
             raise ValueError(f"{where}.caption: got {len(caption)} letters, expected at most {_LONGEST_CAPTION}")
         if _HALVES.search(caption):
@@ -101,23 +101,15 @@ def coco_captions(annotations: Any) -> list[str]:
 
 def _entries(annotations: Any, name: str) -> list[tuple[int, Any]]:
     if not isinstance(annotations, dict):
-        raise ValueError(f"got {_shown(annotations)}, expected images and annotations")
+        raise ValueError(f"got {shown(annotations)}, expected images and annotations")
     entries = annotations.get(name)
     if not isinstance(entries, list):
-        raise ValueError(f"{name}: got {_shown(entries)}, expected a list")
+        raise ValueError(f"{name}: got {shown(entries)}, expected a list")
     return list(enumerate(entries))
 
 
 def _entry(of: Any, where: str, name: str, kind: type) -> Any:
     value = of.get(name) if isinstance(of, dict) else None
     if type(value) is not kind:  # True is no number of an image
-        raise ValueError(f"{where}.{name}: got {_shown(value)}, expected {'a text' if kind is str else 'an integer'}")
+        raise ValueError(f"{where}.{name}: got {shown(value)}, expected {'a text' if kind is str else 'an integer'}")
     return value
-
-
-def _shown(value: Any) -> str:
-    """A value as a message shows it: of a large one, the beginning."""
-    if isinstance(value, (dict, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    text = "nothing" if value is None else str(value) if isinstance(value, (int, float)) else repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

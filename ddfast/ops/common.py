@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddfast import env, private_api
+from ddfast.errors import shown
 from ddfast.ops import dispatch, native
 
 library = torch.library.Library("ddfast", "DEF")
@@ -43,7 +44,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
     def call(first: Tensor, *rest: Any) -> Any:
         if not isinstance(rest[-1], str):  # which a schema refuses in a page of its own words
-            raise TypeError(f"backend: got {shown(rest[-1])}, expected a name")
+            raise TypeError(f"backend: got {typed(rest[-1])}, expected a name")
         if torch.compiler.is_compiling():
             given = [first, *rest]
             for number in floats:
@@ -215,9 +216,9 @@ def check_number(name: str, value: object, kind: type = Real, *, below: int = 2*
     """
     if isinstance(value, bool) or not isinstance(value, kind) or not isinstance(value, _NUMBERS):
         expected = "an integer" if kind is Integral else "a number"
-        raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
+        raise TypeError(f"{name}: got {typed(value)}, expected {expected}")
     if isinstance(value, Integral) and not -(2**63) <= value < below:  # type: ignore[operator]
-        raise ValueError(f"{name}: got {shown(value)}, expected from -2^63 to {below - 1}")
+        raise ValueError(f"{name}: got {typed(value)}, expected from -2^63 to {below - 1}")
 
 
 def check_factor(name: str, value: object) -> None:
@@ -227,18 +228,15 @@ def check_factor(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, expected a finite number of float32")
 
 
-def shown(value: object) -> str:
-    """Type and value in one line, of arrays too."""
-    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write too many digits
-        return f"int of {value.bit_length()} bits"
-    text = " ".join(repr(value).split())
-    return f"{type(value).__name__} {text if len(text) < 80 else text[:76] + ' ...'}"
+def typed(value: object) -> str:
+    """Type and value in one line."""
+    return f"{type(value).__name__} {shown(value)}"
 
 
 def check_switch(name: str, value: object) -> None:
     """`value` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {shown(value)}, expected True or False")
+        raise TypeError(f"{name}: got {typed(value)}, expected True or False")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

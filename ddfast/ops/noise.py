@@ -58,7 +58,7 @@ def noise(
         try:
             device = torch.device(device)
         except (RuntimeError, TypeError, ValueError):
-            raise ValueError(f"device: got {common.shown(device)}, expected one such as 'cpu'") from None
+            raise ValueError(f"device: got {common.typed(device)}, expected one such as 'cpu'") from None
     if isinstance(index, Tensor):
         common.check_tensor("index", index)
         if index.dtype != torch.int64:
