@@ -49,9 +49,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
         path = os.path.abspath(os.fsdecode(arguments[0]))
         writes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        python = path.startswith((sys.prefix, sys.base_prefix, "/proc/", "/dev/", "/sys/")) or path.endswith(
-            (".py", ".pyc")
-        )
+        python = path.startswith(
+            (*filter(None, sys.path), sys.prefix, sys.base_prefix, "/proc/", "/dev/", "/sys/")
+        ) or path.endswith((".py", ".pyc"))
         if not f"{path}{os.sep}".startswith(f"{_watched[-1]}{os.sep}") and (writes or not python):
             _outside.append(f"opened {path}")
     elif event.startswith(_STARTS):
