@@ -72,8 +72,7 @@ def _check(qkv: Tensor, keys: Tensor, values: Tensor, start: int, scale: Tensor 
             raise ValueError(f"{name}: got shape {tuple(cache.shape)}, expected {expected}")
         if cache.dtype != keys.dtype:
             raise ValueError(f"{name}: got {cache.dtype}, expected {keys.dtype} as keys")
-    common.check_written("keys", keys, qkv, values)
-    common.check_written("values", values, qkv)
+    common.check_written({"keys": keys, "values": values}, qkv)
     if not 0 <= start <= keys.shape[2] - length:
         room = f"{length} positions have a place in a cache of {keys.shape[2]}"
         raise ValueError(f"start: got {start}, expected a position from 0 at which {room}")

@@ -111,8 +111,7 @@ def _check(
         multiple = f"a multiple of {kv_heads} query heads"
         expected = f"[{rows}, (H + {2 * kv_heads}) {dim}] with {multiple}"
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected {expected}")
-    common.check_written("keys", keys, qkv, values)
-    common.check_written("values", values, qkv)
+    common.check_written({"keys": keys, "values": values}, qkv)
     if position.dtype != torch.int64 or position.shape != (1,) or position.device != qkv.device:
         got = f"{position.dtype} {list(position.shape)} on {position.device}"
         raise ValueError(f"position: got {got}, expected int64 [1] on {qkv.device}")
