@@ -114,7 +114,7 @@ def test_what_json_says_has_its_type():
         ({"x": 10**30}, dict[str, float], "x: got 1000000000000000000000000000000, expected float"),
         ([1], tuple[int, int], "got a list of 1"),
         (1, bool, "got 1, expected bool"),
-        (None, str, "got None, expected str"),
+        (None, str, "got nothing, expected str"),
         ("x" * 500, int | None, "got 'x{70,80}"),
         ({"name": "a"}, Thing, "sizes is missing"),
         ({"name": "a", "sizes": [1, 2], "": 1}, Thing, "'' is unknown"),

@@ -46,7 +46,7 @@ def test_what_a_preset_was_changed_to_is_told():
         ("count", 1.5, "count: got 1.5, expected int"),
         ("count", 0, "count: got 0, expected a positive number"),
         ("inception", {"file": "x"}, "inception: sha256 is missing"),
-        ("reference", None, "reference: got None"),
+        ("reference", None, "reference: got nothing"),
         ("clip", {"file": "x", "sha256": "y"}, "clip: captions is missing"),
         ("settings", {"changed": [1]}, "changed: got 1, expected str"),
     ],

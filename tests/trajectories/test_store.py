@@ -135,7 +135,7 @@ def test_a_damaged_manifest_and_no_store(tmp_path):
         ("shard_size", "50", "shard_size: got '50', expected int"),
         ("num_codes", -1, "num_codes: got -1, expected a positive number"),
         ("seed", -1, "seed: got -1"),
-        ("cfg_scale", None, "cfg_scale: got None, expected float"),
+        ("cfg_scale", None, "cfg_scale: got nothing, expected float"),
         ("store_noise", 1, "store_noise: got 1, expected bool"),
         ("more", 1, "'more' is unknown"),
     ],
