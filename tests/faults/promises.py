@@ -189,7 +189,28 @@ BESIDES = """
 
 No file runs code, leads out of its folder, or is given the memory that it claims: [SECURITY.md](../SECURITY.md).
 
+## Fuzzing
+
+Every loader, op, C++ binding and command line takes valid inputs, changed at random (`tests/fuzz`): what comes of it is
+a right result or one printable line; no crash, no other exception, nothing opened elsewhere, no memory beyond a limit.
+A part runs with the tests, by a seed. What has run, on two cores, before everything that it found was mended and after:
+
+| what | cases | command |
+|---|---|---|
+| loaders (31), random changes | 228,000 | the tables and changes of `tests/fuzz/targets.py` and `mutations.py` |
+| loaders, coverage-guided by atheris | 64,000 | `python tests/fuzz/coverage_guided.py all --seconds 10` |
+| command lines | 7,300 | `python tests/fuzz/coverage_guided.py "command lines"` |
+| ops (14), against float64 or the reference | 105,000 | `python tests/fuzz/op_cases.py --cases 5000` |
+| bindings, under AddressSanitizer and UBSan | 450,000 | `python tests/fuzz/native_bindings.py --cases 10000` |
+| bindings, arrays that end at a page nobody may read | 240,000 | the same, without a sanitizer |
+
+The last passes over loaders, command lines and bindings had no finding. The GPU's bindings have not been fuzzed.
+
 ## Long runs
+
+An hour of training by both methods, sampling in every form, refinement and ops of ever other shapes in one process
+(`python benchmarks/long_run.py --minutes 60`, two cores, beside other work): 458 MiB of resident memory in the second
+quarter and 457 MiB in the last, 8 open files, 1 thread and 5 entries of caches in both.
 
 ## Versions of files
 

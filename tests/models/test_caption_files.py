@@ -73,7 +73,7 @@ def test_the_texts_of_features_are_read_without_the_features(tmp_path, monkeypat
         (annotations((8, "a cat")), "annotations[0].image_id: got 8, which is no image of the file"),
         (
             annotations((10**2000, "a cat")),
-            "annotations[0].image_id: got a whole number of 6644 bits, which is no image",
+            "annotations[0].image_id: got a whole number of 6644 bits, which is no",
         ),
         (annotations((7, "a cat"), images=(7, 1.5)), "images[1].id: got 1.5, expected an integer"),
         ({"images": [7], "annotations": []}, "images[0].id: got nothing, expected an integer"),
