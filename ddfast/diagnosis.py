@@ -5,7 +5,6 @@ Needs none of the packages that models and commands do.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 
 import torch
@@ -22,7 +21,7 @@ _STATES = {"CUDA kernels": native.cuda_state, "Triton kernels": native.triton_st
 def diagnosis() -> list[str]:
     """The lines that the command prints; on a GPU, what was never verified is, now."""
     lines = [f"ddfast {ddfast.__version__} in {ddfast.__path__[0]}, Python {platform.python_version()}"]
-    lines += [f"{name} {_version(name)}" for name in _PACKAGES]
+    lines += [f"{name} {env.package_version(name)}" for name in _PACKAGES]
     lines += ["", f"CPU kernels: {native.cpu_reason}"]
     if native.cpu is not None:
         lines.append(f"  instruction sets: {', '.join(native.cpu.isa_available())}; in use: {native.cpu.isa()}")
@@ -92,10 +91,3 @@ def _found(device: torch.device) -> list[str]:
         times = ", ".join(f"{backend} {1e3 * ms:.1f} us" for backend, ms in timed.get("ms", {}).items())
         lines.append(f"  {name}: {' before '.join(timed['order'])} ({times})")
     return lines or ["  nothing"]
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -151,3 +152,11 @@ def _number(name: str, default: int) -> int:
     if not value.isdecimal():
         raise DDFastError(f"the environment variable {name} is {value!r}, expected a number as torchrun sets it")
     return int(value)
+
+
+def package_version(name: str) -> str:
+    """Of an installed package, by its name on PyPI, or "not installed"."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

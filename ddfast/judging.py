@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from ddfast import processes
+from ddfast import env, processes
 from ddfast.config import EvaluationConfig
 from ddfast.drawing import Choices, DrawOptions, SampleOptions, check, of_networks, opened, settings_of
 from ddfast.errors import DDFastError
@@ -126,7 +125,7 @@ def judge(options: EvaluateOptions, progress_bar: ProgressBar) -> list[str]:
         figures={},
         inception=inception,
         reference=_said(path),
-        versions={**machine(), "torch-fidelity": importlib.metadata.version("torch-fidelity")},
+        versions={**machine(), "torch-fidelity": env.package_version("torch-fidelity")},
         **made,
     )
     check_comparable([own, *beside])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -88,8 +87,8 @@ def identity(index: int) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "driver": _driver(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "ddfast": _version("ddfast"),
+        "triton": env.package_version("triton"),
+        "ddfast": env.package_version("ddfast"),
         "kernels": kernels_hash(),
     }
 
@@ -121,13 +120,6 @@ def _driver() -> str:
             return numbers[0]
     version = getattr(native.cuda, "driver_version", None)
     return str(version()) if callable(version) else "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def machine_key(index: int) -> str:

@@ -351,8 +351,7 @@ def test_a_pytorch_that_tells_places_of_fake_tensors_only(monkeypatch):
         content = load(file, map_location=map_location, **settings)
         for tensor in content["model"].values() if map_location == "meta" else ():
             storage = tensor.untyped_storage()
-            if hasattr(storage, "_checkpoint_offset"):
-                del storage._checkpoint_offset
+            vars(storage).pop("_checkpoint_offset", None)
         return content
 
     expected = {name: value.read() for name, value in read_checkpoint(GPT.file("gpt.pt"))[0]["model"].items()}

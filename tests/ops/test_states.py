@@ -37,6 +37,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
     machine = SimpleNamespace(errors={}, capabilities=capabilities, asked=[])
 
     def check_device(device):
