@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddfast.errors import DDFastError
-from ddfast.files import write_atomically
+from ddfast.files import whole_folder, write_atomically
 from ddfast.messages import say
 from ddfast.models import families
 from ddfast.models.checkpoint import storable
@@ -112,18 +112,20 @@ def convert(
     if form == "official":
         if told and told != ["no-ema"]:
             raise DDFastError(f"--{told[0]}: the official layout has no place for it")
-        if made is not None:  # first: DD2's networks have no official layout
-            export_student(made, to / "student.pth", live=live)
-        export_teacher(source, to / "teacher.pth", to / "tokenizer.pth")
+        with whole_folder(to, last="teacher.pth") as folder:
+            if made is not None:  # first: DD2's networks have no official layout
+                export_student(made, folder / "student.pth", live=live)
+            export_teacher(source, folder / "teacher.pth", folder / "tokenizer.pth")
         for line in untold(source):
             say(line)
     else:
         family = families.of_teacher(source)
         about_teacher = json.dumps({"family": family.name, **family.describe(source)}, indent=2, default=list) + "\n"
-        save_teacher(to / TEACHER_FILE, source)
-        write_atomically(to / CONFIG_FILE, about_teacher)
-        if made is not None:
-            save_student(to / STUDENT_FILE, made, about, live=live)
+        with whole_folder(to, last=CONFIG_FILE) as folder:
+            save_teacher(folder / TEACHER_FILE, source)
+            write_atomically(folder / CONFIG_FILE, about_teacher)
+            if made is not None:
+                save_student(folder / STUDENT_FILE, made, about, live=live)
     return [
         f"{to / name}: {(to / name).stat().st_size / 2**20:.1f} MiB" for name in sorted(names) if (to / name).exists()
     ]

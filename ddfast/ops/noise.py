@@ -9,6 +9,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from ddfast.errors import first_line
 from ddfast.ops import common, native
 
 _MASK = 0xFFFFFFFF
@@ -66,7 +67,10 @@ def noise(
         index = common.moved("index", index, index.device if device is None else device, torch.int64)
     elif isinstance(index, Integral) and not isinstance(index, bool):
         common.check_number("index", index, Integral)
-        index = common.scalar(index, torch.int64, "cpu" if device is None else device)
+        try:
+            index = common.scalar(index, torch.int64, "cpu" if device is None else device)
+        except RuntimeError as error:  # a GPU without a driver, say
+            raise ValueError(f"device: {device} cannot be used: {first_line(error)}") from error
     else:
         raise TypeError(f"index: got {type(index).__name__}, expected an int or an int64 tensor")
     signed = seed - 2**64 if seed >= 2**63 else seed  # the bits as a schema's int can hold them

@@ -71,7 +71,7 @@ FAULTS = {
 }
 """By their names."""
 
-FULL_TEMPORARY = Fault(name="full /tmp", what=3, kinds=_ALL, detail=errno.ENOSPC, lasts=True, harmless=True)
+FULL_TEMPORARY = Fault(name="full /tmp", what=3, kinds=_ALL, detail=errno.ENOSPC, lasts=True)
 """For a process's own folder of temporary files."""
 
 NOTHING = Fault(name="nothing", what=0, kinds=_ALL)

@@ -162,6 +162,7 @@ class Operation:
         start: folders and files of `base` that are in `work` before it, by their new names.
         again: whether the same call goes on, or says that all is there; else it refuses what is there.
         keeps: whether what was done before a fault is kept, and the same call does the rest alone.
+        optional: whether it goes on without what cannot be written, and warns.
         never: kinds of events that it does not have (or the test alone has).
     """
 
@@ -170,6 +171,7 @@ class Operation:
     start: Mapping[str, str] = field(default_factory=dict)
     again: bool = True
     keeps: bool = False
+    optional: bool = False
     never: int = 0
 
     def meets(self, fault: Fault) -> bool:
@@ -193,7 +195,7 @@ OPERATIONS = {
         Operation(title="hub save", function="hub_save", never=CLOCK),
         Operation(title="hub load", function="hub_load", never=~MEMORY),
         Operation(title="cached teacher", function="teacher_cache", never=REMOVE),
-        Operation(title="kernels' verdicts", function="verdicts", never=CLOCK | REMOVE),
+        Operation(title="kernels' verdicts", function="verdicts", optional=True, never=CLOCK | REMOVE),
     )
 }
 """All that write, by their function."""

@@ -19,7 +19,12 @@ PLACES = 2
 QUICK = ("pairs", "sample_codes", "hub_save", "dd1")
 """Operations of `make test`, which has every fault in one of them."""
 
-CODES = {"SIGKILL": -9, "SIGTERM": 75, "Ctrl-C": 130}
+CODES = {"SIGKILL": -9, "SIGTERM": 75, "Ctrl-C": 130, "out of memory": -11}
+"""How a fault ends a process; -11: oneDNN, PyTorch's library of convolutions, uses what it was not given."""
+
+
+TRAIN = ("dd1", "dd2", "teacher_cache")
+"""Operations that train a network."""
 
 
 def cells() -> list:
@@ -52,7 +57,7 @@ def test_nothing_is_lost(server, base, undisturbed, tmp_path, operation, fault, 
     found = result(work)
     if fault.name == "failed removal":  # then something is left that nobody reads
         found = {name: digest for name, digest in named(found).items() if "/checkpoints/" not in name}
-    if ended.code == 0:
+    if ended.code == 0 and not (operation.optional and "warning" in ended.errors):
         assert found == whole, where
         return
     halves = [name for name, digest in found.items() if half(name, digest, whole, before)]
@@ -62,7 +67,7 @@ def test_nothing_is_lost(server, base, undisturbed, tmp_path, operation, fault, 
     again = run(server, operation, base, work)
     assert again.code == 0, (where, again)
     found = result(work)
-    if fault.name == "SIGKILL":  # which leaves nobody who could tidy up
+    if ended.code < 0 or fault.name == "read-only":  # nobody could tidy up
         found = named(found)
     assert found == whole, where
 
@@ -77,15 +82,19 @@ def named(found: dict[str, str]) -> dict[str, str]:
 
 def half(name: str, digest: str, whole: dict[str, str], before: dict[str, str]) -> bool:
     """Whether a file is neither what it was nor what it becomes; what grows or goes again has none to compare with."""
-    if is_hidden(name) or name.endswith(".jsonl") or "/checkpoints/" in name:
+    if is_hidden(name) or name.endswith((".jsonl", "kernels.json")) or "/checkpoints/" in name:
         return False
     return digest not in (whole.get(name), before.get(name))
 
 
 @pytest.mark.parametrize("operation", each("pairs"))
 def test_a_full_tmp_harms_nothing(server, base, undisturbed, tmp_path, operation):
-    """Results go through no folder of temporary files."""
+    """Results go through no folder of temporary files; PyTorch makes one of its own there when a training begins."""
     work = start(operation, base, tmp_path / "work")
     ended = server.run(f"operations:{operation.function}", base, work, fault=FULL_TEMPORARY)
+    if operation.function in TRAIN:
+        assert ended.code == 1, ended
+        assert ended.errors.count("error:") == ended.errors.count("No space left on device") == 1, ended
+        ended = run(server, operation, base, work)
     assert ended.code == 0, ended
     assert result(work) == undisturbed.of(operation)
