@@ -229,7 +229,7 @@ def result(work: Path) -> dict[str, str]:
         name, data = str(path.relative_to(work)), path.read_bytes()
         if path.name in VOLATILE:
             data = b"there" if data else b""
-        elif path.name.endswith(("metrics.json", "evaluation.json")):
+        elif path.name.endswith(("metrics.json", "evaluation.json", "kernels.json")):
             data = json.dumps(without_times(json.loads(data)), sort_keys=True).encode()
         elif path.name == METRICS:
             lines = [without_times(json.loads(line)) for line in data.splitlines()]

@@ -179,7 +179,8 @@ cells: the operation has no such event, or the fault does not concern it.
 """
 
 DAMAGED = """SIGTERM ends a command with exit code 75 and Ctrl-C with 130, after the line that says how to go on; errors
-end it with 1. Where memory is refused inside of PyTorch's convolutions (oneDNN), the process ends as if killed. A rank that is silent for `--limit` seconds counts as dead.
+end it with 1. Where memory is refused inside of PyTorch's convolutions
+(oneDNN), the process ends as if killed. A rank that is silent for `--limit` seconds counts as dead.
 
 ## Damaged files
 
