@@ -33,7 +33,8 @@ ITEM = _find("ops.aten._local_scalar_dense.default")
 ATTENTION = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
 ATTENTION_BACKWARD = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
 """What `scaled_dot_product_attention` becomes on a CPU; None where this PyTorch has other names."""
-_SET_TIMEOUT = _find("distributed.distributed_c10d._set_pg_timeout")
+_SET_TIMEOUT = _find("distributed.set_timeout") or _find("distributed.distributed_c10d._set_pg_timeout")
+"""Public from 2.15 on."""
 _ABORT = _find("distributed.distributed_c10d._abort_process_group")
 
 

@@ -64,15 +64,17 @@ def noise(
         common.check_tensor("index", index)
         if index.dtype != torch.int64:
             raise TypeError(f"index: got dtype {index.dtype}, expected int64")
-        index = common.moved("index", index, index.device if device is None else device, torch.int64)
     elif isinstance(index, Integral) and not isinstance(index, bool):
         common.check_number("index", index, Integral)
-        try:
-            index = common.scalar(index, torch.int64, "cpu" if device is None else device)
-        except RuntimeError as error:  # a GPU without a driver, say
-            raise ValueError(f"device: {device} cannot be used: {first_line(error)}") from error
     else:
         raise TypeError(f"index: got {type(index).__name__}, expected an int or an int64 tensor")
+    try:
+        if isinstance(index, Tensor):
+            index = common.moved("index", index, index.device if device is None else device, torch.int64)
+        else:
+            index = common.scalar(index, torch.int64, "cpu" if device is None else device)
+    except RuntimeError as error:  # a GPU without a driver, say
+        raise ValueError(f"device: {device} cannot be used: {first_line(error)}") from error
     signed = seed - 2**64 if seed >= 2**63 else seed  # the bits as a schema's int can hold them
     return _op(signed, index, list(shape), backend)
 
