@@ -142,20 +142,15 @@ def load(place: Path, into: Mapping[str, Tensor]) -> None:
     Raises:
         DDFastError: it holds anything but tensors.
     """
-    _check_index(place)
+    names_in(place)  # refuses what is no tensor
     with processes.busy():
         _dcp("load", into, place)
 
 
 def names_in(place: Path) -> set[str]:
-    """Names of the tensors that a checkpoint holds; errors as of `load`."""
-    return _check_index(place)
+    """Names of the tensors that a checkpoint holds, by its index, a pickle that PyTorch would run.
 
-
-def _check_index(place: Path) -> set[str]:
-    """The tensors' names in a checkpoint's index, a pickle that PyTorch would run: here it has to hold tensors alone.
-
-    What is no tensor, PyTorch would unpickle too, and a tensor's file may be anywhere, as far as it is concerned.
+    It has to hold tensors of this folder alone: what is none, PyTorch would unpickle too, and from anywhere.
 
     Raises:
         DDFastError: it is damaged, or holds something else.

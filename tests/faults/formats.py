@@ -20,7 +20,7 @@ import injection
 import operations
 import pytest
 from injection import FAULTS, Server
-from operations import _command as command
+from operations import command
 from training import SIZES
 
 from ddfast.models.checkpoint import digest, load_tensors
@@ -46,7 +46,7 @@ def train(base: str, work: str) -> int:
     """A run of DD1, in a folder of this name, up to its student."""
     os.chdir(base)
     with small():
-        code = operations._train(".", ".", "dd1")
+        code = operations.train(".", ".", "dd1")
     Path("run", METRICS_JSON).unlink(missing_ok=True)  # of no figures
     return code
 
@@ -55,7 +55,7 @@ def stopped(base: str, work: str) -> int:
     """The same, in another folder."""
     os.chdir(work)
     with small():
-        return operations._train("..", ".", "dd1")
+        return operations.train("..", ".", "dd1")
 
 
 def hub(base: str, work: str) -> int:

@@ -32,43 +32,43 @@ from ddfast.runs import LOCK, METRICS_JSON, PAGE, PICTURES, REPORT, STAGES, THRO
 _FEW = ["--evaluation.samples=100", "--evaluation.paths=0", "--evaluation.batch-sizes", "1"]
 
 
-def _command(base: str, *arguments: object) -> int:
+def command(base: str, *arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "_ITERATIONS", 3)  # as `prepare` makes it
         return in_this_process(Path(base) / "cache", *arguments)
 
 
-def _train(base: str, work: str, method: str) -> int:
+def train(base: str, work: str, method: str) -> int:
     """`ddfast train` up to the student."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "evaluate", lambda *_: {})
         for name in ("write_pictures", "write_report", "quality_table"):
             patch.setattr(pipeline, name, lambda *_: [])
-        return _command(base, "train", *SIZES[method], "--out", f"{work}/run")
+        return command(base, "train", *SIZES[method], "--out", f"{work}/run")
 
 
 def pairs(base: str, work: str) -> int:
-    return _command(base, "trajectories", *TINY, "--out", f"{work}/run")
+    return command(base, "trajectories", *TINY, "--out", f"{work}/run")
 
 
 def dd1(base: str, work: str) -> int:
-    return _train(base, work, "dd1")
+    return train(base, work, "dd1")
 
 
 def dd2(base: str, work: str) -> int:
-    return _train(base, work, "dd2")
+    return train(base, work, "dd2")
 
 
 def report(base: str, work: str) -> int:
-    return _command(base, "train", *SIZES["dd1"], *_FEW, "--out", f"{work}/run")
+    return command(base, "train", *SIZES["dd1"], *_FEW, "--out", f"{work}/run")
 
 
 def evaluate(base: str, work: str) -> int:
-    return _command(base, "evaluate", "--student", f"{base}/run", *_FEW, "--json", f"{work}/evaluation.json")
+    return command(base, "evaluate", "--student", f"{base}/run", *_FEW, "--json", f"{work}/evaluation.json")
 
 
 def convert(base: str, work: str) -> int:
-    return _command(base, "convert", "--teacher", f"{base}/hub", "--to", f"{work}/converted")
+    return command(base, "convert", "--teacher", f"{base}/hub", "--to", f"{work}/converted")
 
 
 def _sample(base: str, work: str, form: str, target: str) -> int:
@@ -84,7 +84,7 @@ def _sample(base: str, work: str, form: str, target: str) -> int:
         "--to",
         f"{work}/{target}",
     ]
-    return _command(base, "sample", *settings)
+    return command(base, "sample", *settings)
 
 
 def sample_codes(base: str, work: str) -> int:
@@ -205,7 +205,7 @@ def prepare(base: str) -> int:
     """What is there before: a cache, a finished run of DD1 ("done": without its report), a hub folder."""
     folder = Path(base)
     prepare_cache(folder / "cache")
-    code = _train(base, base, "dd1")
+    code = train(base, base, "dd1")
     if code == 0:
         (folder / "run" / METRICS_JSON).unlink()  # of no figures
         shutil.copytree(folder / "run", folder / "done")
