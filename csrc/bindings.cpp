@@ -100,7 +100,7 @@ void check_dtype(int dtype) {
 const void* strided(const char* name, Address data, int dtype, int64_t stride, int64_t rows, int64_t width) {
   check_size(name, stride, 0);
   product(name, {rows, stride});
-  check_address(name, data, product(name, {rows, width}), dtype == kFloat32 ? 4 : 2);
+  check_address(name, data, product(name, {rows, width}), size_of(dtype));
   return pointer<const void>(data);
 }
 
@@ -143,15 +143,15 @@ PosteriorArgs posterior_of(Address x, Address t, Address log_probs, int dtype, i
           rows_of("log_probs", log_probs, dtype, row_stride, rows, V), codes, rows, V, d};
 }
 
-FlowArgs flow_of(const Rows& log_probs, Address noise, Address codebook, Address geometry, Address codes,
-                 Address evaluations, int64_t rows, int64_t V, int64_t d, int64_t steps, int solver, double sigma_min,
-                 bool early_exit) {
+// But for the rows of log_probs, which sample_codes makes itself.
+FlowArgs flow_of(Address noise, Address codebook, Address geometry, Address codes, Address evaluations, int64_t rows,
+                 int64_t V, int64_t d, int64_t steps, int solver, double sigma_min, bool early_exit) {
   check_codes(rows, V);
   check_size("steps", steps, 1, 1 << 30);  // evaluations, up to two a step, are counted in int32
   check(solver >= 1 && solver <= 4, "solver", solver, "1 to 4");
   check(sigma_min > 0 && sigma_min < 1e300, "sigma_min", sigma_min, "a positive number");
   const float* packed = codebook_of(codebook, V, d);
-  return {log_probs, array<const float>("noise", noise, {rows, d}), packed,
+  return {Rows{}, array<const float>("noise", noise, {rows, d}), packed,
           array<const float>("geometry", geometry, {V + 1}), array<int64_t>("codes", codes, {rows}),
           optional<int32_t>("evaluations", evaluations, {rows}), rows, V, d, steps, solver, sigma_min, early_exit};
 }
@@ -236,7 +236,7 @@ PYBIND11_MODULE(ddfast_native, m) {
                           Address geometry, Address codes, Address evaluations, int64_t rows, int64_t V, int64_t d,
                           int64_t steps, int solver, double sigma_min, bool early_exit, int threads) {
     check_threads(threads);
-    FlowArgs args = flow_of({}, noise, codebook, geometry, codes, evaluations, rows, V, d, steps, solver, sigma_min,
+    FlowArgs args = flow_of(noise, codebook, geometry, codes, evaluations, rows, V, d, steps, solver, sigma_min,
                             early_exit);
     args.log_probs = rows_of("log_probs", log_probs, dtype, row_stride, rows, V);
     return kernels().flow_sample(args, threads);
@@ -249,7 +249,7 @@ PYBIND11_MODULE(ddfast_native, m) {
     check_threads(threads);
     const FilterArgs filter = filter_of(logits, dtype, row_stride, uncond, uncond_row_stride, cfg_scale, temperature, top_k,
                                         top_p, rows, V);
-    const FlowArgs args = flow_of({}, noise, codebook, geometry, codes, evaluations, rows, V, d, steps, solver, sigma_min,
+    const FlowArgs args = flow_of(noise, codebook, geometry, codes, evaluations, rows, V, d, steps, solver, sigma_min,
                                   early_exit);
     return kernels().sample_codes(filter, args, threads);
   }, release_gil(), "filter_logits, then flow_sample on what it keeps. Returns -1, or the first bad row.");
@@ -278,10 +278,9 @@ PYBIND11_MODULE(ddfast_native, m) {
     check(rope == 0 || head_dim % 2 == 0, "head_dim", head_dim, "an even one to rotate");
     const int64_t width = product("qkv", {heads, head_dim}) + 2 * product("qkv", {kv_heads, head_dim});
     const int64_t cached = product("keys", {rows, kv_heads, length + 16, head_dim});
-    const Address alignment = dtype == kFloat32 ? 4 : 2;
-    check_address("keys", keys, cached, alignment);
-    check_address("values", values, cached, alignment);
-    check_address("out", out, product("out", {rows, width}), alignment);
+    check_address("keys", keys, cached, size_of(dtype));
+    check_address("values", values, cached, size_of(dtype));
+    check_address("out", out, product("out", {rows, width}), size_of(dtype));
     const int64_t* here = array<const int64_t>("position", position, {1});
     if (rows > 0) check_size("position", *here, 0, length - 1);
     kernels().decode_attention({strided("qkv", qkv, dtype, qkv_stride, rows, width), dtype, qkv_stride, pointer<void>(keys),
@@ -296,7 +295,7 @@ PYBIND11_MODULE(ddfast_native, m) {
     check_dtype(dtype);
     check_size("rows", rows, 0);
     check_size("width", width, 0);
-    check_address("out", out, product("out", {rows, width}), dtype == kFloat32 ? 4 : 2);
+    check_address("out", out, product("out", {rows, width}), size_of(dtype));
     kernels().activate({strided("x", x, dtype, x_stride, rows, width),
                         times ? strided("times", times, dtype, times_stride, rows, width) : nullptr, x_stride, times_stride,
                         pointer<void>(out), dtype, rows, width, gelu}, threads);

@@ -10,6 +10,9 @@ constexpr int64_t kOk = -1;  // other statuses are the first bad row
 
 enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Of an element, in bytes. Static: every variant has its own.
+static constexpr int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 struct Rows {  // [rows, V] of any dtype, rows `stride` elements apart
   const void* data;
   int dtype;

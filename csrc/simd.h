@@ -263,7 +263,7 @@ static inline vf load_as_float(const void* data, int dtype, int64_t i) {
 // The same where fewer than W elements are left: the missing lanes are -inf.
 static inline vf load_tail_as_float(const void* data, int dtype, int64_t i, int64_t count) {
   uint32_t raw[W] = {};
-  const int64_t size = dtype == kFloat32 ? 4 : 2;
+  const int64_t size = size_of(dtype);
   __builtin_memcpy(raw, (const char*)data + i * size, (size_t)(count * size));
   return select(lane_ids() < splat((int32_t)count), load_as_float(raw, dtype, 0), splat(-kInf));
 }
@@ -289,7 +289,7 @@ static void narrow(const float* from, int64_t count, void* to, int dtype, int64_
 
 // Row `row` from element i on, W of them, -inf beyond V.
 static inline vf load_row(const Rows& rows, int64_t row, int64_t i, int64_t V) {
-  const char* data = (const char*)rows.data + row * rows.stride * (rows.dtype == kFloat32 ? 4 : 2);
+  const char* data = (const char*)rows.data + row * rows.stride * size_of(rows.dtype);
   if (i + W <= V) return load_as_float(data, rows.dtype, i);
   return i < V ? load_tail_as_float(data, rows.dtype, i, V - i) : splat(-kInf);
 }
