@@ -478,7 +478,8 @@ class DD1Config(OptimisationConfig, MethodConfig):
 
     Attributes:
         point: t1, the trajectory point beside 0 that is trained, and where the second step starts.
-        point_probability: share of sequences that start from it.
+        later_points: further points, rising, from which a third step and others start.
+        point_probability: share of sequences that start from one of these points, each as likely as the others.
         recycles: how often the student's network is run again within a pass, reading the codes it made before.
         own_share: of the iterations, the last ones, in which a token's target is the code that the teacher's flow,
             given the student's own earlier codes, takes its noise to: from fresh noise. In those before it is that of a
@@ -494,6 +495,7 @@ class DD1Config(OptimisationConfig, MethodConfig):
     """
 
     point: int = 5
+    later_points: tuple[int, ...] = ()
     point_probability: float = 0.3
     recycles: int = 0
     own_share: float = 0.0
@@ -507,6 +509,8 @@ class DD1Config(OptimisationConfig, MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "point")
+        rising = list(self.points) == sorted(set(self.points))
+        _require(rising, "later_points", self.later_points, f"rising trajectory points after point={self.point}")
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
         _require(self.recycles >= 0, "recycles", self.recycles, "0 or more runs after the first")
         _require(0.0 <= self.own_share <= 1.0, "own_share", self.own_share, "in [0, 1]")
@@ -514,6 +518,11 @@ class DD1Config(OptimisationConfig, MethodConfig):
         _require(fits, "lookahead_weight", self.lookahead_weight, "0 or more, and 0 with own_share 0")
         _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
         _require_lpips(self)
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """The trajectory points beside 0 that are trained, rising."""
+        return (self.point, *self.later_points)
 
     @property
     def pair_iterations(self) -> int:
@@ -808,9 +817,9 @@ def as_then(values: dict[str, Any]) -> dict[str, Any]:
     teacher = values.get("teacher")
     if isinstance(teacher, dict) and "training_images" in teacher:  # the digits', which AdamW trained
         teacher.setdefault("optimizer", "adamw")
-    for method in ("dd1", "dd2"):
+    for method, before in (("dd1", {"recycles": 0, "later_points": []}), ("dd2", {"recycles": 0})):
         if isinstance(values.get(method), dict):
-            values[method].setdefault("recycles", 0)
+            values[method] = before | values[method]
     return values
 
 
@@ -844,8 +853,9 @@ def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
             update(current, value, f"{prefix}{name}.")
             continue
         kind = _kind(target, name) if current is None else type(current)
-        if not _fits(value, kind):
+        if not (_all_fit(value, _hint(target, name)) if kind is tuple else _fits(value, kind)):
             expected = f"a value such as {current!r}" if current is not None else f"a value of type {kind.__name__}"
+            expected = f"a list such as {list(current) or [8, 12]}" if kind is tuple else expected
             raise DDFastError(f"configuration: {prefix}{name}: got {value!r}, expected {expected}")
         setattr(target, name, kind(value) if issubclass(kind, (Path, tuple)) else value)
     check = getattr(target, "__post_init__", None)
@@ -856,12 +866,17 @@ def update(target: Any, values: dict[str, Any], prefix: str = "") -> None:
         raise DDFastError(f"configuration: {prefix}{error}") from error
 
 
+def _hint(target: Any, name: str) -> Any:
+    """What a field is declared as; object where names are there for a type checker alone."""
+    try:
+        return get_type_hints(type(target))[name]
+    except NameError:
+        return object
+
+
 def _kind(target: Any, name: str) -> type:
     """The type of a field that may also be None."""
-    try:
-        hint = get_type_hints(type(target))[name]
-    except NameError:  # names that are there for a type checker alone
-        return object
+    hint = _hint(target, name)
     kind = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
     kind = get_origin(kind) or kind
     return kind if isinstance(kind, type) else object
@@ -877,7 +892,13 @@ def _fits(value: object, kind: type) -> bool:
         return isinstance(value, str)
     if kind is float:
         return isinstance(value, (int, float))
-    return isinstance(value, list if kind is tuple else kind)
+    return isinstance(value, kind)
+
+
+def _all_fit(value: object, hint: Any) -> bool:
+    """Whether a TOML value can stand for a tuple[KIND, ...]."""
+    kind = next(iter(get_args(hint)), object)
+    return isinstance(value, list) and all(_fits(one, kind if isinstance(kind, type) else object) for one in value)
 
 
 def config_hash(*parts: Any) -> str:
@@ -888,13 +909,17 @@ def config_hash(*parts: Any) -> str:
 
 def _hashed(part: Any) -> Any:
     """A part as JSON holds it."""
-    if not dataclasses.is_dataclass(part):
+    if isinstance(part, dict):
+        values = dict(part)
+    elif dataclasses.is_dataclass(part):
+        values = {field.name: _hashed(getattr(part, field.name)) for field in dataclasses.fields(part)}
+    else:
         return part
-    values = {field.name: _hashed(getattr(part, field.name)) for field in dataclasses.fields(part)}
     if isinstance(part, TargetConfig):
         values = _UNSAID | {name: value for name, value in values.items() if value is not None}
     if isinstance(part, DigitsTeacherConfig) and part.optimizer == "adamw":
         del values["optimizer"]  # as when there was no other
-    if values.get("recycles") == 0:
-        del values["recycles"]  # as when there were none
+    for name, nothing in (("recycles", 0), ("later_points", ())):
+        if values.get(name) == nothing:
+            del values[name]  # as when there were none
     return values

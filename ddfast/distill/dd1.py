@@ -45,10 +45,13 @@ def remove_lookahead(student: DD1Student) -> None:
 
 
 def check_point(config: DD1Config, teacher: Teacher) -> None:
-    """Raise `ValueError` unless the configuration's point lies inside the teacher's trajectories."""
+    """Raise `ValueError` unless the configuration's points lie inside the teacher's trajectories."""
     groups = len(teacher.groups)
     if not 0 < config.point < groups:
         raise ValueError(f"point: got {config.point}, expected a trajectory point in 1..{groups - 1}")
+    if config.points[-1] >= groups:
+        expected = f"rising trajectory points in {config.point + 1}..{groups - 1}"
+        raise ValueError(f"later_points: got {config.later_points}, expected {expected}")
     if config.split > groups:
         raise ValueError(f"split: got {config.split}, expected a group in 0..{groups}, or -1 for none")
     if config.lookahead_weight and not teacher.one_by_one:
@@ -60,7 +63,7 @@ def check_point(config: DD1Config, teacher: Teacher) -> None:
 
 
 class DD1(Method):
-    """From X_t with t in {0, t1}, predict the final sequence: cross-entropy + a distance of the continuous prediction.
+    """From X_t, t one of 0, t1, ..., predict the final sequence: cross-entropy + a distance of the continuous one.
 
     The final sequence is that of a stored pair (the paper's DD1), or every token's own: what the teacher's flow makes
     of its noise, given the codes that the student itself makes before it (`own_share`). A student that recycles learns
@@ -105,15 +108,17 @@ class DD1(Method):
         """Loss on the tokens that each sequence's point leaves open."""
         student, config = self.student, self.config
         later = torch.rand(part.size, generator=part.generator, dtype=torch.float32) < config.point_probability
-        own_later = part.own(later)
-        points = (own_later.long() * config.point).to(batch.noise.device)
-        is_data = student.data_mask(points, len(batch.noise))
-        given = self._own_codes(batch, own_later) if phase == "own" else batch.codes
+        points = self._points(later, part.generator)
+        own_points = part.own(points)
+        on_device = own_points.to(batch.noise.device)
+        is_data = student.data_mask(on_device, len(batch.noise))
+        given = self._own_codes(batch, own_points > 0) if phase == "own" else batch.codes
         assert given is not None
         x = torch.where(is_data[..., None], student.codebook[given], batch.noise)
-        *earlier, (hidden, context, _) = student.runs(batch.condition, student.check_point(batch.condition, x), points)
+        x = student.check_point(batch.condition, x)
+        *earlier, (hidden, context, _) = student.runs(batch.condition, x, on_device)
         logits, embeddings = student.code_logits(hidden, context), student.continuous(hidden, context)
-        share = self._open_tokens(own_later) / self._open_tokens(later)
+        share = self._open_tokens(own_points) / self._open_tokens(points)
         ahead = logits.new_zeros(())
         if phase == "own":
             made = torch.where(is_data, given, logits.argmax(-1))
@@ -137,6 +142,14 @@ class DD1(Method):
         logged = {"cross_entropy": by_run[-1].detach(), name: distance.detach()}
         return loss, logged | ({"lookahead": ahead.detach()} if phase == "own" and config.lookahead_weight else {})
 
+    def _points(self, later: Tensor, generator: torch.Generator) -> Tensor:
+        """The point int64 [B] of every sequence: 0, or one of the others where `later`, bool [B], says so."""
+        points = self.config.points
+        if len(points) == 1:  # nothing to draw
+            return later.long() * points[0]
+        chosen = torch.randint(len(points), later.shape, generator=generator, dtype=torch.int64)
+        return later.long() * torch.tensor(points, dtype=torch.int64)[chosen]
+
     @torch.no_grad()
     def _own_codes(self, batch: Batch, later: Tensor) -> Tensor:
         """Codes int64 [B, N] of a first pass, which the sequences that start later, bool [B], go on from."""
@@ -149,7 +162,7 @@ class DD1(Method):
             codes[rows] = student.code_logits(*last).argmax(-1)
         return codes
 
-    def _open_tokens(self, later: Tensor) -> int:
-        """How many tokens are open in sequences of which some, bool [b], start from the later point."""
-        starts = self.roles.teacher.group_starts()
-        return len(later) * starts[-1] - int(later.sum()) * starts[self.config.point]
+    def _open_tokens(self, points: Tensor) -> int:
+        """How many tokens are open in sequences that start from points int64 [b]."""
+        starts = torch.tensor(self.roles.teacher.group_starts(), dtype=torch.int64)
+        return int((starts[-1] - starts[points]).sum())

@@ -44,7 +44,7 @@ def distill(
     seeds.seed_all(config.seed)
     if student is None:
         student = start_student(teacher, recycles=config.dd1.recycles)
-    student.point = config.dd1.point
+    student.point, student.later_points = config.dd1.point, config.dd1.later_points
     if config.dd1.split >= 0:
         student.split = config.dd1.split
     student = student.to(config.device, torch.float32).train().requires_grad_(True)
@@ -85,7 +85,7 @@ def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
     else:
         student = kind.from_teacher(teacher, **student_sizes(teacher, config.dd1.recycles))
     if isinstance(student, DD1Student):
-        student.point = config.dd1.point
+        student.point, student.later_points = config.dd1.point, config.dd1.later_points
     return student.to(config.device).eval()
 
 

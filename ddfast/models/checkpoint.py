@@ -57,7 +57,7 @@ _DTYPES = {
 _SAID: dict[str, Any] = {
     "family": str, "method": str, "learnt_from": str, "files": dict[str, dict[str, str]], "config": dict[str, Any],
     "student": dict[str, Any], "teacher": dict[str, Any], "tokenizer": dict[str, Any],
-    "point": int | None, "split": int | None,
+    "point": int | None, "later_points": list[int], "split": int | None,
 }  # fmt: skip
 """What our files say of themselves, and how."""
 

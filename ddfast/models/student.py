@@ -293,13 +293,15 @@ class DD1Student(Student):
         teacher, recycles: as in `Student`.
 
     Attributes:
-        point: t1, where the second of two steps starts; None: nobody has said.
+        point: t1, where the second step starts; None: nobody has said.
+        later_points: where a third step and others start, rising.
         lookahead: a layer of the training, there for as long (`ddfast.distill.dd1`).
     """
 
     method, paper, two_steps = "dd1", "[DD1, arXiv 2412.17153](https://arxiv.org/abs/2412.17153)", "2"
     starts_anywhere = True
     point: int | None = None
+    later_points: tuple[int, ...] = ()
     lookahead: nn.Module
     mask: Tensor | None
 
@@ -330,24 +332,27 @@ class DD1Student(Student):
         """The continuous head: [B, m, W] to [B, m, D]."""
 
     def header(self) -> dict[str, Any]:
-        return {**super().header(), "point": self.point}
+        more = {"later_points": list(self.later_points)} if self.later_points else {}
+        return {**super().header(), "point": self.point, **more}
 
     def read_header(self, header: Mapping[str, Any]) -> None:
         super().read_header(header)
-        self.point = header.get("point")
+        self.point, self.later_points = header.get("point"), tuple(header.get("later_points", ()))
         if self.point is None:  # files of before have it there alone
             dd1 = header.get("config", {}).get("dd1")
             point = dd1.get("point") if isinstance(dd1, dict) else None
             self.point = point if isinstance(point, int) else None
 
     def settings(self, steps: int) -> dict[str, Any]:
-        if steps not in (1, 2):
-            raise ValueError(f"steps: got {steps}, expected 1 or 2 of a DD1 student")
+        most = 2 + len(self.later_points)
+        if not 1 <= steps <= most:
+            expected = "1 or 2 of a DD1 student" if most == 2 else f"1 to {most} of this DD1 student"
+            raise ValueError(f"steps: got {steps}, expected {expected}")
         if steps == 1:
             return {"steps": (0,)}
         if self.point is None:
             raise ValueError("steps: got 2, but nothing says where the second step starts; set the student's `point`")
-        return {"steps": (0, self.point)}
+        return {"steps": (0, self.point, *self.later_points)[:steps]}
 
     def predict(self, condition: Condition, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """As `Student.predict`; position i sees the condition, the groups before i's and itself."""

@@ -11,7 +11,7 @@ import torch
 from checkpointed import last_step
 from small import LABELS, build
 
-from ddfast.config import DD1Config, TrainConfig
+from ddfast.config import DD1Config, TrainConfig, as_then, config_hash, plain
 from ddfast.distill import dd1
 from ddfast.distill.batch import Batch, Part
 from ddfast.distill.dd1 import DD1
@@ -52,15 +52,18 @@ def test_losses_look_at_open_tokens_only():
     assert torch.allclose(embedding_distance(embeddings, target, open_tokens), by_hand)
 
 
-def test_a_step_sees_data_before_its_point_and_noise_after_it():
+@pytest.mark.parametrize("later", [(), (4, 6)])
+def test_a_step_sees_data_before_its_point_and_noise_after_it(later):
     teacher, student = build((1,) * 7, trained=True)
-    batch = Batch(noise=torch.randn(4, 7, 3), codes=torch.randint(11, (4, 7)), condition=LABELS)
+    labels = LABELS.repeat(8)
+    batch = Batch(noise=torch.randn(32, 7, 3), codes=torch.randint(11, (32, 7)), condition=labels)
     seen = {}
     original = student.features
     student.features = lambda condition, x, t: (seen.update(x=x, t=t), original(condition, x, t))[1]
-    method = DD1(Roles(student=student, teacher=teacher), DD1Config(point=3, point_probability=0.5))
+    config = DD1Config(point=3, later_points=later, point_probability=0.5)
+    method = DD1(Roles(student=student, teacher=teacher), config)
     loss, logged = method.step("student", batch, Part.whole(len(batch.noise), torch.Generator().manual_seed(4)))
-    assert sorted(seen["t"].unique().tolist()) == [0, 3]
+    assert sorted(seen["t"].unique().tolist()) == [0, 3, *later]
     for row, point in enumerate(seen["t"].tolist()):
         assert torch.equal(seen["x"][row, :point], teacher.codebook[batch.codes[row, :point]])
         assert torch.equal(seen["x"][row, point:], batch.noise[row, point:])
@@ -148,6 +151,58 @@ def test_a_look_ahead_that_cannot_be_is_refused(groups, settings, words):
     teacher, student = build(groups)
     with pytest.raises(ValueError, match=words):
         DD1(Roles(student=student, teacher=teacher), DD1Config(point=1, lookahead_weight=1.0, **settings))
+
+
+def test_points_are_as_likely_as_each_other():
+    teacher, student = build((1,) * 7)
+    method = DD1(Roles(student=student, teacher=teacher), DD1Config(point=2, later_points=(3, 5)))
+    generator = torch.Generator().manual_seed(0)
+    drawn = method._points(torch.arange(9000) % 3 > 0, generator)
+    assert torch.equal(drawn == 0, torch.arange(9000) % 3 == 0)
+    shares = torch.bincount(drawn, minlength=7)[[2, 3, 5]] / 6000
+    assert (shares - 1 / 3).abs().max() < 5 * (2 / 9 / 6000) ** 0.5
+
+
+def test_a_student_of_several_points_takes_as_many_steps_and_its_header_says_so(tmp_path):
+    config = dataclasses.replace(TOY, dd1=dataclasses.replace(TOY.dd1, point=1, later_points=(2, 3)))
+    made, _ = distill(config, ToyTeacher(), pairs(tmp_path / "pairs"), tmp_path / "run", student=toy_student())
+    again = toy_student()
+    again.read_header(made.header())
+    again.load_state_dict(made.state_dict())
+    student = again.eval()
+    assert (student.point, student.later_points) == (1, (2, 3))
+    assert [student.settings(steps)["steps"] for steps in (1, 2, 3, 4)] == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
+    with pytest.raises(ValueError, match="steps: got 5, expected 1 to 4 of this DD1 student"):
+        student.settings(5)
+    condition, noise = torch.zeros(3, dtype=torch.int64), torch.randn(3, 4, 2)
+    by_hand = noise
+    for point in range(4):
+        by_hand = student.complete(condition, by_hand, noise, point, None)
+    assert torch.equal(student.sample(condition, noise, **student.settings(4)), by_hand)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"point": 3, "later_points": (3,)},
+            r"later_points: got \(3,\), expected rising trajectory points after point=3",
+        ),
+        ({"point": 3, "later_points": (5, 4)}, r"later_points: got \(5, 4\), expected rising"),
+        ({"point": 3, "later_points": (5, 7)}, r"later_points: got \(5, 7\), expected .* in 4..6"),
+    ],
+)
+def test_later_points_that_cannot_be_are_refused(settings, words):
+    teacher, student = build((1,) * 7)
+    with pytest.raises(ValueError, match=words):
+        DD1(Roles(student=student, teacher=teacher), DD1Config(**settings))
+
+
+def test_settings_of_before_have_no_later_points():
+    before, now = plain(DD1Config()), DD1Config()
+    del before["later_points"]
+    assert as_then({"dd1": before})["dd1"] == plain(now)
+    assert config_hash(now) != config_hash(dataclasses.replace(now, later_points=(7,)))
 
 
 def test_a_point_outside_the_trajectory_is_refused():
