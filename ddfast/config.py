@@ -477,7 +477,8 @@ class DD1Config(OptimisationConfig, MethodConfig):
     """DD1 distillation.
 
     Attributes:
-        point: t1, the trajectory point beside 0 that is trained, and where the second step starts.
+        point: t1, the trajectory point beside 0 that is trained, and where the second step starts; None: behind the
+            first quarter of the teacher's groups (docs/notes/points.md).
         later_points: further points, rising, from which a third step and others start.
         point_probability: share of sequences that start from one of these points, each as likely as the others.
         recycles: how often the student's network is run again within a pass, reading the codes it made before.
@@ -494,7 +495,7 @@ class DD1Config(OptimisationConfig, MethodConfig):
         lpips_linear: the lpips package's vgg.pth.
     """
 
-    point: int = 5
+    point: int | None = None
     later_points: tuple[int, ...] = ()
     point_probability: float = 0.3
     recycles: int = 0
@@ -508,8 +509,9 @@ class DD1Config(OptimisationConfig, MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "point")
-        rising = list(self.points) == sorted(set(self.points))
+        _require(self.point is None or self.point > 0, "point", self.point, "a positive number")
+        points = (self.point or 0, *self.later_points)
+        rising = list(points) == sorted(set(points))
         _require(rising, "later_points", self.later_points, f"rising trajectory points after point={self.point}")
         _require(0.0 <= self.point_probability <= 1.0, "point_probability", self.point_probability, "in [0, 1]")
         _require(self.recycles >= 0, "recycles", self.recycles, "0 or more runs after the first")
@@ -518,11 +520,6 @@ class DD1Config(OptimisationConfig, MethodConfig):
         _require(fits, "lookahead_weight", self.lookahead_weight, "0 or more, and 0 with own_share 0")
         _require(self.split >= -1, "split", self.split, "a group, or -1 for none")
         _require_lpips(self)
-
-    @property
-    def points(self) -> tuple[int, ...]:
-        """The trajectory points beside 0 that are trained, rising."""
-        return (self.point, *self.later_points)
 
     @property
     def pair_iterations(self) -> int:

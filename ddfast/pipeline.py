@@ -12,7 +12,7 @@ from typing import Any
 from ddfast import processes
 from ddfast.config import DD1_PREFIX, TrainConfig, plain
 from ddfast.distill import checkpoints
-from ddfast.distill.dd1 import check_point
+from ddfast.distill.dd1 import check_settings
 from ddfast.distill.stages import Live, adapt, distill, match, new_network, tune
 from ddfast.distill.tracking import METRICS, check_trackers
 from ddfast.errors import DDFastError
@@ -118,7 +118,7 @@ def exists(path: Path) -> bool:
 def train_dd1(config: TrainConfig, teacher: Teacher, stages: Stages, progress_bar: ProgressBar) -> Student:
     """DD1's stages: trajectories, distillation."""
     out = config.out
-    check_point(config.dd1, teacher)
+    check_settings(config.dd1, teacher)
     store = None
     if config.dd1.pair_iterations:
         with stages.timed("trajectories"):

@@ -31,6 +31,7 @@ from ddfast.config import (
 from ddfast.errors import DDFastError
 from ddfast.models import families
 from ddfast.models.llamagen.network import LLAMAGEN_SIZES
+from ddfast.models.student import second_step
 
 PRESETS = ("ddfast", "long", "paper")
 """Whose settings a recipe distils with: the best that digits gave, within minutes or (digits alone) with more time; or
@@ -50,7 +51,7 @@ _PAPERS_MATCH: dict[str, Any] = {
 
 def digits(preset: str) -> TrainConfig:
     """The embedded default: handwritten digits on a 16x16 canvas; minutes on two CPU cores, nothing downloaded."""
-    return _on_digits(TrainConfig(recipe="digits", out=Path("runs/digits")), preset)
+    return _on_digits(TrainConfig(recipe="digits", out=Path("runs/digits")), preset, groups=16)
 
 
 def digits_llamagen(preset: str) -> TrainConfig:
@@ -62,7 +63,7 @@ def digits_llamagen(preset: str) -> TrainConfig:
         teacher=DigitsLlamaGenTeacherConfig(),
         dd2=DD2Config(adapt=AdaptConfig(iterations=1000, fit_iterations=500)),
     )
-    return _on_digits(config, preset)
+    return _on_digits(config, preset, groups=16)
 
 
 def digits_var(preset: str) -> TrainConfig:
@@ -72,13 +73,13 @@ def digits_var(preset: str) -> TrainConfig:
         out=Path("runs/digits-var"),
         tokenizer=DigitsConvTokenizerConfig(),
         teacher=DigitsVARTeacherConfig(),
-        dd1=DD1Config(point=2),
     )
-    return _on_digits(config, preset)
+    return _on_digits(config, preset, groups=4)
 
 
-def _on_digits(config: TrainConfig, preset: str) -> TrainConfig:
-    """A recipe of digits with a preset's distillation."""
+def _on_digits(config: TrainConfig, preset: str, *, groups: int) -> TrainConfig:
+    """A recipe of digits with a preset's distillation; its teacher decodes so many groups."""
+    config.dd1.point = second_step(groups)
     if preset == "paper":
         config.init = "stage1"
         match = dataclasses.replace(config.dd2.match, **_PAPERS_MATCH, guidance_updates=5)

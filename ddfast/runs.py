@@ -25,7 +25,7 @@ from ddfast.models.checkpoint import read_checkpoint
 from ddfast.models.loading import TEACHER_FILES, build_teacher, load_student, load_teacher
 from ddfast.models.official import STUDENT_FILE, TEACHER_FILE, UNFINISHED, checkpoint_file
 from ddfast.models.protocol import Teacher
-from ddfast.models.student import DD1Student, Student
+from ddfast.models.student import DD1Student, Student, second_step
 from ddfast.ops.native import pytorch_obstacle
 from ddfast.portable import base_name, portable
 from ddfast.progress import Progress
@@ -74,7 +74,7 @@ def open_student(
     if (folder / CONFIG).exists():
         complete(student, config)
     if isinstance(student, DD1Student) and student.point is None:
-        student.point = max(len(teacher.groups) // 2, 1)
+        student.point = second_step(len(teacher.groups))
         where = f"nothing says where the student's second step starts: point {student.point} is assumed"
         say(f"{folder}: {where} (--point of `ddfast convert` and `ddfast sample`)")
     return config, teacher, student

@@ -21,7 +21,7 @@ from ddfast.distill.method import Method, Roles, scheduled_rate
 from ddfast.models.autoregressive import take
 from ddfast.models.layers import Linear
 from ddfast.models.protocol import Teacher
-from ddfast.models.student import DD1Student
+from ddfast.models.student import DD1Student, second_step
 from ddfast.ops import flow_sample
 
 
@@ -44,14 +44,23 @@ def remove_lookahead(student: DD1Student) -> None:
         del student.lookahead
 
 
-def check_point(config: DD1Config, teacher: Teacher) -> None:
-    """Raise `ValueError` unless the configuration's points lie inside the teacher's trajectories."""
+def trajectory_points(config: DD1Config, teacher: Teacher) -> tuple[int, ...]:
+    """The points beside 0 that are trained, rising; `ValueError` unless they lie inside the teacher's trajectories."""
     groups = len(teacher.groups)
-    if not 0 < config.point < groups:
-        raise ValueError(f"point: got {config.point}, expected a trajectory point in 1..{groups - 1}")
-    if config.points[-1] >= groups:
-        expected = f"rising trajectory points in {config.point + 1}..{groups - 1}"
+    point = second_step(groups) if config.point is None else config.point
+    if not 0 < point < groups:
+        raise ValueError(f"point: got {point}, expected a trajectory point in 1..{groups - 1}")
+    points = (point, *config.later_points)
+    if list(points) != sorted(set(points)) or points[-1] >= groups:
+        expected = f"rising trajectory points in {point + 1}..{groups - 1}"
         raise ValueError(f"later_points: got {config.later_points}, expected {expected}")
+    return points
+
+
+def check_settings(config: DD1Config, teacher: Teacher) -> None:
+    """Raise `ValueError` unless the configuration fits the teacher."""
+    trajectory_points(config, teacher)
+    groups = len(teacher.groups)
     if config.split > groups:
         raise ValueError(f"split: got {config.split}, expected a group in 0..{groups}, or -1 for none")
     if config.lookahead_weight and not teacher.one_by_one:
@@ -79,7 +88,8 @@ class DD1(Method):
 
     def __init__(self, roles: Roles, config: DD1Config) -> None:
         super().__init__(roles)
-        check_point(config, roles.teacher)
+        check_settings(config, roles.teacher)
+        self.points = trajectory_points(config, roles.teacher)
         assert isinstance(roles.student, DD1Student)
         self.student, self.config = roles.student, config
         self.networks, self.total = {"student": roles.student}, config.iterations
@@ -144,11 +154,10 @@ class DD1(Method):
 
     def _points(self, later: Tensor, generator: torch.Generator) -> Tensor:
         """The point int64 [B] of every sequence: 0, or one of the others where `later`, bool [B], says so."""
-        points = self.config.points
-        if len(points) == 1:  # nothing to draw
-            return later.long() * points[0]
-        chosen = torch.randint(len(points), later.shape, generator=generator, dtype=torch.int64)
-        return later.long() * torch.tensor(points, dtype=torch.int64)[chosen]
+        if len(self.points) == 1:  # nothing to draw
+            return later.long() * self.points[0]
+        chosen = torch.randint(len(self.points), later.shape, generator=generator, dtype=torch.int64)
+        return later.long() * torch.tensor(self.points, dtype=torch.int64)[chosen]
 
     @torch.no_grad()
     def _own_codes(self, batch: Batch, later: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from ddfast import seeds
 from ddfast.config import DD2Config, TrainConfig, config_hash
 from ddfast.distill.batch import Part
-from ddfast.distill.dd1 import DD1, remove_lookahead
+from ddfast.distill.dd1 import DD1, remove_lookahead, trajectory_points
 from ddfast.distill.dd2 import Adaptation, Matching, Tuning, code_likelihoods
 from ddfast.distill.method import Roles
 from ddfast.distill.trainer import from_noise, from_store, optimise, pairs_or_noise
@@ -44,7 +44,8 @@ def distill(
     seeds.seed_all(config.seed)
     if student is None:
         student = start_student(teacher, recycles=config.dd1.recycles)
-    student.point, student.later_points = config.dd1.point, config.dd1.later_points
+    student.point, *later = trajectory_points(config.dd1, teacher)
+    student.later_points = tuple(later)
     if config.dd1.split >= 0:
         student.split = config.dd1.split
     student = student.to(config.device, torch.float32).train().requires_grad_(True)
@@ -85,7 +86,8 @@ def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
     else:
         student = kind.from_teacher(teacher, **student_sizes(teacher, config.dd1.recycles))
     if isinstance(student, DD1Student):
-        student.point, student.later_points = config.dd1.point, config.dd1.later_points
+        student.point, *later = trajectory_points(config.dd1, teacher)
+        student.later_points = tuple(later)
     return student.to(config.device).eval()
 
 

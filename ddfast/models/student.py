@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def second_step(groups: int) -> int:
+    """The trajectory point from which a second step starts where nobody has said: behind the first quarter of groups.
+
+    What was tried: docs/notes/points.md.
+    """
+    return groups // 4 + 1
+
+
 class Student(nn.Module, ABC):
     """Network that turns noise into all tokens in one pass: DD1's and DD2's.
 

@@ -17,7 +17,7 @@ from ddfast.distill.batch import Batch, Part
 from ddfast.distill.dd1 import DD1
 from ddfast.distill.losses import embedding_distance, token_cross_entropy
 from ddfast.distill.method import ExponentialMovingAverage, Roles
-from ddfast.distill.stages import distill
+from ddfast.distill.stages import distill, untrained_student
 from ddfast.distill.tracking import METRICS
 from ddfast.errors import DDFastError
 from ddfast.models.autoregressive import SamplingDefaults
@@ -320,3 +320,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path):
     subprocess.run([*call, str(target)], check=True)
     ours = torch.load(target / "student.pt", weights_only=True)
     assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(("groups", "point"), [(2, 1), (4, 2), (7, 2), (16, 5)])
+def test_where_nobody_says_it_the_second_step_starts_behind_the_first_quarter(groups, point):
+    teacher, student = build((1,) * groups)
+    assert DD1(Roles(student=student, teacher=teacher), DD1Config()).points == (point,)
+    made = untrained_student(TrainConfig(), teacher)
+    assert (made.point, made.later_points) == (point, ())
