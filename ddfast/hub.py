@@ -168,7 +168,7 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         Args:
             classes: labels; of a text generator that has captions (`from_run`), their numbers.
             captions: for a text generator: texts, a file of them or of features (a `Path`), or (features, mask).
-            steps: DD1: 1 or 2 passes; DD2: one pass, then steps - 1 groups of the teacher's.
+            steps: DD1: 1 or 2 passes, with later points more; DD2: one pass, then steps - 1 groups of the teacher's.
             seed, first_index: image i has the noise (seed, first_index + i), whatever the batch.
             batch_size: images made at a time; 0: as many as free memory holds.
             guidance: `refine`, and settings of the teacher's part where it has one, as of `Student.sample`: cfg_scale,
