@@ -44,7 +44,8 @@ class DrawOptions:
     """How samples are made, whatever becomes of them.
 
     Attributes:
-        steps: DD1: 1 or 2 passes, with later points more; DD2: one pass, then steps - 1 groups of the teacher's; 0: the teacher, step by step.
+        steps: DD1: 1 or 2 passes, with later points more; DD2: one pass, then steps - 1 groups of the teacher's; 0: the
+            teacher, step by step.
         teacher_steps: groups that the teacher regenerates between the passes (from the second step's point on).
         refine: passes of the teacher over the student's samples, each with the flow from the same noise; exact: until
             they are the teacher's own.
