@@ -6,7 +6,7 @@ python benchmarks/studies/limits.py sizes --task toy --seed 0       # depth, wid
 python benchmarks/studies/limits.py pairs --task digits --seed 0
 python benchmarks/studies/limits.py updates --task digits --seed 0
 python benchmarks/studies/limits.py sources --task digits --seed 0  # steps; errors given the truth; the flow's jumps
-python benchmarks/studies/limits.py charts                          # docs/notes/limits.svg, of all rows there are
+python benchmarks/studies/limits.py charts                          # docs/notes/limits.png, of all rows there are
 
 Tasks: toy (enumerable) and digits. Rows are kept in --out as they come; what is there is not measured again.
 """
@@ -219,6 +219,45 @@ class Study:
         self.rows.measure({"experiment": "sources", **self.about}, figures)
 
 
+def charts(rows: Rows, to: Path = Path("docs/notes/limits.png")) -> None:
+    """Steps, and where errors come from, as a picture."""
+    from matplotlib.figure import Figure  # not needed to measure
+
+    drawing = Figure(figsize=(11, 7.5), layout="constrained")
+    by_steps, factor, places, changes = drawing.subplots(2, 2).flatten()
+    strengths = [row for row in rows.rows if row["experiment"] == "strength" and row["seed"] == 0]
+    for colour, row in enumerate(strengths):
+        for axes, name, dashes in ((by_steps, "students", "-"), (by_steps, "factorised", "--")):
+            found = {int(key.split()[0]): own["tv"] for key, own in row[name].items()}
+            label = f"strength {row['strength']:g}" if name == "students" else None
+            axes.plot(list(found), list(found.values()), dashes, marker="o", color=f"C{colour}", label=label)
+        factor.plot(row["factorised"]["1 steps"]["kl"], row["students"]["1 steps"]["tv"], "o", color=f"C{colour}")
+        factor.plot(row["factorised"]["1 steps"]["kl"], row["factorised"]["1 steps"]["tv"], "s", color=f"C{colour}")
+        factor.plot(row["factorised"]["1 steps"]["kl"], row["flow"], "_", color=f"C{colour}", markersize=14)
+    by_steps.set(xlabel="steps", ylabel="total variation", title="Toy: DD1 (solid), best factorised sampler (dashed)")
+    by_steps.set_xticks([1, 2, 3, 4])
+    by_steps.legend()
+    title = "Toy, one step: DD1 (dots), factorised (squares), sampling noise (lines)"
+    factor.set(xlabel="total correlation, nats", ylabel="total variation", title=title)
+    row = next(row for row in rows.rows if row["experiment"] == "sources" and row["task"] == "digits")
+    tokens = range(1, len(row["given the truth"]) + 1)
+    lines = {
+        "from noise alone, as the flow": row["given the truth"][0],
+        "right for the codes the student made before": row["right for its own prefix"],
+        "given the right codes before": [found[0] for found in row["given the truth"]],
+    }
+    for name, values in lines.items():
+        places.plot(tokens, values, marker="o", label=name)
+    places.set(xlabel="token", ylabel="share of right codes", title="Digits: the student's codes", ylim=(0, 1))
+    places.legend()
+    for name, label in (("own", "the flow, codes before held"), ("flow", "the flow"), ("student", "the student")):
+        values = [sum(jump[name]) / len(jump[name]) for jump in row["jumps"]]
+        changes.loglog([jump["change"] for jump in row["jumps"]], values, marker="o", label=label)
+    changes.set(xlabel="change of the noise", ylabel="share of codes that change", title="Digits: jumps of the map")
+    changes.legend()
+    drawing.savefig(to, dpi=80)
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,6 +268,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/studies/limits.json"))
     options = parser.parse_args()
     rows = Rows(options.out)
+    if options.experiment == "charts":
+        charts(rows)
+        return
     getattr(Study(options, rows), options.experiment)()
 
 

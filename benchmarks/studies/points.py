@@ -4,7 +4,7 @@ python benchmarks/studies/points.py profile --task digits             # what the
 python benchmarks/studies/points.py places --task digits --seed 0     # one point beside 0, every place
 python benchmarks/studies/points.py schedules --task digits --seed 0  # one to three points by rules, and learnt
 python benchmarks/studies/points.py probability --task digits --seed 0
-python benchmarks/studies/points.py updates --task digits --seed 0    # how fast, and what is left with more time
+python benchmarks/studies/points.py places --task digits --points 2 5 11 --updates 2000   # what more time leaves of it
 python benchmarks/studies/points.py tables                            # the page's tables, of all rows there are
 
 Tasks: toy (enumerable, 4 tokens), digits, digits-llamagen (16 tokens), digits-var (4 scales). Rows are kept in --out as
@@ -133,18 +133,17 @@ class Study:
 
     def __init__(self, options: argparse.Namespace, rows: Rows) -> None:
         self.done, self.rows = task(options.task, options.seed), rows
-        self.updates = options.updates or UPDATES[options.task]
+        self.updates, self.points = options.updates or UPDATES[options.task], options.points
         self.about = {"task": options.task, "seed": options.seed}
 
-    def row(self, experiment: str, points: tuple[int, ...], *, updates: int = 0, **settings: Any) -> None:
+    def row(self, experiment: str, points: tuple[int, ...], **settings: Any) -> None:
         """Train and judge a student of these points, unless its row is there."""
-        updates = updates or self.updates
 
         def figures() -> dict[str, Any]:
             dd1 = {"point_probability": settings["probability"]} if "probability" in settings else {}
-            return judged(self.done, trained(self.done, points, updates, **dd1), points)
+            return judged(self.done, trained(self.done, points, self.updates, **dd1), points)
 
-        about = {"experiment": experiment, **self.about, "points": points, "updates": updates, **settings}
+        about = {"experiment": experiment, **self.about, "points": points, "updates": self.updates, **settings}
         self.rows.measure(about, figures)
 
     def profile(self) -> None:
@@ -160,7 +159,7 @@ class Study:
 
     def places(self) -> None:
         """One point beside 0."""
-        for point in range(1, len(self.done.teacher.groups)):
+        for point in self.points or range(1, len(self.done.teacher.groups)):
             self.row("places", (point,))
 
     def counts(self) -> list[int]:
@@ -194,13 +193,6 @@ class Study:
         for share in (0.1, 0.2, 0.5, 0.7, 0.9):
             self.row("probability", point, probability=share)
 
-    def speed(self) -> None:
-        """Few and many updates, from early, middle and late places."""
-        count = len(self.done.teacher.groups)
-        for updates in (self.updates // 2, 2 * self.updates, 4 * self.updates):
-            for point in sorted({max(count // 8, 1), round(count / 3), round(count * 2 / 3)}):
-                self.row("updates", (point,), updates=updates)
-
 
 def by_seeds(rows: Rows, task_name: str, experiment: str) -> dict[Any, list[Settings]]:
     """Rows of one task and experiment, by all settings but the seed."""
@@ -216,7 +208,7 @@ def tables(rows: Rows) -> None:
     """Every experiment as a Markdown table: means over seeds of the last number of steps, and of one step."""
     for name in UPDATES:
         figure = ("tv",) if name == "toy" else ("teacher_nll", "frechet")
-        for experiment in ("places", "schedules", "learnt", "probability", "updates"):
+        for experiment in ("places", "schedules", "learnt", "probability"):
             found = by_seeds(rows, name, experiment)
             if not found:
                 continue
@@ -241,10 +233,11 @@ def last(row: Settings) -> str:
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["profile", "places", "schedules", "learnt", "probability", "updates", "tables"]
+    kinds = ["profile", "places", "schedules", "learnt", "probability", "tables"]
     parser.add_argument("experiment", choices=kinds)
     parser.add_argument("--task", choices=list(UPDATES), default="digits")
     parser.add_argument("--seed", type=int, default=0, help="of teacher, pairs and student")
+    parser.add_argument("--points", type=int, nargs="*", help="of places; default: all")
     parser.add_argument("--updates", type=int, default=0, help="of a student; default: the task's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/studies/points.json"))
     options = parser.parse_args()
@@ -252,8 +245,7 @@ def main() -> None:
     if options.experiment == "tables":
         tables(rows)
         return
-    study = Study(options, rows)
-    getattr(study, {"updates": "speed"}.get(options.experiment, options.experiment))()
+    getattr(Study(options, rows), options.experiment)()
 
 
 if __name__ == "__main__":
