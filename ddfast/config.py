@@ -759,8 +759,8 @@ class TrainConfig:
 
     Attributes:
         recipe: where the defaults come from.
-        preset: ddfast (what was found to be best on digits), long (on digits, four times as many updates of that) or
-            paper (the papers' settings, literally); default: the recipe's.
+        preset: ddfast (what was found to be best on digits), long (of digits and text, four times as many updates of
+            that) or paper (the papers' settings, literally); default: the recipe's.
         method: dd1 or dd2.
         init: where DD2's generator starts: teacher, stage1, scratch, or dd1:PATH (a DD1 run's folder).
         out: folder of the run; the default gets -dd2 for that method.

@@ -89,17 +89,17 @@ def text(preset: str) -> TrainConfig:
         trajectories=TrajectoryConfig(count=40_000),
         dd1=DD1Config(point=8),
     )
-    return _in_minutes(config, preset)
+    return _in_minutes(config, preset, updates=1200)
 
 
-def _in_minutes(config: TrainConfig, preset: str) -> TrainConfig:
-    """A recipe whose teacher is trained on first use, with a preset's distillation."""
+def _in_minutes(config: TrainConfig, preset: str, *, updates: int = 1900) -> TrainConfig:
+    """A recipe whose teacher is trained on first use, with a preset's distillation; updates of DD1's student."""
     if preset == "paper":
         config.init = "stage1"
         match = dataclasses.replace(config.dd2.match, **_PAPERS_MATCH, guidance_updates=5)
         config.dd2 = dataclasses.replace(config.dd2, match=match)
         return config
-    config.dd1 = dataclasses.replace(config.dd1, **_OUR_DD1, learning_rate=5e-3, iterations=1900, batch_size=64)
+    config.dd1 = dataclasses.replace(config.dd1, **_OUR_DD1, learning_rate=5e-3, iterations=updates, batch_size=64)
     config.dd2.match = dataclasses.replace(
         config.dd2.match,
         batch_size=64,

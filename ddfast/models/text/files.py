@@ -26,4 +26,5 @@ class TextFamily(FamilyOnFirstUse):
         return train_teacher(config.tokenizer, config.teacher, seed=config.seed, progress=progress)
 
     def data(self) -> tuple[str, ...]:
+        """The text, which is another in another version of Python."""
         return (text_digest(),)

@@ -16,7 +16,8 @@ from ddfast import seeds
 from ddfast.config import TextTeacherConfig, TextTokenizerConfig
 from ddfast.models.autoregressive import Condition, SamplingDefaults
 from ddfast.models.inputs import as_codes as checked
-from ddfast.models.text.data import as_codes, as_texts, windows
+from ddfast.models.text.data import windows
+from ddfast.models.text.tokenizer import as_codes, as_texts
 from ddfast.models.transformer import TransformerTeacher
 from ddfast.ops import nearest_code
 from ddfast.optimizers import fit, optimizers
@@ -44,7 +45,7 @@ class TextTeacher(TransformerTeacher):
         return super().labels(condition)
 
     def codes_of(self, texts: Sequence[str]) -> Tensor:
-        """Codes int64 [B, N] of texts of `num_tokens` characters; errors as of `ddfast.models.text.data.as_codes`."""
+        """Codes int64 [B, N] of texts of `num_tokens` characters; errors as of `tokenizer.as_codes`."""
         return checked(as_codes(texts), self.num_codes, (len(texts), self.num_tokens), "texts")
 
     def texts(self, codes: Any) -> list[str]:
