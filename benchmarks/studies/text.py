@@ -1,6 +1,6 @@
 """The experiments of docs/notes/text.md: one step of text, by the flow's noise and by inverse CDF.
 
-python benchmarks/studies/text.py train --noise flow --out runs/text-flow        # and bits, cosines, gauss; --recycles 1
+python benchmarks/studies/text.py train --noise flow --out runs/text-flow   # and bits, cosines, gauss; --tokens 8
 python benchmarks/studies/text.py map                                            # one token's map: its jumps, its ties
 python benchmarks/studies/text.py judge --arms flow bits cosines --json FILE     # students of train, runs/text-ARM
 python benchmarks/studies/text.py judge --students runs/text runs/text-dd2 --json FILE   # of `ddfast train`
@@ -12,6 +12,7 @@ A training goes on where it was interrupted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ddfast import seeds
-from ddfast.config import TrainConfig, config_hash
+from ddfast.config import TextTokenizerConfig, TrainConfig, config_hash
 from ddfast.distill.stages import distill
 from ddfast.evaluation.quality import pair_table_distance
 from ddfast.evaluation.sources import sample
@@ -97,18 +98,24 @@ def pairs(chance: Chance, config: TrainConfig, folder: Path) -> Trajectories:
     return Trajectories(codes=codes, condition=index * 0, index=index, settings=settings, stored_noise=own)
 
 
-def setup(seed: int = 0) -> tuple[TrainConfig, TextTeacher]:
+def setup(tokens: int = 0) -> tuple[TrainConfig, TextTeacher]:
+    """The recipe and its teacher; with `tokens`, of texts as long: the first characters of the same teacher's."""
     config = get_recipe("text")
-    config.seed = seed
-    teacher = build_teacher(get_recipe("text"), progress_bar("teacher"))
+    teacher = build_teacher(config, progress_bar("teacher"))
     assert isinstance(teacher, TextTeacher)
+    assert isinstance(config.tokenizer, TextTokenizerConfig)
+    if tokens:
+        short = TextTeacher(config.tokenizer, dataclasses.replace(teacher.config, num_tokens=tokens))
+        state = teacher.state_dict()
+        short.load_state_dict({**state, "position_embedding": state["position_embedding"][:tokens]})
+        teacher, config.dd1.point = short.eval().requires_grad_(False), tokens // 4
     return config, teacher
 
 
 def train(options: argparse.Namespace) -> None:
     """A DD1 student of one kind of noise."""
-    config, teacher = setup(options.seed)
-    config.out, config.dd1.recycles = options.out, options.recycles
+    config, teacher = setup(options.tokens)
+    config.seed, config.out, config.dd1.recycles = options.seed, options.out, options.recycles
     if options.iterations:
         config.dd1.iterations = options.iterations
     known = pairs(Chance(teacher, options.noise), config, options.out.parent)
@@ -208,7 +215,7 @@ def agreement(made: Tensor, wanted: Tensor) -> dict[str, Any]:
 
 def judge(options: argparse.Namespace) -> None:
     """All figures of the arms of `train`, of students of `ddfast train`, and of what they are compared with."""
-    _, teacher = setup()
+    _, teacher = setup(options.tokens)
     assessor, index = Judge(teacher, options.count), torch.arange(options.count)
     rows: dict[str, Any] = {}
 
@@ -272,7 +279,6 @@ def one_token(options: argparse.Namespace) -> None:
         rows[f"{name}, jumps"] = float((path_codes[1:] != path_codes[:-1]).sum(0).double().mean())
         rows[f"{name}, ends differ"] = float((path_codes[0] != path_codes[-1]).double().mean())
     uniform = torch.rand(len(p), generator=generator)
-    # q: other contexts at random; the same context with one of the last three characters another; another one's softer p.
     others = {"another context": p.roll(1, 0), "one character changed": None}
     changed = codes.clone()
     place = torch.randint(4, teacher.num_tokens, (len(codes), 1), generator=generator)
@@ -356,12 +362,14 @@ def main() -> None:
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--recycles", type=int, default=0)
             command.add_argument("--iterations", type=int, default=0, help="default: the recipe's")
+            command.add_argument("--tokens", type=int, default=0, help="default: the recipe's")
             continue
         command.add_argument("--json", type=Path)
         command.add_argument("--count", type=int, default=10_000 if function is judge else 2000)
         if function is jacobi:
             command.add_argument("--student", type=Path)
         if function is judge:
+            command.add_argument("--tokens", type=int, default=0)
             command.add_argument("--root", type=Path, default=Path("runs"))
             command.add_argument("--arms", nargs="*", default=[])
             command.add_argument("--students", nargs="*", type=Path, default=[])
