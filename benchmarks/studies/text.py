@@ -98,9 +98,13 @@ def pairs(chance: Chance, config: TrainConfig, folder: Path) -> Trajectories:
     return Trajectories(codes=codes, condition=index * 0, index=index, settings=settings, stored_noise=own)
 
 
-def setup(tokens: int = 0) -> tuple[TrainConfig, TextTeacher]:
-    """The recipe and its teacher; with `tokens`, of texts as long: the first characters of the same teacher's."""
+def setup(tokens: int = 0, dim: int = 0) -> tuple[TrainConfig, TextTeacher]:
+    """The recipe and its teacher (with `dim`, one of codes of that dimension); with `tokens`, of texts that long.
+
+    These are the first characters of the same teacher's.
+    """
     config = get_recipe("text")
+    config.tokenizer.code_dim = dim or config.tokenizer.code_dim
     teacher = build_teacher(config, progress_bar("teacher"))
     assert isinstance(teacher, TextTeacher)
     assert isinstance(config.tokenizer, TextTokenizerConfig)
@@ -114,7 +118,7 @@ def setup(tokens: int = 0) -> tuple[TrainConfig, TextTeacher]:
 
 def train(options: argparse.Namespace) -> None:
     """A DD1 student of one kind of noise."""
-    config, teacher = setup(options.tokens)
+    config, teacher = setup(options.tokens, options.dim)
     config.seed, config.out, config.dd1.recycles = options.seed, options.out, options.recycles
     if options.iterations:
         config.dd1.iterations = options.iterations
@@ -215,7 +219,7 @@ def agreement(made: Tensor, wanted: Tensor) -> dict[str, Any]:
 
 def judge(options: argparse.Namespace) -> None:
     """All figures of the arms of `train`, of students of `ddfast train`, and of what they are compared with."""
-    _, teacher = setup(options.tokens)
+    _, teacher = setup(options.tokens, options.dim)
     assessor, index = Judge(teacher, options.count), torch.arange(options.count)
     rows: dict[str, Any] = {}
 
@@ -363,6 +367,7 @@ def main() -> None:
             command.add_argument("--recycles", type=int, default=0)
             command.add_argument("--iterations", type=int, default=0, help="default: the recipe's")
             command.add_argument("--tokens", type=int, default=0, help="default: the recipe's")
+            command.add_argument("--dim", type=int, default=0, help="default: the recipe's")
             continue
         command.add_argument("--json", type=Path)
         command.add_argument("--count", type=int, default=10_000 if function is judge else 2000)
@@ -370,6 +375,7 @@ def main() -> None:
             command.add_argument("--student", type=Path)
         if function is judge:
             command.add_argument("--tokens", type=int, default=0)
+            command.add_argument("--dim", type=int, default=0)
             command.add_argument("--root", type=Path, default=Path("runs"))
             command.add_argument("--arms", nargs="*", default=[])
             command.add_argument("--students", nargs="*", type=Path, default=[])
