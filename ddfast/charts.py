@@ -185,7 +185,7 @@ def quality_against_speed(metrics: Mapping[str, Any], names: Mapping[str, Any]) 
             ]
             target = rows.get("teacher", {}).get(figure)
             target = target if _is_number(target) else None
-            charts.append(_speed_chart(told.axis, batch, points, target))
+            charts.append(_speed_chart(told.axis, batch, points, target, names["sample"]))
     return charts
 
 
@@ -199,7 +199,7 @@ def _short(name: str, names: Mapping[str, Any]) -> str:
     return (source.picture or source.profile or source.label.removeprefix("baseline ")).format(**names)
 
 
-def _speed_chart(axis: str, batch: str, points: list[_Point], target: float | None) -> Chart:
+def _speed_chart(axis: str, batch: str, points: list[_Point], target: float | None, sample: str) -> Chart:
     values = [y for _, y, _, _ in points] + ([target] if target is not None else [])
     is_log = _spans_decades(values)
 
@@ -216,7 +216,7 @@ def _speed_chart(axis: str, batch: str, points: list[_Point], target: float | No
             axes.plot([x], [y], marker=mark, markersize=8, color=colour, linestyle="none")
         _scale(axes, "x", [x for x, _, _, _ in points], True, margin=0.18)
         _scale(axes, "y", values, is_log, margin=0.14)
-        axes.set_xlabel("ms per image (log), image decoding left out")
+        axes.set_xlabel(f"ms per {sample} (log), image decoding left out")
         axes.set_ylabel(f"{axis}{' (log)' if is_log else ''}, lower is better")
         place_labels(axes, [(x, y, label) for x, y, label, _ in points], target)
 

@@ -292,6 +292,56 @@ class DigitsVARTeacherConfig(DigitsTeacherConfig):
 
 
 @dataclass(kw_only=True)
+class TextTokenizerConfig(TokenizerConfig):
+    """Characters: the codebook of the text recipe, which learns with its teacher.
+
+    `num_codes` is 96: what ASCII can print, and the end of a line.
+    """
+
+    num_codes: int = 96
+    code_dim: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_codes == 96, "num_codes", self.num_codes, "96, the characters of ASCII that can be printed")
+
+
+@dataclass(kw_only=True)
+class TextTeacherConfig(TeacherConfig):
+    """AR transformer of the text recipe, trained on first use.
+
+    Attributes:
+        num_tokens: n, characters of a sample.
+        width: of the transformer.
+        depth: its blocks.
+        heads: attention heads.
+        iterations: training steps.
+        batch_size: sequences per step.
+        optimizer: adamw or muon, as of `OptimisationConfig`.
+        learning_rate: peak.
+        weight_decay: decoupled from the gradient.
+    """
+
+    cfg_scale: float = 1.0
+    num_tokens: int = 32
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    iterations: int = 1000
+    batch_size: int = 64
+    optimizer: str = "muon"
+    learning_rate: float = 1.2e-2
+    weight_decay: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(self.cfg_scale == 1.0, "cfg_scale", self.cfg_scale, "1: text has no condition to guide it by")
+        _require_positive(self, "num_tokens", "width", "depth", "heads", "iterations", "batch_size", "learning_rate")
+        _require(self.num_tokens >= 2, "num_tokens", self.num_tokens, "at least 2")
+        _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
+        _require_optimizer(self.optimizer)
+
+
+@dataclass(kw_only=True)
 class PretrainedTeacherConfig(TeacherConfig):
     """A teacher from a checkpoint, or of random weights.
 
@@ -715,8 +765,8 @@ class TrainConfig:
 
     Attributes:
         recipe: where the defaults come from.
-        preset: ddfast (what was found to be best on digits), long (on digits, four times as many updates of that) or
-            paper (the papers' settings, literally); default: the recipe's.
+        preset: ddfast (what was found to be best on digits), long (of digits and text, four times as many updates of
+            that) or paper (the papers' settings, literally); default: the recipe's.
         method: dd1 or dd2.
         init: where DD2's generator starts: teacher, stage1, scratch, or dd1:PATH (a DD1 run's folder).
         out: folder of the run; the default gets -dd2 for that method.

@@ -18,13 +18,14 @@ from ddfast import processes
 from ddfast.config import TeacherFiles, TokenizerFiles, require_seed
 from ddfast.errors import DDFastError
 from ddfast.messages import say
+from ddfast.models import families
 from ddfast.models.checkpoint import digest
 from ddfast.models.llamagen.captions import give_captions
 from ddfast.models.protocol import Teacher
 from ddfast.models.student import DD1Student, Student
 from ddfast.presets import Preset, get_preset
 from ddfast.progress import ProgressBar
-from ddfast.runs import GivenFiles, open_student, open_teacher
+from ddfast.runs import GivenFiles, open_student, open_teacher, student_header
 from ddfast.sampling import (
     Guidance,
     Samples,
@@ -105,15 +106,26 @@ class SampleOptions(DrawOptions):
 
     Attributes:
         student: folder of a training run, of `ddfast convert` or of `ddfast.hub`.
-        format: one grid, one png per image, an npz (arr_0 uint8 [B, H, W, 3], arr_1 the classes), or the codes as
-            safetensors; default: grid, or npz with a preset.
+        format: one grid, one png per image, an npz (arr_0 uint8 [B, H, W, 3], arr_1 the classes), of a teacher of text
+            a line each (an end of line in it is ¶), or the codes as safetensors; default: grid, of text text, or npz
+            with a preset.
         to: where the result goes; default: samples-STEPS in the student's folder. What is there is not overwritten; the
             same command goes on where it was ended (but for a grid).
     """
 
     student: Path
-    format: Literal["grid", "files", "npz", "codes"] | None = None
+    format: Literal["grid", "files", "npz", "text", "codes"] | None = None
     to: Path | None = None
+
+
+_IMAGES = ("grid", "files", "npz")
+"""Forms that are of images."""
+
+
+def _usual_form(folder: Path) -> str:
+    """What the samples of a folder's student become where nobody says it: of text text, by its file; else a grid."""
+    family = student_header(folder).get("family")
+    return "text" if family in families.names() and families.named(family, folder).teacher.makes_text() else "grid"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +141,7 @@ class Choices:
     @classmethod
     def of(cls, options: SampleOptions) -> Choices:
         """By the options; where one is given beside a preset, it is said."""
-        preset, usual = get_preset(options.preset) if options.preset else None, cls()
+        preset, usual = get_preset(options.preset) if options.preset else None, cls(format=_usual_form(options.student))
         if preset is not None:
             usual = cls(
                 count=preset.count,
@@ -190,8 +202,11 @@ def opened(
         _, teacher, network = open_student(options.student, options.device, bar, files=options.files)
     else:
         _, teacher = open_teacher(options.student, options.device, bar, files=options.files)
-    if form != "codes" and not teacher.has_decoder:
-        raise DDFastError(f"--format {form}: this teacher has no image tokenizer; --format codes writes its codes")
+    if form == "text" and not teacher.makes_text():
+        raise DDFastError("--format text: this teacher makes no text; --format codes writes its codes")
+    if form in _IMAGES and not teacher.has_decoder:
+        other = "text writes its texts" if teacher.makes_text() else "codes writes its codes"
+        raise DDFastError(f"--format {form}: this teacher has no image tokenizer; --format {other}")
     if options.captions is not None or options.caption:
         texts = options.captions or options.caption
         give_captions(teacher, texts, encoder=options.text_encoder, device=options.device)
@@ -216,7 +231,7 @@ def opened(
     stream(batch_size=options.batch_size or 1)  # refuses what it must before memory is measured
     size = options.batch_size or (begun or {}).get("batch_size", 0)
     if not size and chosen.count > 1:
-        largest = largest_sampling_batch(teacher, network, decodes=decodes, images=form != "codes")
+        largest = largest_sampling_batch(teacher, network, decodes=decodes, images=form in _IMAGES)
         size = min(processes.gather(largest))  # one for all
     conditions = condition_index(teacher, classes)
     _say_uneven(chosen, len(conditions), kind_of(teacher))
@@ -370,8 +385,8 @@ def check(options: SampleOptions, chosen: Choices) -> None:
     if chosen.resize < 0:
         raise DDFastError(f"--resize: got {chosen.resize}, expected a side in pixels, or 0 for the teacher's own")
     for name in ("quantise", "resize"):
-        if chosen.format == "codes" and getattr(options, name) is not None:
-            raise DDFastError(f"--{name}: has no effect with --format codes: codes are no images")
+        if chosen.format not in _IMAGES and getattr(options, name) is not None:
+            raise DDFastError(f"--{name}: has no effect with --format {chosen.format}: there are no images")
     labels(options.classes)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a report: student and teacher from the same noise, failures, and what lies between two noises.
+"""What a report shows of samples: student and teacher from the same noise, failures, and what lies between two noises.
 
 Dimensions: B batch, N tokens, D code dimension, H height, W width.
 """
@@ -24,7 +24,7 @@ from ddfast.models.student import Student
 from ddfast.ops import nearest_code
 from ddfast.page import Galleries, Gallery, Strip, Table
 from ddfast.pictures import decoded, pixels
-from ddfast.sampling import Request, condition_index, conditions_of
+from ddfast.sampling import Request, condition_index, conditions_of, one_line
 
 _SMALL, _LARGEST = 64, 160
 """Sides in pixels: up to which a picture is kept as it is, and what a larger one is reduced to."""
@@ -41,7 +41,8 @@ def same_noise(
     Several processes share what is to be sampled, and the first one gets it.
 
     Returns:
-        The conditions, evenly spread over all, and uint8 [columns x conditions, 3, H, W] by title, conditions in turn.
+        The conditions, evenly spread over all, and by title, conditions in turn, uint8 [columns x conditions, 3, H, W],
+        or of a teacher without image decoder codes int64 [columns x conditions, N].
     """
     shown, found = spread(teacher, rows), {}
     for source in _COMPARED:
@@ -54,7 +55,8 @@ def same_noise(
             classes=shown,
             batch_size=min(config.evaluation.batch_size, 64),
         )
-        made = processes.collected([decoded(batch, teacher) for batch in batches])
+        decodes = teacher.has_decoder
+        made = processes.collected([decoded(batch, teacher) if decodes else batch.codes.cpu() for batch in batches])
         found[_title(source, student)] = torch.cat(made) if made else torch.empty(0, dtype=torch.uint8)
     return shown, found
 
@@ -77,6 +79,13 @@ def by_condition(teacher: Teacher, shown: Sequence[int], found: Mapping[str, Ten
     return Galleries(galleries=galleries)
 
 
+def as_texts(teacher: Teacher, found: Mapping[str, Tensor]) -> Table:
+    """What `same_noise` made of a teacher of text: a column per source."""
+    columns = [map(one_line, teacher.texts(codes)) for codes in found.values()]
+    rows = [[str(place), *texts] for place, texts in enumerate(zip(*columns, strict=True))]
+    return Table(head=["noise", *found], rows=rows, notes="¶: an end of line.")
+
+
 def failures(config: TrainConfig, metrics: Mapping[str, Any], student: Student) -> Galleries | Table | None:
     """The one-step samples that the teacher finds least likely, each beside the teacher's own from the same noise.
 
@@ -96,7 +105,7 @@ def failures(config: TrainConfig, metrics: Mapping[str, Any], student: Student) 
     values[1] = metrics["student_1step"]["least_likely"]["teacher_nll"]
     names = [_name(teacher, condition) for condition in conditions.tolist()]
     if not teacher.has_decoder:
-        return _as_codes(numbers, names, list(sources.values()), values, codes)
+        return _as_codes(teacher, numbers, names, list(sources.values()), values, codes)
     images = [pixels(teacher.decode(one, clamp=False)) for one in made]
     galleries = []
     for place, name in enumerate(names):
@@ -112,14 +121,23 @@ _SHOWN_CODES = 24
 
 
 def _as_codes(
-    numbers: list[int], names: list[str], titles: list[str], values: list[list[float]], codes: list[Tensor]
+    teacher: Teacher,
+    numbers: list[int],
+    names: list[str],
+    titles: list[str],
+    values: list[list[float]],
+    codes: list[Tensor],
 ) -> Table:
     """Failures where there are no pictures."""
     first = f"first {_SHOWN_CODES} codes" if codes[0].shape[1] > _SHOWN_CODES else "codes"
+    shown = [[" ".join(map(str, row)) for row in own[:, :_SHOWN_CODES].tolist()] for own in codes]
+    if teacher.makes_text():
+        first, shown = "text", [[one_line(text) for text in teacher.texts(own)] for own in codes]
     rows = []
     for place, (number, name) in enumerate(zip(numbers, names, strict=True)):
-        shown = [" ".join(map(str, own[place, :_SHOWN_CODES].tolist())) for own in codes]
-        rows.append([f"{number}, {name}", *(f"{own[place]:.3f}" for own in values), *shown])
+        sample = f"{number}, {name}" if teacher.num_conditions > 1 else str(number)
+        told = [f"{own[place]:.3f}" for own in values]
+        rows.append([sample, *told, *(own[place] for own in shown)])
     head = ["sample", *(f"NLL/token, {title}" for title in titles), *(f"{first}, {title}" for title in titles)]
     return Table(head=head, rows=rows)
 

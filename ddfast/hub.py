@@ -2,7 +2,7 @@
 
 generator = Generator.from_run("runs/digits")
 generator.save_pretrained("dd1-digits")
-images = Generator.from_pretrained("dd1-digits").images([3, 7], steps=2)
+images = Generator.from_pretrained("dd1-digits").images([3, 7], steps=2)  # of a teacher of text: texts([0, 0])
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _ADVICE = "save_pretrained writes them, and `ddfast convert` with --student"
 
 _CARD = """# {title}
 
-A {passes} image generator, distilled from an auto-regressive teacher with Distilled Decoding
+A {passes} {kind} generator, distilled from an auto-regressive teacher with Distilled Decoding
 ({paper}) by ddfast {version}.
 
 ## Use
@@ -69,7 +69,7 @@ A {passes} image generator, distilled from an auto-regressive teacher with Disti
 from ddfast.hub import Generator
 
 generator = Generator.from_pretrained("{repository}")
-images = generator.images([0, 1, 2], steps=1)  # float32 [3, C, H, W] in [0, 1]
+{use}
 ```
 
 ## Teacher
@@ -180,7 +180,8 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
             DDFastError: captions cannot be read or encoded, or a batch does not fit in memory.
         """
         if not self.teacher.has_decoder:
-            raise TypeError(f"{type(self.teacher).__name__} has no image tokenizer: `codes` gives the samples' codes")
+            kind, other = type(self.teacher).__name__, "texts" if self.teacher.makes_text() else "codes"
+            raise TypeError(f"{kind} has no image tokenizer: `{other}` gives the samples' {other}")
         condition = self._condition(classes, captions, guidance)
         return self._sampled(condition, self.teacher.decode, steps, seed, first_index, batch_size, guidance)
 
@@ -200,6 +201,16 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         nearest = partial(nearest_code, codebook=self.teacher.codebook)
         condition = self._condition(classes, captions, guidance)
         return self._sampled(condition, nearest, steps, seed, first_index, batch_size, guidance)
+
+    def texts(self, classes: Sequence[int] | None = None, **settings: Any) -> list[str]:
+        """Texts of the same samples, where the teacher is one of text; arguments and errors as of `images`.
+
+        Raises:
+            TypeError: it is none.
+        """
+        if not self.teacher.makes_text():
+            raise TypeError(f"{type(self.teacher).__name__} makes no text: `codes` gives the samples' codes")
+        return self.teacher.texts(self.codes(classes, **settings))
 
     def _sampled(
         self,
@@ -353,12 +364,17 @@ class Generator(ModelHubMixin, library_name="ddfast", license="apache-2.0", tags
         teacher = self.teacher
         network = sum(p.numel() for name, p in teacher.named_parameters() if not name.startswith("tokenizer."))
         student = num_parameters(self.student)
+        kind, use = "image", "images = generator.images([0, 1, 2], steps=1)  # float32 [3, C, H, W] in [0, 1]"
+        if teacher.makes_text():
+            kind, use = "text", "texts = generator.texts([0, 0, 0], steps=1)  # three of them; 0 is the only class"
         data = ModelCardData(
-            library_name="ddfast", license="apache-2.0", tags=["distilled-decoding", "image-generation"]
+            library_name="ddfast", license="apache-2.0", tags=["distilled-decoding", f"{kind}-generation"]
         )
         text = _CARD.format(
             title=kwargs.get("title", f"Distilled {type(teacher).__name__}"),
             passes="one- or two-step",
+            kind=kind,
+            use=use,
             paper=self.student.paper,
             version=ddfast.__version__,
             repository=kwargs.get("repo_id", "FOLDER"),

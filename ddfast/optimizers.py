@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddfast import processes
+from ddfast.progress import Progress
+from ddfast.schedule import warmup_cosine
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS, _EPS, _RMS = 5, 1e-7, 0.2
@@ -107,3 +109,35 @@ def step_at(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
+
+
+def fit(
+    trained: Sequence[torch.optim.Optimizer],
+    loss: Callable[[], Tensor],
+    *,
+    iterations: int,
+    learning_rate: float,
+    progress: Progress | None = None,
+) -> None:
+    """Train what the optimizers update: a warm-up of a twentieth, a cosine, and gradients of norm 1 at most.
+
+    Args:
+        trained: together they hold every parameter.
+        loss: of the next batch.
+        iterations: steps.
+        learning_rate: peak, of all optimizers.
+        progress: called after every step.
+    """
+    held = (parameter for optimizer in trained for group in optimizer.param_groups for parameter in group["params"])
+    parameters = [parameter for parameter in held if parameter.requires_grad]
+    for step in range(iterations):
+        value = loss()
+        for optimizer in trained:
+            optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        factor = warmup_cosine(step, total=iterations, warmup=iterations // 20)
+        for optimizer in trained:
+            step_at(optimizer, factor * learning_rate)
+        if progress:
+            progress(step + 1, iterations, f"loss {value.item():.4f}")

@@ -22,6 +22,8 @@ from ddfast.config import (
     LlamaGenTeacherConfig,
     MatchConfig,
     PretrainedTeacherConfig,
+    TextTeacherConfig,
+    TextTokenizerConfig,
     TrainConfig,
     TrajectoryConfig,
     TuneConfig,
@@ -34,8 +36,8 @@ from ddfast.models.llamagen.network import LLAMAGEN_SIZES
 from ddfast.models.student import second_step
 
 PRESETS = ("ddfast", "long", "paper")
-"""Whose settings a recipe distils with: the best that digits gave, within minutes or (digits alone) with more time; or
-the papers', literally."""
+"""Whose settings a recipe distils with: the best that digits gave, within minutes or (of teachers that are trained on
+first use) with more time; or the papers', literally."""
 
 
 _OUR_DD1: dict[str, Any] = {"optimizer": "muon"}
@@ -51,7 +53,9 @@ _PAPERS_MATCH: dict[str, Any] = {
 
 def digits(preset: str) -> TrainConfig:
     """The embedded default: handwritten digits on a 16x16 canvas; minutes on two CPU cores, nothing downloaded."""
-    return _on_digits(TrainConfig(recipe="digits", out=Path("runs/digits")), preset, groups=16)
+    return _in_minutes(
+        TrainConfig(recipe="digits", out=Path("runs/digits"), dd1=DD1Config(point=second_step(16))), preset
+    )
 
 
 def digits_llamagen(preset: str) -> TrainConfig:
@@ -61,9 +65,10 @@ def digits_llamagen(preset: str) -> TrainConfig:
         out=Path("runs/digits-llamagen"),
         tokenizer=DigitsConvTokenizerConfig(),
         teacher=DigitsLlamaGenTeacherConfig(),
+        dd1=DD1Config(point=second_step(16)),
         dd2=DD2Config(adapt=AdaptConfig(iterations=1000, fit_iterations=500)),
     )
-    return _on_digits(config, preset, groups=16)
+    return _in_minutes(config, preset)
 
 
 def digits_var(preset: str) -> TrainConfig:
@@ -73,19 +78,31 @@ def digits_var(preset: str) -> TrainConfig:
         out=Path("runs/digits-var"),
         tokenizer=DigitsConvTokenizerConfig(),
         teacher=DigitsVARTeacherConfig(),
+        dd1=DD1Config(point=second_step(4)),
     )
-    return _on_digits(config, preset, groups=4)
+    return _in_minutes(config, preset)
 
 
-def _on_digits(config: TrainConfig, preset: str, *, groups: int) -> TrainConfig:
-    """A recipe of digits with a preset's distillation; its teacher decodes so many groups."""
-    config.dd1.point = second_step(groups)
+def text(preset: str) -> TrainConfig:
+    """Python's language reference, character by character: a small language model, trained on first use."""
+    config = TrainConfig(
+        recipe="text",
+        out=Path("runs/text"),
+        tokenizer=TextTokenizerConfig(),
+        teacher=TextTeacherConfig(),
+        trajectories=TrajectoryConfig(count=40_000),
+    )
+    return _in_minutes(config, preset, updates=1200)
+
+
+def _in_minutes(config: TrainConfig, preset: str, *, updates: int = 1900) -> TrainConfig:
+    """A recipe whose teacher is trained on first use, with a preset's distillation; updates of DD1's student."""
     if preset == "paper":
         config.init = "stage1"
         match = dataclasses.replace(config.dd2.match, **_PAPERS_MATCH, guidance_updates=5)
         config.dd2 = dataclasses.replace(config.dd2, match=match)
         return config
-    config.dd1 = dataclasses.replace(config.dd1, **_OUR_DD1, learning_rate=5e-3, iterations=1900, batch_size=64)
+    config.dd1 = dataclasses.replace(config.dd1, **_OUR_DD1, learning_rate=5e-3, iterations=updates, batch_size=64)
     config.dd2.match = dataclasses.replace(
         config.dd2.match,
         batch_size=64,
@@ -306,10 +323,15 @@ def llamagen_xl_t2i(preset: str) -> TrainConfig:
     return _llamagen("llamagen-xl-t2i", "XL", preset, 130, **text)
 
 
-RECIPES: dict[str, Callable[[str], TrainConfig]] = {
+_ON_FIRST_USE: dict[str, Callable[[str], TrainConfig]] = {
     "digits": digits,
     "digits-llamagen": digits_llamagen,
     "digits-var": digits_var,
+    "text": text,
+}
+"""Recipes whose teacher is trained on first use."""
+
+RECIPES = _ON_FIRST_USE | {
     "var-d16": var_d16,
     "var-d20": var_d20,
     "var-d24": var_d24,
@@ -324,7 +346,8 @@ def get_recipe(name: str, *, preset: str = "", told: Path | None = None) -> Trai
 
     Args:
         name: of the recipe.
-        preset: one of `PRESETS`; empty: ddfast where that was measured (digits), else paper. A user's own has none.
+        preset: one of `PRESETS`; empty: ddfast where that was measured (teachers that are trained on first use), else
+            paper. A user's own has none.
         told: the file that names it, if it is not the user: a file does not decide what is imported.
 
     Raises:
@@ -346,10 +369,10 @@ def get_recipe(name: str, *, preset: str = "", told: Path | None = None) -> Trai
     if name not in RECIPES:
         own = "or one of your own, MODULE:FUNCTION"
         raise DDFastError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, {own}")
-    of_digits = name.startswith("digits")
-    if preset == "long" and not of_digits:
-        raise DDFastError(f"--preset long: is one of the digits' recipes; of {name}, ddfast or paper")
-    preset = preset or ("ddfast" if of_digits else "paper")
+    in_minutes = name in _ON_FIRST_USE
+    if preset == "long" and not in_minutes:
+        raise DDFastError(f"--preset long: is one of {', '.join(_ON_FIRST_USE)}; of {name}, ddfast or paper")
+    preset = preset or ("ddfast" if in_minutes else "paper")
     config = RECIPES[name](preset)
     config.preset = preset
     return config

@@ -102,7 +102,7 @@ def write_report(config: TrainConfig, metrics: dict[str, Any], student: Student,
         seconds: duration of every stage.
     """
     teacher = student.teacher
-    shown = gallery.same_noise(config, teacher, student) if teacher.has_decoder else None
+    shown = gallery.same_noise(config, teacher, student) if teacher.has_decoder or teacher.makes_text() else None
 
     def write() -> None:
         told = _page(config, metrics, student, seconds, shown)
@@ -148,6 +148,9 @@ def _samples(config: TrainConfig, teacher: Teacher, shown: Shown | None) -> Sect
     if shown is None:
         told = "This teacher has no image tokenizer: its samples are codes, and there are no pictures of them."
         section.blocks = [Text(text=told)]
+    elif teacher.makes_text():
+        told = "What stands in a row began with the same noise. Nothing was picked."
+        section.blocks = [Text(text=told), gallery.as_texts(teacher, shown[1])]
     else:
         told = (
             "What stands in a column of a group began with the same noise: the teacher's flow, and the student in one "

@@ -63,6 +63,11 @@ class Samples:
         return cls(**{name: torch.cat([getattr(part, name) for part in whole]) for name in fields})
 
 
+def one_line(text: str) -> str:
+    """A text as a line shows it: an end of line inside is a pilcrow."""
+    return text.replace("\n", "¶")
+
+
 def whole(batches: Iterable[Samples], device: torch.device) -> Samples:
     """All samples of a stream in one, on the device that makes them; where processes share it, at each of them."""
     if processes.count() == 1:

@@ -1,4 +1,4 @@
-"""Samples in files: a grid, a picture each, an npz as the field's evaluators read it, or codes.
+"""Samples in files: a grid, a picture each, an npz as the field's evaluators read it, texts, or codes.
 
 Every file is whole, and none of another run is touched. What a stream made before it was killed is kept, but for a
 grid: pictures in their folder, batches of the others in a folder beside the file until it is there. With them is what
@@ -33,13 +33,13 @@ from ddfast.models.protocol import Teacher
 from ddfast.pictures import SETTINGS, decoded, grid, write_png
 from ddfast.progress import Progress
 from ddfast.runs import LOCK, occupied
-from ddfast.sampling import Samples
+from ddfast.sampling import Samples, one_line
 
-SUFFIXES = {"grid": ".png", "files": "", "npz": ".npz", "codes": ".safetensors"}
+SUFFIXES = {"grid": ".png", "files": "", "npz": ".npz", "text": ".txt", "codes": ".safetensors"}
 """The forms that samples are written in, and how the name of their file or folder ends."""
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_OTHERS = {".safetensors", ".npz", ".npy", ".pt", ".pth", ".zip"}
+_OTHERS = {".safetensors", ".txt", ".npz", ".npy", ".pt", ".pth", ".zip"}
 
 _AT_A_TIME = 64
 """Images decoded at a time where nobody has asked for batches: a decoder needs far more memory than its images."""
@@ -88,7 +88,7 @@ class Kept:
     """What is on disk of a stream of samples before all of it is: in which folder, made with which settings.
 
     Args:
-        form: files, npz or codes; a grid keeps nothing.
+        form: files, npz, text or codes; a grid keeps nothing.
         path: where its samples go (`new_target`).
         settings: what decides them, as JSON takes it; None: nobody will go on.
 
@@ -249,8 +249,8 @@ class _Form(ABC):
 
     unit: ClassVar[str] = "images"
 
-    def __init__(self, kept: Kept, decode: Callable[[Samples], Tensor], kind: str) -> None:
-        self.kept, self.path, self.decode, self.kind = kept, kept.path, decode, kind
+    def __init__(self, kept: Kept, decode: Callable[[Samples], Tensor], teacher: Teacher) -> None:
+        self.kept, self.path, self.decode, self.teacher = kept, kept.path, decode, teacher
 
     @abstractmethod
     def take(self, batch: Samples) -> None:
@@ -289,9 +289,10 @@ class _Grid(_Form):
 
 class _Files(_Form):
     def take(self, batch: Samples) -> None:
+        kind = kind_of(self.teacher)
         named = zip(batch.number.tolist(), batch.condition.tolist(), strict=True)
         for image, (number, condition) in zip(self.decode(batch), named, strict=True):
-            file = self.path / image_name(number, condition, self.kind)
+            file = self.path / image_name(number, condition, kind)
             if not is_whole_png(file):
                 write_png(file, rearrange(image, "c h w -> h w c"), durable=False)
 
@@ -368,6 +369,16 @@ class _Codes(_Parts):
         save_tensors(path, whole, {"samples": self.kept.settings} if self.kept.settings else {})
 
 
+class _Text(_Codes):
+    """A line for each: `one_line`."""
+
+    unit = "texts"
+
+    def assemble(self, path: Path, parts: Sequence[Path]) -> None:
+        texts = (text for part in parts for text in self.teacher.texts(self.read(part)["codes"]))
+        write_atomically(path, "".join(f"{one_line(text)}\n" for text in texts))
+
+
 class _Npz(_Parts):
     """`arr_0`: images uint8 [B, H, W, 3], all that evaluators read; `arr_1`: classes int64 [B], as OpenAI has them."""
 
@@ -394,7 +405,7 @@ class _Npz(_Parts):
         write_atomically(path, write)
 
 
-_FORMS: dict[str, type[_Form]] = {"grid": _Grid, "files": _Files, "npz": _Npz, "codes": _Codes}
+_FORMS: dict[str, type[_Form]] = {"grid": _Grid, "files": _Files, "npz": _Npz, "text": _Text, "codes": _Codes}
 
 
 def save_samples(
@@ -408,7 +419,7 @@ def save_samples(
     count: int | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Write samples as one picture ("grid"), a picture each ("files"), "npz" or "codes"; returns what was written.
+    """Write samples as a picture ("grid"), pictures ("files"), "npz", "text" or "codes"; returns what was written.
 
     Of batches, each is written (or what a grid takes of it kept) and forgotten before the next one is made. Of several
     processes each writes what it makes; the one file is put together by the first, in the order of the batches.
@@ -416,7 +427,7 @@ def save_samples(
     Args:
         samples: all, or batches of them: this process's share, as streams make it.
         teacher: decodes them.
-        form: of the four.
+        form: of the five.
         target: where to; see `new_target`.
         quantise, size: of pictures, as in `ddfast.pictures.stream_pictures`.
         count: how many there will be, for the progress.
@@ -444,7 +455,7 @@ def save_stream(
 ) -> list[str]:
     """`save_samples` of this process's batches into a place that is claimed, where `there` samples are already."""
     decode = functools.partial(decoded, teacher=teacher, quantise=quantise, size=size)
-    form = _FORMS[kept.form](kept, decode, kind_of(teacher))
+    form = _FORMS[kept.form](kept, decode, teacher)
     made = 0
     with _ended(form.there):
         for batch in batches:

@@ -47,7 +47,7 @@ FIGURES = {
 """Known figures, in the order of a table's columns; one that is not here is told by its name."""
 
 TIMES = {
-    "seconds_per_image": ("ms/image", 1e3, "{:.3f}"),
+    "seconds_per_image": ("ms/{sample}", 1e3, "{:.3f}"),
     "seconds_per_image_decoded": ("with image decoding", 1e3, "{:.3f}"),
     "speedup_vs_ar": ("speed-up over AR", 1, "{:.1f}x"),
 }
@@ -94,7 +94,8 @@ def names_of(metrics: Mapping[str, Any], student: Student) -> dict[str, Any]:
     groups = metrics["num_groups"]
     quarter = max(groups // 4, 1)
     steps = {"n": groups, "quarter": quarter, "kept": groups - quarter}
-    return {"method": student.method.upper(), "two": student.two_steps, **steps}
+    sample = "image" if student.teacher.has_decoder else "sample"
+    return {"method": student.method.upper(), "two": student.two_steps, "sample": sample, **steps}
 
 
 def figures_of(rows: Collection[Mapping[str, Any]]) -> dict[str, Figure]:
@@ -140,7 +141,7 @@ def quality(config: TrainConfig, metrics: Mapping[str, Any], student: Student) -
     rows, names = rows_of(metrics), names_of(metrics, student)
     figures = figures_of(rows.values())
     times = [
-        (name, batch, f"{label}, batch {batch}", scale, form)
+        (name, batch, f"{label.format(**names)}, batch {batch}", scale, form)
         for name, (label, scale, form) in TIMES.items()
         if any(name in row for row in rows.values())
         for batch in batches
@@ -155,7 +156,7 @@ def quality(config: TrainConfig, metrics: Mapping[str, Any], student: Student) -
         rows=[],
         timed=tuple(range(2 + len(figures), 2 + len(figures) + len(times))),
         own=tuple(number for number, name in enumerate(rows) if SOURCES[name].by_student and SOURCES[name].timed),
-        notes=_notes(config, metrics, figures, batches),
+        notes=_notes(config, metrics, figures, batches, names["sample"]),
     )
     for name, row in rows.items():
         source = SOURCES[name]
@@ -169,7 +170,9 @@ def quality(config: TrainConfig, metrics: Mapping[str, Any], student: Student) -
     return table
 
 
-def _notes(config: TrainConfig, metrics: Mapping[str, Any], figures: Mapping[str, Figure], batches: list[str]) -> str:
+def _notes(
+    config: TrainConfig, metrics: Mapping[str, Any], figures: Mapping[str, Figure], batches: list[str], sample: str
+) -> str:
     """What has to be known to read the table."""
     notes = [f"Quality from {config.evaluation.samples} samples each."]
     if "frechet" in figures:
@@ -187,7 +190,7 @@ def _notes(config: TrainConfig, metrics: Mapping[str, Any], figures: Mapping[str
     notes.append("guidance.")
     plain = metrics.get("teacher_plain", {}).get("seconds_per_image", {})
     if plain:
-        each = (f"{plain[batch] * 1e3:.2f} ms/image at batch {batch}" for batch in batches if batch in plain)
+        each = (f"{plain[batch] * 1e3:.2f} ms/{sample} at batch {batch}" for batch in batches if batch in plain)
         notes.append("The same in plain PyTorch takes " + ", ".join(each) + ".")
     return " ".join(notes)
 
@@ -268,7 +271,7 @@ def compared_classes(values: Mapping[str, Mapping[str, float]]) -> list[str]:
 def classes(config: TrainConfig, metrics: Mapping[str, Any], teacher: Teacher, student: Student) -> Table | None:
     """A row per class, or for the worst and the best ones, of teacher and student; None: nothing is told by class."""
     found = by_class(metrics)
-    if "teacher_nll" not in found:
+    if "teacher_nll" not in found or teacher.num_classes < 2:
         return None
     names = names_of(metrics, student)
     labels = compared_classes(found["teacher_nll"])

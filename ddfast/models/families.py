@@ -13,6 +13,7 @@ from ddfast.models.family import Family
 from ddfast.models.llamagen.files import LlamaGenFamily
 from ddfast.models.official import Kind, Signs
 from ddfast.models.protocol import Teacher
+from ddfast.models.text.files import TextFamily
 from ddfast.models.var.files import VARFamily
 
 _FAMILIES: dict[str, Family] = {
@@ -23,6 +24,7 @@ _FAMILIES: dict[str, Family] = {
         LlamaGenFamily(),
         DigitsVARFamily(),
         DigitsLlamaGenFamily(),
+        TextFamily(),
     )
 }
 """A family that derives from another stands behind it: the last that knows a teacher has it."""

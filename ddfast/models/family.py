@@ -15,17 +15,28 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddfast.config import PretrainedTeacherConfig, TeacherConfig, TokenizerConfig, TrainConfig, plain, update
+from ddfast.config import (
+    PretrainedTeacherConfig,
+    TeacherConfig,
+    TokenizerConfig,
+    TrainConfig,
+    config_hash,
+    plain,
+    update,
+)
+from ddfast.env import cache_dir
 from ddfast.errors import DDFastError
 from ddfast.files import expect, reading
 from ddfast.models.autoregressive import SamplingDefaults
 from ddfast.models.checkpoint import (
     AnyTensor,
     build_around,
+    cached,
     cast_float,
     check_fits,
     check_layers,
     load_state,
+    load_tensors,
     one_dtype,
     read_checkpoint,
     read_tensor,
@@ -278,6 +289,28 @@ class Family(ABC):
 
     def __str__(self) -> str:
         return self.title or self.name
+
+
+class FamilyOnFirstUse(Family):
+    """A family whose teachers are trained on first use, and kept in the cache."""
+
+    @abstractmethod
+    def trained(self, config: TrainConfig, progress: Progress | None = None) -> Teacher:
+        """A teacher of these settings and this seed, trained now."""
+
+    def data(self) -> tuple[str, ...]:
+        """What decides it beside the settings."""
+        return ()
+
+    def build(self, config: TrainConfig, progress: Progress | None = None) -> Teacher:
+        """The teacher of these settings and this seed: from the cache, or trained now (minutes) and cached."""
+        settings = config_hash(config.tokenizer, config.teacher, config.seed, *self.data())
+        path = cache_dir() / f"{self.name}-teacher-{settings}.safetensors"
+        return cached(
+            path,
+            lambda: build_around(lambda: self.untrained(config), load_tensors(path)[0], path),
+            lambda: self.save(path, self.trained(config, progress)),
+        )
 
 
 def stored_defaults(header: Mapping[str, Any], source: object) -> SamplingDefaults | None:

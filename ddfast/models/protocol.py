@@ -32,7 +32,8 @@ class Teacher(AutoRegressive):
     """An auto-regressive model over the codes of a VQ codebook.
 
     A subclass sets the attributes of `AutoRegressive` and the two below, and implements `begin`, `advance` and `logits`
-    (and `encode` and `decode` if it has a tokenizer); sampling, guidance and filtering are inherited.
+    (and `encode` and `decode` if it has an image tokenizer, or `texts` if its codes are text); sampling, guidance and
+    filtering are inherited.
 
     Attributes:
         num_classes: number of labels; the label `num_classes` stands for "no condition".
@@ -78,6 +79,15 @@ class Teacher(AutoRegressive):
     def has_decoder(self) -> bool:
         """Whether codes become images: `decode` is overridden."""
         return type(self).decode is not Teacher.decode
+
+    def texts(self, codes: Any) -> list[str]:
+        """What codes [B, N] of any integer type, or embeddings [B, N, D], say, where they are of text."""
+        raise TypeError(f"{type(self).__name__} makes no text")
+
+    @classmethod
+    def makes_text(cls) -> bool:
+        """Whether codes are text: `texts` is overridden."""
+        return cls.texts is not Teacher.texts
 
     def group_cfg_scale(self, cfg_scale: float, group: int) -> float:
         """Factor of guidance in one group, in `filter_logits`' sense (1: none); the same for all unless overridden."""

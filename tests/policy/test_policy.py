@@ -135,7 +135,7 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not waiting
 
 
-FAMILIES = ["digits", "llamagen", "var"]
+FAMILIES = ["digits", "llamagen", "text", "var"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,44 +1,27 @@
 """The digits' teachers in files: trained on first use, and kept.
 
-`OfDigits` is what every family of the digits has: the cache, the classifier, the real images.
+`OfDigits` is what every family of the digits has: the classifier, the real images.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
-from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TeacherConfig, TrainConfig, config_hash
-from ddfast.env import cache_dir
-from ddfast.models.checkpoint import build_around, cached, load_tensors
+from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig, TeacherConfig, TrainConfig
 from ddfast.models.digits.classifier import DigitsClassifier, load_or_train_classifier
 from ddfast.models.digits.data import digit_batch
 from ddfast.models.digits.network import DigitsTeacher, train_teacher
 from ddfast.models.digits.tokenizer import Tokenizer, train_tokenizer
-from ddfast.models.family import Family
+from ddfast.models.family import FamilyOnFirstUse
 from ddfast.models.protocol import Teacher
 from ddfast.progress import Progress
 
 
-class OfDigits(Family):
-    """A family whose tokenizer and teacher are trained on the digits on first use."""
-
-    @abstractmethod
-    def trained(self, config: TrainConfig, progress: Progress | None = None) -> Teacher:
-        """A teacher of these settings and this seed, trained now."""
-
-    def build(self, config: TrainConfig, progress: Progress | None = None) -> Teacher:
-        """The teacher of these settings and this seed: from the cache, or trained now (minutes) and cached."""
-        settings = config_hash(config.tokenizer, config.teacher, config.seed)
-        path = cache_dir() / f"{self.name}-teacher-{settings}.safetensors"
-        return cached(
-            path,
-            lambda: build_around(lambda: self.untrained(config), load_tensors(path)[0], path),
-            lambda: self.save(path, self.trained(config, progress)),
-        )
+class OfDigits(FamilyOnFirstUse):
+    """A family whose tokenizer and teacher are trained on the digits."""
 
     def conditioned(self, teacher: Teacher, config: TeacherConfig) -> Teacher:
         return teacher

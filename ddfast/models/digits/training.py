@@ -19,7 +19,7 @@ from ddfast.config import DigitsTeacherConfig, DigitsTokenizerConfig
 from ddfast.models.digits.data import NUM_CLASSES, digit_batch, digit_images, render
 from ddfast.models.protocol import Teacher
 from ddfast.ops.nearest_code import nearest_code
-from ddfast.optimizers import optimizers, step_at
+from ddfast.optimizers import fit, optimizers
 from ddfast.progress import Progress
 from ddfast.schedule import warmup_cosine
 
@@ -152,7 +152,6 @@ def fit_teacher(
         seed: of the images and the batches; the caller draws the weights.
         progress: called after every step.
     """
-    parameters = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     betas = (0.9, 0.999 if config.optimizer == "adamw" else 0.95)  # alone, as always: a teacher of before is made again
     trained = optimizers(teacher, config.optimizer, weight_decay=config.weight_decay, betas=betas)
     images, labels = digit_batch("train", config.training_images, seed, number=1)
@@ -160,18 +159,12 @@ def fit_teacher(
         chunks = images.expand(-1, channels, -1, -1).split(4096)
         codes = torch.cat([teacher.encode(chunk) for chunk in chunks])
     generator = seeds.generator(seed, number=2)
-    for step in range(config.iterations):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(codes), (config.batch_size,), generator=generator, dtype=torch.int64)
         dropped = torch.rand(config.batch_size, generator=generator, dtype=torch.float32) < config.class_dropout
         condition = torch.where(dropped, NUM_CLASSES, labels[rows])
-        loss = F.cross_entropy(logits(condition, codes[rows]).flatten(0, 1), codes[rows].flatten())
-        for optimizer in trained:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        factor = warmup_cosine(step, total=config.iterations, warmup=config.iterations // 20)
-        for optimizer in trained:
-            step_at(optimizer, factor * config.learning_rate)
-        if progress:
-            progress(step + 1, config.iterations, f"loss {loss.item():.4f}")
+        return F.cross_entropy(logits(condition, codes[rows]).flatten(0, 1), codes[rows].flatten())
+
+    fit(trained, loss, iterations=config.iterations, learning_rate=config.learning_rate, progress=progress)
     return teacher.eval().requires_grad_(False)
