@@ -18,7 +18,7 @@ from torch import Tensor
 from ddfast.files import write_atomically
 from ddfast.models.protocol import Teacher
 from ddfast.sampling import Samples
-from ddfast.trajectories.memory import fitting
+from ddfast.trajectories.memory import BATCH_OPTION, fitting
 
 SETTINGS = "samples.json"
 """What decides the samples of a folder: a file beside them. An npz file has it as the zip's comment."""
@@ -86,7 +86,7 @@ def decoded(samples: Samples, teacher: Teacher, *, quantise: str = "nearest", si
     What lies beyond [-1, 1] is clamped after the resize, as officially.
     """
     count = len(samples.embeddings)
-    with torch.no_grad(), fitting(count, teacher.codebook.device, "the batch size"):
+    with torch.no_grad(), fitting(count, teacher.codebook.device, BATCH_OPTION):
         return pixels(resized(teacher.decode(samples.embeddings, clamp=False), size), quantise)
 
 

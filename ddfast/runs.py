@@ -47,7 +47,8 @@ _LOCAL = """\
 
 LOCATION = (
     "out", "device", "resume", "trajectories.batch_size", "parallel", "track", "profile_steps",
-    "evaluation.paths", "evaluation.lpips_vgg", "evaluation.lpips_linear",
+    "evaluation.batch_size", "evaluation.batch_sizes", "evaluation.paths", "evaluation.lpips_vgg",
+    "evaluation.lpips_linear",
 )  # fmt: skip
 """Fields, and tables of fields, that decide where and how a run goes on and what it tells, not what it makes."""
 

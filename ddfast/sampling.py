@@ -28,7 +28,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.refinement import Refine, check_refine
 from ddfast.models.student import DD1Student, Student
 from ddfast.ops import nearest_code, noise
-from ddfast.trajectories.memory import fitting
+from ddfast.trajectories.memory import BATCH_OPTION, fitting
 
 
 @dataclass(kw_only=True)
@@ -384,7 +384,7 @@ def _batches(
             number = torch.arange(numbers.start, numbers.stop, dtype=torch.int64)
             index = condition(number).to(device)
             request = Request(teacher=teacher, student=student, seed=seed, number=number, index=index)
-            with torch.no_grad(), fitting(len(number), device, "the batch size"):
+            with torch.no_grad(), fitting(len(number), device, BATCH_OPTION):
                 made = make(request)
                 codes = nearest_code(made, teacher.codebook)
                 passes = torch.zeros_like(number) if request.passes is None else request.passes.cpu()

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ddfast import seeds
+from ddfast import processes, seeds
 from ddfast.distill.method import Call, ExponentialMovingAverage, directly
 from ddfast.frechet import Gaussian, frechet_distance
 from ddfast.models.autoregressive import Condition, take
@@ -17,6 +17,9 @@ from ddfast.models.protocol import Teacher
 from ddfast.ops import nearest_code, noise
 
 _SAMPLES, _AT_A_TIME, _DIRECTIONS, _SEED = 256, 32, 16, 20_251_021
+_TOKENS = _AT_A_TIME * 680
+"""At a time: so many samples of VAR at 256 pixels, and fewer of longer sequences, whose caches would take what training
+has left (VAR-d36 at 512 pixels: 3 GiB a sample). By their length alone: all processes do as many calls."""
 _LEAST_DIVERSITY = 0.5
 _LARGEST_DISTANCE = 1.0
 
@@ -84,8 +87,11 @@ class Watcher:
 
     def _by_chunks(self, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What is made of all samples, a few at a time: a teacher's cache of all may be larger than the memory."""
-        index = torch.arange(_SAMPLES, dtype=torch.int64, device=self.noise.device)
-        return torch.cat([make(rows) for rows in index.split(_AT_A_TIME)])
+        index, made = torch.arange(_SAMPLES, dtype=torch.int64, device=self.noise.device), []
+        for rows in index.split(min(max(_TOKENS // self.teacher.num_tokens, 1), _AT_A_TIME)):
+            made.append(make(rows))
+            processes.sign()
+        return torch.cat(made)
 
     def _features(self, tokens: Tensor) -> Tensor:
         return tokens.flatten(1) @ self.directions

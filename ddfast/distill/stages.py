@@ -91,6 +91,10 @@ def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
     return student.to(config.device).eval()
 
 
+_HELD_OUT = 64 * 256
+"""Tokens that the adaptation follows the likelihood on: they are decoded, and have their logits, at the same time."""
+
+
 def adapt(
     config: TrainConfig, teacher: Teacher, network: FlowNetwork, out: Path, *, progress: Progress | None = None
 ) -> dict[str, dict[str, float]]:
@@ -101,7 +105,8 @@ def adapt(
         that was fitted to nothing. The log has what is between: after the fit, and every as many steps from there.
     """
     generator = seeds.generator(config.seed, number=5_000_003)
-    held_out = from_noise(teacher, decoding=teacher.defaults)(Part.whole(64, generator))
+    samples = min(max(_HELD_OUT // teacher.num_tokens, 1), 64)
+    held_out = from_noise(teacher, decoding=teacher.defaults)(Part.whole(samples, generator))
     assert held_out.codes is not None
     before = code_likelihoods(network, held_out.condition, held_out.codes)
     network.train().requires_grad_(True)

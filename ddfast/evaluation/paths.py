@@ -31,7 +31,7 @@ from ddfast.ops import noise
 from ddfast.pictures import pixels
 from ddfast.precision import without_tf32
 from ddfast.sampling import condition_index
-from ddfast.trajectories.memory import fitting
+from ddfast.trajectories.memory import BATCH_OPTION, fitting
 
 STEP = 1e-4
 """Along a path of length 1: by how much a noise is moved."""
@@ -140,7 +140,7 @@ def path_lengths(move: Move, teacher: Teacher, distance: Distance, *, count: int
             t = torch.special.ndtr(normal[:, -1].double())
             eps = torch.cat((slerp(start, end, t), slerp(start, end, t + STEP)))
             condition = teacher.condition_of(conditions[number % len(conditions)].to(device).repeat(2))
-            with fitting(len(eps), device, "the batch size"), without_tf32():  # its rounding is longer than a step
+            with fitting(len(eps), device, BATCH_OPTION), without_tf32():  # its rounding is longer than a step
                 ends = (points.split(_AT_A_TIME) for points in move(condition, eps).chunk(2))
                 images = (teacher.decode(torch.cat(pair), clamp=False).chunk(2) for pair in zip(*ends, strict=True))
                 found.append(torch.cat([distance.between(*pair).double().cpu() / STEP**2 for pair in images]))
@@ -227,6 +227,6 @@ def interpolate(
         start, end = ends[path[some]].unbind(1)
         condition = teacher.condition_of(conditions[path[some] % len(conditions)].to(device))
         processes.sign()
-        with fitting(len(some), device, "the batch size"), processes.busy():
+        with fitting(len(some), device, BATCH_OPTION), processes.busy():
             made.append(pixels(teacher.decode(move(condition, slerp(start, end, t[some])), clamp=False)))
     return torch.cat(made).unflatten(0, (count, frames))

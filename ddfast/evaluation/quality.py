@@ -5,6 +5,7 @@ Dimensions: B batch, N tokens, V codes, F features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
@@ -22,10 +23,14 @@ from ddfast.models.family import FeatureNetwork
 from ddfast.models.protocol import Teacher
 from ddfast.progress import Progress
 from ddfast.sampling import Samples
-from ddfast.trajectories.memory import fitting
+from ddfast.trajectories.memory import BATCH_OPTION, fitting
 
 _LARGEST_PAIRED = 512
 """Codes up to which tables of pairs [V, V] are filled by a few thousand samples."""
+
+_MOST_PAIRED = 2**31
+"""Entries of all pairs' tables together up to which they are counted: minutes. There are N (N - 1) / 2 of them, 2.5
+million for the 2,240 tokens of VAR's 512 pixels."""
 
 _LEAST_LIKELY = 12
 """Samples that are told one by one, for people to look at."""
@@ -42,8 +47,13 @@ def pair_table_distance(codes: Tensor, reference: Tensor, num_codes: int) -> flo
             torch.bincount(c[:, i] * num_codes + c[:, j], minlength=num_codes**2).double() / len(c)
             for c in (codes, reference)
         ]
-        distances.append(0.5 * (tables[0] - tables[1]).abs().sum())
-    return float(torch.stack(distances).mean())
+        distances.append(float(0.5 * (tables[0] - tables[1]).abs().sum()))
+    return float(torch.tensor(distances, dtype=torch.float64).mean())
+
+
+def pairs_counted(num_tokens: int, num_codes: int) -> bool:
+    """Whether tables of all pairs of tokens are small enough to be filled and counted."""
+    return num_codes <= _LARGEST_PAIRED and math.comb(num_tokens, 2) * num_codes**2 <= _MOST_PAIRED
 
 
 class Evaluator:
@@ -52,8 +62,8 @@ class Evaluator:
 
     - teacher_nll: mean negative log-likelihood per token, in nats, under the teacher with its guidance and temperature
       but without top-k and top-p, so that every code has a finite likelihood.
-    - pair_tv: `pair_table_distance` to fresh samples of the teacher; its floor is the teacher's own row. Only where the
-      codebook is small enough for tables of pairs.
+    - pair_tv: `pair_table_distance` to fresh samples of the teacher; its floor is the teacher's own row. Only where
+      codes and tokens are few enough for tables of all pairs (`pairs_counted`).
     - frechet: distance, in the classifier's features, to real images (`Family.real_images`), and its standard error
       `frechet_error`; precision and recall in the same features.
     - class_accuracy: share of samples whose class the classifier recognises.
@@ -77,7 +87,7 @@ class Evaluator:
         self.classifier: FeatureNetwork | None = None
         if teacher.has_decoder:
             self.classifier = processes.first_then_all(lambda: family.feature_network(progress))
-        self.paired = teacher.num_codes <= _LARGEST_PAIRED
+        self.paired = pairs_counted(teacher.num_tokens, teacher.num_codes)
         self.reference = Reference(gaussians={})
         self.reference_codes: Tensor | None = None
         if self.classifier is not None and processes.rank() == 0:
@@ -122,7 +132,7 @@ class Evaluator:
     def _likelihoods(self, batch: Samples) -> Tensor:
         """Log-likelihoods float64 [B, N] under the teacher."""
         teacher = self.teacher
-        with fitting(len(batch.codes), teacher.codebook.device, "the batch size"):
+        with fitting(len(batch.codes), teacher.codebook.device, BATCH_OPTION):
             table = teacher.log_probs(teacher.condition_of(batch.condition), batch.codes, filtered=False)
             return table.gather(-1, batch.codes[..., None])[..., 0].cpu().double()
 

@@ -17,6 +17,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.student import Student
 from ddfast.progress import Progress, silent
 from ddfast.sampling import first_request
+from ddfast.trajectories.memory import fitting
 
 IMAGE_DECODER = "image_decoder"
 
@@ -77,7 +78,8 @@ def _timed(
             for name, make in sources.items():
                 progress(number * turns + turn, len(batch_sizes) * turns, f"{name}, batch {batch}")
                 if sum(seconds[name]) < _ENOUGH_SECONDS:
-                    seconds[name].append(_seconds(make, device))
+                    with fitting(batch, device, "--evaluation.batch-sizes"):
+                        seconds[name].append(_seconds(make, device))
         for name, values in seconds.items():
             counted = values[_WARM_UP_ROUNDS:] or values[-1:]
             result.setdefault(name, {})[batch] = statistics.median(counted) / batch

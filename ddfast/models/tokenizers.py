@@ -8,12 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ddfast.models.inputs import as_images
 from ddfast.models.layers import Conv2d, Embedding, weights_dtype
 from ddfast.models.protocol import Teacher
 from ddfast.models.vqgan import ConvSizes, Decoder, Encoder, Naming
+
+_PIXELS = 64 * 256 * 256
+"""Of images that are decoded at a time: VAR's decoder takes 16 GiB for as many. More at a time would not be faster."""
 
 
 class Quantizer(nn.Module):
@@ -96,8 +100,11 @@ class ImageTokenizer(nn.Module, ABC):
         return self.quant_conv(self.encoder(images))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Quantised latents [B, D, h, w] to raw images."""
-        return self.decoder(self.post_quant_conv(latents))
+        """Quantised latents [B, D, h, w] to raw images, of large ones some at a time: they share nothing."""
+        pixels = latents[0, 0].numel() * self.downsampling**2 if len(latents) else 1
+        parts = latents.split(max(_PIXELS // pixels, 1))
+        images = [self.decoder(self.post_quant_conv(part)) for part in parts]
+        return images[0] if len(images) == 1 else torch.cat(images)
 
 
 class TokenizedTeacher(Teacher):

@@ -26,6 +26,9 @@ and flow hold for a moment. Guided VAR-d16 and the digits teacher were measured 
 pass is counted as these rows for all tokens (VAR-d16, LlamaGen-B: measured 1 to 4), a decoded image as so many of its
 decoder's largest activation (theirs: 6 to 8)."""
 
+BATCH_OPTION = "--batch-size (of a run's figures: --evaluation.batch-size)"
+"""How a command is told how many samples to make at a time."""
+
 _MOST = 1000
 """Samples at a time beyond which nothing gets faster."""
 

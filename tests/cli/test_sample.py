@@ -289,7 +289,7 @@ def test_a_batch_that_does_not_fit_after_all_is_one_error(here, generators, tmp_
 
     monkeypatch.setattr("ddfast.models.var.VARTeacher.decode", decode)
     arguments = ("sample", "--student", generators / "var", "--count=4", "--batch-size=2", "--to", tmp_path / "x")
-    refused_here(here, "2 samples at a time do not fit in the memory of cpu; give the batch size a smaller", *arguments)
+    refused_here(here, "2 samples at a time do not fit in the memory of cpu; give --batch-size", *arguments)
 
 
 def test_another_runtime_error_is_not_taken_for_it(generators, monkeypatch):
