@@ -31,13 +31,12 @@ struct PosteriorTile {
   int32_t* active;     // indices of the chunk's vectors that matter
 };
 
-static PosteriorTile posterior_tile(const Posterior& s, int R) {
-  const int64_t d = s.args->d;
+static PosteriorTile posterior_tile(int R, int64_t d, int64_t chunk) {
   PosteriorTile t;
   t.sum = (float*)scratch(kAccumulators, (size_t)(R * d * W) * sizeof(float));
-  t.score = (float*)scratch(kScores, (size_t)(2 * R * s.chunk) * sizeof(float));
-  t.dot = t.score + R * s.chunk;
-  t.x = (float*)scratch(kRow, (size_t)(2 * R * d + s.chunk / W) * sizeof(float));
+  t.score = (float*)scratch(kScores, (size_t)(2 * R * chunk) * sizeof(float));
+  t.dot = t.score + R * chunk;
+  t.x = (float*)scratch(kRow, (size_t)(2 * R * d + chunk / W) * sizeof(float));
   t.grad = t.x + R * d;
   t.active = (int32_t*)(t.grad + R * d);
   return t;
@@ -105,12 +104,46 @@ static void posterior_sums(const PosteriorTile& tile, const float* packed, int64
     }
 }
 
+// Makes `value` a row's largest score so far: the others' weights fade.
+static inline void raise_most(const PosteriorTile& tile, int r, int64_t d, float value, float& most, vf& mass) {
+  const vf factor = vexp(splat(most - value));
+  mass *= factor;
+  for (int64_t k = 0; k < d; ++k) {
+    float* sum = tile.sum + (r * d + k) * W;
+    storea(sum, loada(sum) * factor);
+  }
+  most = value;
+}
+
+// Turns the chunk's scores into weights, kGrad: times (c_j - x0).g; returns how many vectors of them matter.
+template <int R, bool kGrad>
+static int64_t posterior_weights(const PosteriorTile& tile, int64_t n, int64_t chunk, const float (&most)[R],
+                                 const float (&shift)[R], vf (&mass)[R]) {
+  int64_t active = 0;
+  for (int64_t j = 0; j < n; j += W) {
+    vi matters = {};
+    for (int r = 0; r < R; ++r) matters |= (vi)(loada(tile.score + r * chunk + j) > splat(most[r] - kNegligible));
+    if (!any(matters)) continue;
+    tile.active[active++] = (int32_t)(j / W);
+    for (int r = 0; r < R; ++r) {
+      float* score = tile.score + r * chunk + j;
+      const vf relative = loada(score) - splat(most[r]);
+      // A row's own rule, so that its sum does not depend on the other rows of the tile.
+      vf weight = any((vi)(relative > splat(-kNegligible))) ? vexp(relative) : vf{};
+      if (kGrad) weight *= loada(tile.dot + r * chunk + j) - splat(shift[r]);
+      mass[r] += weight;
+      storea(score, weight);
+    }
+  }
+  return active;
+}
+
 template <int R, bool kGrad>
 static void posterior_rows(void* context, int64_t begin, int64_t end) {
   Posterior& s = *(Posterior*)context;
   const PosteriorArgs& a = *s.args;
   const int64_t d = a.d, V = a.V, chunk = s.chunk;
-  const PosteriorTile tile = posterior_tile(s, R);
+  const PosteriorTile tile = posterior_tile(R, d, chunk);
   for (int64_t row = begin; row < end; row += R) {
     float keep[R], scale[R], most[R], shift[R];
     vf mass[R];
@@ -149,32 +182,9 @@ static void posterior_rows(void* context, int64_t begin, int64_t end) {
           vf largest = splat(-kInf);
           for (int64_t j = 0; j < n; j += W) largest = vmax(loada(tile.score + r * chunk + j), largest);
           const float value = reduce_max(largest);
-          if (!(value > most[r])) continue;
-          const vf factor = vexp(splat(most[r] - value));
-          mass[r] *= factor;
-          for (int64_t k = 0; k < d; ++k) {
-            float* sum = tile.sum + (r * d + k) * W;
-            storea(sum, loada(sum) * factor);
-          }
-          most[r] = value;
+          if (value > most[r]) raise_most(tile, r, d, value, most[r], mass[r]);
         }
-      int64_t active = 0;
-      for (int64_t j = 0; j < n; j += W) {
-        vi matters = {};
-        for (int r = 0; r < R; ++r)
-          matters |= (vi)(loada(tile.score + r * chunk + j) > splat(most[r] - kNegligible));
-        if (!any(matters)) continue;
-        tile.active[active++] = (int32_t)(j / W);
-        for (int r = 0; r < R; ++r) {
-          float* score = tile.score + r * chunk + j;
-          const vf relative = loada(score) - splat(most[r]);
-          // A row's own rule, so that its sum does not depend on the other rows of the tile.
-          vf weight = any((vi)(relative > splat(-kNegligible))) ? vexp(relative) : vf{};
-          if (kGrad) weight *= loada(tile.dot + r * chunk + j) - splat(shift[r]);
-          mass[r] += weight;
-          storea(score, weight);
-        }
-      }
+      const int64_t active = posterior_weights<R, kGrad>(tile, n, chunk, most, shift, mass);
       posterior_sums<R>(tile, packed, active, chunk, d);
     }
 
@@ -347,7 +357,7 @@ static void run_posterior(Posterior& s, int threads) {
     if (rows == 0) return;
   }
   s.padded = round_up(a.V, kGroup);
-  s.chunk = max_of(kGroup, 4096 / a.d / kGroup * kGroup);
+  s.chunk = chunk_of(a.d);
   float* packed = (float*)scratch(kShared, (size_t)(s.padded * (a.d + 1)) * sizeof(float));
   int32_t* index = (int32_t*)(packed + s.padded * a.d);
   for (int64_t j = 0; j < s.padded; ++j) index[j] = (int32_t)min_of(j, a.V - 1);

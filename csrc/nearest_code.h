@@ -14,6 +14,19 @@ constexpr int kTileRows = 2;
 #endif
 constexpr int kTileVectors = 4;
 constexpr int64_t kGroup = kTileVectors * W;  // codes are padded to a multiple of this
+constexpr int64_t kSweepRows = 16 * kTileRows;  // that meet a block of codes before the next block is read
+
+// Codes that are worked on together, so that they come from a cache after the first time.
+static inline int64_t chunk_of(int64_t d) { return max_of(kGroup, 4096 / d / kGroup * kGroup); }
+
+// Of V codes, in float64 and rounded.
+static void mean_of(const float* codebook, int64_t V, int64_t d, float* mean) {
+  double* sums = (double*)scratch(kAccumulators, (size_t)d * sizeof(double));
+  for (int64_t k = 0; k < d; ++k) sums[k] = 0;
+  for (int64_t j = 0; j < V; ++j)
+    for (int64_t k = 0; k < d; ++k) sums[k] += codebook[j * d + k];
+  for (int64_t k = 0; k < d; ++k) mean[k] = (float)(sums[k] / (double)V);
+}
 
 struct NearestCode {
   const NearestCodeArgs* args;
@@ -24,29 +37,27 @@ struct NearestCode {
   int64_t padded, block;  // block: codes that share one minimum
 };
 
-// minima[r][block] over all blocks, for kTileRows rows of centred x (row r at x + r d).
-static void sweep(const NearestCode& s, const float* x, int64_t blocks, float* minima) {
+// minima[r][b] of block b, for kTileRows rows of centred x (row r at x + r d).
+static void sweep(const NearestCode& s, const float* x, int64_t b, int64_t blocks, float* minima) {
   const int64_t d = s.args->d;
-  for (int64_t b = 0; b < blocks; ++b) {
-    vf best[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) best[r] = splat(kInf);
-    const int64_t end = min_of((b + 1) * s.block, s.padded);
-    for (int64_t j = b * s.block; j < end; j += kGroup) {
-      vf acc[kTileRows][kTileVectors];
-      for (int v = 0; v < kTileVectors; ++v)
-        for (int r = 0; r < kTileRows; ++r) acc[r][v] = loada(s.offset + j + v * W);
-      const float* c = s.packed + j * d;
-      for (int64_t k = 0; k < d; ++k) {
-        for (int r = 0; r < kTileRows; ++r) {
-          const vf xk = splat(x[r * d + k]);
-          for (int v = 0; v < kTileVectors; ++v) acc[r][v] = fnma(xk, loada(c + (v * d + k) * W), acc[r][v]);
-        }
+  vf best[kTileRows];
+  for (int r = 0; r < kTileRows; ++r) best[r] = splat(kInf);
+  const int64_t end = min_of((b + 1) * s.block, s.padded);
+  for (int64_t j = b * s.block; j < end; j += kGroup) {
+    vf acc[kTileRows][kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v)
+      for (int r = 0; r < kTileRows; ++r) acc[r][v] = loada(s.offset + j + v * W);
+    const float* c = s.packed + j * d;
+    for (int64_t k = 0; k < d; ++k) {
+      for (int r = 0; r < kTileRows; ++r) {
+        const vf xk = splat(x[r * d + k]);
+        for (int v = 0; v < kTileVectors; ++v) acc[r][v] = fnma(xk, loada(c + (v * d + k) * W), acc[r][v]);
       }
-      for (int r = 0; r < kTileRows; ++r)
-        best[r] = vmin(vmin(vmin(acc[r][0], acc[r][1]), vmin(acc[r][2], acc[r][3])), best[r]);
     }
-    for (int r = 0; r < kTileRows; ++r) minima[r * blocks + b] = reduce_min(best[r]);
+    for (int r = 0; r < kTileRows; ++r)
+      best[r] = vmin(vmin(vmin(acc[r][0], acc[r][1]), vmin(acc[r][2], acc[r][3])), best[r]);
   }
+  for (int r = 0; r < kTileRows; ++r) minima[r * blocks + b] = reduce_min(best[r]);
 }
 
 // The float64 comparison of the codes whose float32 score is not above the threshold.
@@ -97,16 +108,18 @@ static int64_t refine(const NearestCode& s, const float* x, const float* centred
 static void nearest_code_rows(void* context, int64_t begin, int64_t end) {
   const NearestCode& s = *(const NearestCode*)context;
   const int64_t d = s.args->d, blocks = (s.padded + s.block - 1) / s.block;
-  float* minima = (float*)scratch(kScores, (size_t)(kTileRows * (blocks + d)) * sizeof(float));
-  float* x = minima + kTileRows * blocks;
-  for (int64_t row = begin; row < end; row += kTileRows) {
-    for (int r = 0; r < kTileRows; ++r) {
-      const float* from = s.args->x + min_of(row + r, end - 1) * d;  // the last tile repeats its last row
+  float* minima = (float*)scratch(kScores, (size_t)(kSweepRows * (blocks + d)) * sizeof(float));
+  float* x = minima + kSweepRows * blocks;
+  for (int64_t first = begin; first < end; first += kSweepRows) {
+    const int64_t count = min_of(kSweepRows, end - first);
+    for (int64_t r = 0; r < round_up(count, kTileRows); ++r) {
+      const float* from = s.args->x + min_of(first + r, end - 1) * d;  // the last tile repeats its last row
       for (int64_t k = 0; k < d; ++k) x[r * d + k] = from[k] - s.mean[k];
     }
-    sweep(s, x, blocks, minima);
-    for (int r = 0; r < kTileRows && row + r < end; ++r)
-      s.args->codes[row + r] = refine(s, s.args->x + (row + r) * d, x + r * d, blocks, minima + r * blocks);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t r = 0; r < count; r += kTileRows) sweep(s, x + r * d, b, blocks, minima + r * blocks);
+    for (int64_t r = 0; r < count; ++r)
+      s.args->codes[first + r] = refine(s, s.args->x + (first + r) * d, x + r * d, blocks, minima + r * blocks);
   }
 }
 
@@ -115,14 +128,12 @@ static void nearest_code(const NearestCodeArgs& args, int threads) {
   const int64_t V = args.V, d = args.d, padded = round_up(V, kGroup);
   float* packed = (float*)scratch(kShared, (size_t)(padded * d + padded) * sizeof(float));
   float* offset = packed + padded * d;
-  double* inverse_norm = (double*)scratch(kSharedExtra, (size_t)(V + d) * sizeof(double) + (size_t)d * sizeof(float));
-  double* sums = inverse_norm + V;
-  float* mean = (float*)(sums + d);
-  for (int64_t k = 0; k < d; ++k) sums[k] = 0;
-  if (!args.cosine)
-    for (int64_t j = 0; j < V; ++j)
-      for (int64_t k = 0; k < d; ++k) sums[k] += args.codebook[j * d + k];
-  for (int64_t k = 0; k < d; ++k) mean[k] = (float)(sums[k] / (double)V);
+  double* inverse_norm = (double*)scratch(kSharedExtra, (size_t)V * sizeof(double) + (size_t)d * sizeof(float));
+  float* mean = (float*)(inverse_norm + V);
+  if (args.cosine)
+    for (int64_t k = 0; k < d; ++k) mean[k] = 0.f;
+  else
+    mean_of(args.codebook, V, d, mean);
 
   double max_norm = 0, max_offset = 0;
   for (int64_t j = 0; j < padded; ++j) {
@@ -148,7 +159,6 @@ static void nearest_code(const NearestCodeArgs& args, int threads) {
     max_norm = max_of(max_norm, norm);
     max_offset = max_of(max_offset, (double)offset[j]);
   }
-  const int64_t block = max_of(kGroup, 4096 / d / kGroup * kGroup);
-  NearestCode s{&args, packed, offset, mean, inverse_norm, sqrt(max_norm), max_offset, padded, block};
-  parallel_for(args.rows, 16 * kTileRows, threads, nearest_code_rows, &s);
+  NearestCode s{&args, packed, offset, mean, inverse_norm, sqrt(max_norm), max_offset, padded, chunk_of(d)};
+  parallel_for(args.rows, kSweepRows, threads, nearest_code_rows, &s);
 }

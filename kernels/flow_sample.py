@@ -84,7 +84,8 @@ def flow_sample_kernel(
     good = inside & (total >= 1.0) & (total < float("inf")) & (noise_size < float("inf"))  # false for NaN
     spread = tl.sqrt(tl.maximum(square - tl.sum(mean * mean, axis=1), 0.0) / dim)
     mean = tl.where(good[:, None], mean, 0.0)
-    sigma = tl.where(good, tl.maximum(8.0 * spread, 2.0 * sigma_min), 2.0 * sigma_min)
+    start: tl.constexpr = 8.0 if dim <= 32 else (2.0 * dim) ** 0.5  # in spreads, as in ddfast/ops/flow_sample.py
+    sigma = tl.where(good, tl.maximum(start * spread, 2.0 * sigma_min), 2.0 * sigma_min)
 
     # The solvers' coefficients: differences of almost equal numbers, so in float64.
     h = tl.log(sigma.to(tl.float64) / sigma_min) / steps

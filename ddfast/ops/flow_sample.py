@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 from typing import Any
 
@@ -25,7 +26,12 @@ MOST_STEPS = 2**20
 """Far more than change any code: what asks for as many more is a mistake, of which nothing but time would tell."""
 
 _START_SPREADS = 8.0
-"""The grid starts at this multiple of the token's own spread; docs/numerics.md has the measurements."""
+"""The grid starts at this multiple of the token's own spread, at least; docs/numerics.md has the measurements."""
+
+
+def _start_spreads(dim: int) -> float:
+    """And at sqrt(2) of a code's distance from the mean, sqrt(d) spreads: which is further out beyond d = 32."""
+    return math.sqrt(max(_START_SPREADS**2, 2 * dim))
 
 
 def flow_sample(
@@ -117,7 +123,7 @@ def flow_sample_reference(log_probs: Tensor, noise: Tensor, codebook: Tensor, st
     distance = torch.cdist(mean, codes, compute_mode="donot_use_mm_for_euclid_dist")
     spread = ((probs * distance.square()).sum(-1, keepdim=True) / codes.shape[1]).sqrt()
     sigma_min = codebook_geometry(codebook).sigma_min
-    sigma = (_START_SPREADS * spread).clamp_min(2 * sigma_min)
+    sigma = (_start_spreads(codes.shape[1]) * spread).clamp_min(2 * sigma_min)
     h = torch.log(sigma / sigma_min) / steps
     decay = torch.exp(-h)
     i0, i1, i2 = _exponential_integrals(h)
