@@ -123,8 +123,14 @@ _IMAGES = ("grid", "files", "npz")
 
 
 def _usual_form(folder: Path) -> str:
-    """What the samples of a folder's student become where nobody says it: of text text, by its file; else a grid."""
-    family = student_header(folder).get("family")
+    """What the samples of a folder's student become where nobody says it: of text text, by its file; else a grid.
+
+    What is wrong with the file is told where it is opened.
+    """
+    try:
+        family = student_header(folder).get("family")
+    except DDFastError:
+        return "grid"
     return "text" if family in families.names() and families.named(family, folder).teacher.makes_text() else "grid"
 
 
