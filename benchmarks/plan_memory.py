@@ -1,6 +1,7 @@
 """What `ddfast plan` says of memory against what real steps take, and of every recipe: the tables of docs/scale.md.
 
     python benchmarks/plan_memory.py measure    # steps on the CPU: the process's memory at its peak, against the plan's
+    python benchmarks/plan_memory.py large      # the same at 512 pixels: a table of docs/notes/resolution.md
     python benchmarks/plan_memory.py recipes    # every recipe by both methods on 8 x 80 GiB
 
 A measured step is what the trainer does: micro-batches forward and backward with gradients that accumulate, clipping,
@@ -9,6 +10,7 @@ back by writing 5 to /proc/self/clear_refs), less what was resident before the n
 """
 
 import ctypes
+import functools
 import gc
 import os
 import subprocess
@@ -41,8 +43,19 @@ SETTINGS = {
         "dd2": {"head_width": 384},
     },
 }  # fmt: skip
-SMALL = {"digits": {"width": 48}, "var-d16": {"depth": 1}, "llamagen-b": {"dim": 96}}
-SAMPLES = {"digits": 64, "var-d16": 1, "llamagen-b": 2}
+LARGE_IMAGES = {
+    "var-d16 at 512": {
+        "teacher": {"depth": 3, "patch_nums": [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]}, "tokenizer": TOKENIZER,
+        "dd2": {"head_width": 192},
+    },
+    "llamagen-b at 512": {
+        "teacher": {"dim": 192, "n_layer": 3, "n_head": 3, "num_classes": 100, "block_size": 1024},
+        "tokenizer": TOKENIZER, "dd2": {"head_width": 192},
+    },
+}  # fmt: skip
+"""Of docs/notes/resolution.md."""
+SMALL = {"digits": {"width": 48}, "var-d16": {"depth": 1}, "llamagen-b": {"dim": 96, "n_head": 3}}
+SAMPLES = {"digits": 64, "var-d16": 1, "llamagen-b": 2, "var-d16 at 512": 1, "llamagen-b at 512": 1}
 """Samples in the place of one, so that activations are a good part of the memory."""
 PHASES = {"student": "dd1", "full": "dd2", "guidance": "dd2", "matching": "dd2"}
 PUBLISHED_HOURS = {
@@ -79,8 +92,8 @@ def method_of(config, teacher, found, phase: str):
 
 
 def configured(recipe: str, phase: str):
-    config = get_recipe(recipe)
-    update(config, {"method": PHASES[phase], **SETTINGS[recipe]})
+    config = get_recipe(recipe.split()[0])
+    update(config, {"method": PHASES[phase], **(SETTINGS | LARGE_IMAGES)[recipe]})
     return config
 
 
@@ -119,7 +132,7 @@ def measure(recipe: str, phase: str, precision: str) -> None:
     config, own, scale = configured(recipe, phase), {"matching": "student"}.get(phase, phase), SAMPLES[recipe]
     batch_size = BATCH * scale
     warm = configured(recipe, phase)  # reads the libraries' code, which is in the resident memory too
-    update(warm, {"teacher": SMALL[recipe]})
+    update(warm, {"teacher": SMALL[recipe.split()[0]]})
     for recompute in (False, True):
         trainee(warm, phase, precision)[1](2, 1, recompute)
     settle()
@@ -150,12 +163,12 @@ def measure(recipe: str, phase: str, precision: str) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def measure_all() -> None:
+def measure_all(settings: dict = SETTINGS, phases: tuple[str, ...] = tuple(PHASES)) -> None:
     print("| network, method, phase, precision | micro-batch | recompute | measured, MiB | plan, MiB | difference |")
     print("|---|---|---|---|---|---|")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    for recipe in SETTINGS:
-        for phase in PHASES:
+    for recipe in settings:
+        for phase in phases:
             precisions = ("float32", "bfloat16") if (recipe, phase) == ("llamagen-b", "student") else ("float32",)
             for precision in precisions:
                 command = [sys.executable, __file__, "one", recipe, phase, precision]
@@ -193,4 +206,5 @@ def recipes() -> None:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    {"one": measure, "measure": measure_all, "recipes": recipes}[what](*rest)
+    large = functools.partial(measure_all, LARGE_IMAGES, ("student", "matching"))
+    {"one": measure, "measure": measure_all, "large": large, "recipes": recipes}[what](*rest)

@@ -491,6 +491,20 @@ class _Planner:
         return found
 
     def notes(self, stages: list[StagePlan]) -> list[str]:
+        """What else is worth knowing before."""
+        return self._decoding_note(stages) + self._evaluation_note()
+
+    def _evaluation_note(self) -> list[str]:
+        """Batches of the evaluation that the teacher cannot decode: at the end of a run it is late to learn that."""
+        settings, student = self.config.evaluation, 4 * self.sizes["student"].parameters
+        asked = max(settings.batch_size, *settings.batch_sizes)
+        fits = max((self.limit - self.teacher_bytes - student) // self.decoded_bytes, 1)
+        if asked <= fits:
+            return []
+        flags = f"--evaluation.batch-size {fits} --evaluation.batch-sizes 1 {fits}"
+        return [f"evaluation: the teacher decodes {fits} samples at a time, not {asked}: give {flags}"]
+
+    def _decoding_note(self, stages: list[StagePlan]) -> list[str]:
         """What makes it shorter, where decoding in float32 takes a good part of the hours."""
         trained = sum(phase.hours for stage in stages for phase in stage.phases if phase.phase)
         decoding = sum(stage.hours for stage in stages) - trained
