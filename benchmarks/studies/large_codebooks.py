@@ -7,7 +7,7 @@ python benchmarks/studies/large_codebooks.py memory        # peak, in a process 
 python benchmarks/studies/large_codebooks.py geometry      # what the flow needs of a codebook once
 
 Each writes its rows into benchmarks/results/studies/large_codebooks.json (--out), beside those of the others. Seeds are
-fixed. Logits are independent, N(0, 2.5^2): of 50,000 they keep 50 with top-k 50, and 10,000 to 11,000 with top-p 0.95.
+fixed. Logits are independent, N(0, 2.5^2) (accuracy: 3^2): of 50,000 they keep 50 with top-k 50, and 10,000 to 11,000 with top-p 0.95.
 """
 
 from __future__ import annotations
@@ -72,20 +72,21 @@ def agreement(codes: Tensor, exact: Tensor) -> float:
 
 
 def accuracy() -> Iterator[dict[str, Any]]:
-    """The old start, which no number of steps mends, and the new one."""
-    tokens, num_codes = 500, 1000
-    for kind in ("gaussian", "unit"):
-        for dim in (8, 32, 64, 128, 256, 512, 1024):
+    """Of starts, of which that at 8 spreads no number of steps mends, and of steps."""
+    tokens, num_codes = 400, 300
+    starts = {"8": lambda _: 8.0, "sqrt(2 d)": lambda dim: math.sqrt(2 * dim), "d / 4": lambda dim: dim / 4}
+    for kind, dims in (("gaussian", (8, 32, 64, 128, 256, 512, 1024)), ("unit", (64, 256, 1024))):
+        for dim in dims:
             codebook = normal(0, num_codes, dim)
             codebook = F.normalize(codebook, dim=-1) if kind == "unit" else codebook
-            given = (STD * normal(1, tokens, num_codes)).log_softmax(-1), normal(2, tokens, dim), codebook
-            exact = exact_codes(*given, 300)
+            given = (3 * normal(1, tokens, num_codes)).log_softmax(-1), normal(2, tokens, dim), codebook
+            exact = exact_codes(*given, 200)
             row: dict[str, Any] = {"codes": kind, "V": num_codes, "d": dim, "tokens": tokens}
-            row["exact, half the steps"] = agreement(exact_codes(*given, 150), exact)
-            for steps in (20, 64):
-                with start_at(lambda _: 8.0):
-                    codes, _ = ops.flow_sample(*given, steps=steps, backend="reference")
-                row[f"from 8 spreads, {steps} steps"] = agreement(codes, exact)
+            row["exact, half the steps"] = agreement(exact_codes(*given, 100), exact)
+            for name, spreads in starts.items() if dim > 32 else ():
+                with start_at(spreads):
+                    found = [ops.flow_sample(*given, steps=steps, backend="reference")[0] for steps in (20, 64)]
+                row[f"from {name} spreads, 20 and 64 steps"] = [agreement(codes, exact) for codes in found]
             for steps in (8, 12, 16, 20, 32):
                 row[f"{steps} steps"] = agreement(ops.flow_sample(*given, steps=steps)[0], exact)
                 row[f"evaluations of {steps} steps"] = evaluations(*given, steps)

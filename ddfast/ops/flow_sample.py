@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Integral
 from typing import Any
 
@@ -25,13 +24,13 @@ MOST_NOISE = 1e15
 MOST_STEPS = 2**20
 """Far more than change any code: what asks for as many more is a mistake, of which nothing but time would tell."""
 
-_START_SPREADS = 8.0
-"""The grid starts at this multiple of the token's own spread, at least; docs/numerics.md has the measurements."""
-
 
 def _start_spreads(dim: int) -> float:
-    """And at sqrt(2) of a code's distance from the mean, sqrt(d) spreads: which is further out beyond d = 32."""
-    return math.sqrt(max(_START_SPREADS**2, 2 * dim))
+    """The multiple of a token's own spread at which its grid starts; docs/numerics.md has the measurements.
+
+    At k spreads the exponents of the weights have the variance d / k^2, of which the start leaves out higher powers.
+    """
+    return max(8.0, dim / 4)
 
 
 def flow_sample(

@@ -64,7 +64,7 @@ def test_coefficients(library, solver, spread, dim, steps):
     out = (ctypes.c_float * 7)()
     library.math_flow_grid(ctypes.c_float(spread), dim, ctypes.c_float(sigma_min), steps, SOLVERS[solver], out)
     sigma_max, h, g, i0, a0, a1, a2 = out
-    start = max(max(8, math.sqrt(2 * dim)) * spread, 2 * sigma_min)
+    start = max(max(8, dim / 4) * spread, 2 * sigma_min)
     assert math.isclose(sigma_max, start, rel_tol=1e-6)
     exact_h = math.log(start / sigma_min) / steps
     assert math.isclose(h, exact_h, rel_tol=1e-6)

@@ -56,6 +56,23 @@ def test_forward_and_backward_against_float64(rows, draws, num_codes, dim, suppo
         assert ((grad.double() - exact_grad).abs() <= 10 * tolerance * (1 + gain)).all()
 
 
+@pytest.mark.parametrize("dim", [65, 128, 200, 256, 1024])
+def test_many_dimensions(backend, dim):
+    """Between few codes, many and all, of times at which one, some and all of them matter."""
+    log_probs, noise, codebook = problem(12, 257, dim, seed=dim, support=0.7, peak=2.0)
+    t = torch.linspace(0.05, 1.0, 12)
+    x = (1 - t[:, None]) * codebook[:12] + t[:, None] * noise
+    given = [tensor.float() for tensor in (x, log_probs, codebook)]
+    leaf, exact_leaf = given[0].clone().requires_grad_(), given[0].double().requires_grad_()
+    got = codebook_posterior(leaf, t, *given[1:], backend=backend)
+    exact = codebook_posterior(exact_leaf, t.double(), *(tensor.double() for tensor in given[1:]))
+    assert (got - expected(given[0], t, *given[1:])).abs().max() < 2e-3
+    upstream = torch.randn(12, dim)
+    (grad,) = torch.autograd.grad(got, leaf, upstream)
+    (exact_grad,) = torch.autograd.grad(exact, exact_leaf, upstream.double())
+    assert (grad - exact_grad).abs().max() < 2e-3 * (1 + exact_grad.abs().max())
+
+
 def test_closed_form_in_float64():
     """The shipped reference is the formula itself, to float64 rounding."""
     log_probs, noise, codebook = problem(50, 33, 5, support=0.6)

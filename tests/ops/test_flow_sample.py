@@ -10,7 +10,7 @@ from tiles import use_tile
 from truth import flow_codes, problem
 
 import ddfast
-from ddfast.ops import dispatch, flow_sample, native
+from ddfast.ops import dispatch, flow_sample, native, sample_codes
 from ddfast.ops.flow_sample import SOLVERS
 from ddfast.ops.geometry import codebook_geometry
 
@@ -30,7 +30,8 @@ def agreement(codes: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("num_codes", "dim", "peak", "support"), [(64, 4, 2.0, 1.0), (256, 8, 1.0, 0.4), (512, 32, 3.0, 0.3)]
+    ("num_codes", "dim", "peak", "support"),
+    [(64, 4, 2.0, 1.0), (256, 8, 1.0, 0.4), (512, 32, 3.0, 0.3), (128, 200, 3.0, 1.0)],
 )
 def test_exact_map(backend, num_codes, dim, peak, support, interpreted, monkeypatch):
     """The default solver against a float64 integration that shares nothing with it."""
@@ -88,11 +89,11 @@ def test_frequencies(backend, interpreted, monkeypatch):
 @pytest.mark.skipif(native.cpu is None, reason="the native module is not built")
 @pytest.mark.parametrize(
     ("num_codes", "dim", "peak", "support"),
-    [(8, 2, 1.5, 1.0), (64, 4, 2.0, 1.0), (1024, 8, 1.0, 0.5), (512, 32, 3.0, 0.3)],
+    [(8, 2, 1.5, 1.0), (64, 4, 2.0, 1.0), (1024, 8, 1.0, 0.5), (512, 32, 3.0, 0.3), (1100, 256, 2.5, 1.0)],
 )
 def test_early_exit_is_never_wrong(num_codes, dim, peak, support):
-    """A token that stops early has the code of the same token integrated to the end: no false exit in 64,000."""
-    rows = 20_000 if num_codes < 1000 else 4_000
+    """A token that stops early has the code of the same token integrated to the end: no false exit in 64,200."""
+    rows = 20_000 if num_codes < 1000 else 4_000 if dim < 64 else 200
     log_probs, noise, codebook = (
         tensor.float().contiguous() for tensor in problem(rows, num_codes, dim, peak=peak, support=support, seed=7)
     )
@@ -133,6 +134,32 @@ def test_backends_agree(rows, num_codes, dim, support, peak, solver, steps, dtyp
         # Tokens on a basin's boundary may fall either way in float32; early exit answers for the exact flow.
         slack = 2 if steps == 20 else 0.25 * rows + 2
         assert (codes != reference).sum() <= slack
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "dim", "solver"),
+    [(1100, 256, "dpm3m"), (4500, 65, "euler"), (263, 1024, "heun"), (520, 520, "dpm2m")],
+)
+def test_rows_that_keep_most_of_a_large_codebook(backend, num_codes, dim, solver, interpreted):
+    """Which the CPU's kernel does together: of every row the reference's code, whichever rows are beside it."""
+    rows = 4 if interpreted else 23
+    log_probs, noise, codebook = (tensor.float() for tensor in problem(rows, num_codes, dim, peak=2.0, seed=5))
+    log_probs[1::3, num_codes // 3 :] = -math.inf
+    log_probs[-1] = torch.arange(num_codes) * -50.0  # the first code, and no spread to speak of
+    codes, x = flow_sample(log_probs, noise, codebook, solver=solver, backend=backend)
+    wide = log_probs.double(), noise.double(), codebook.double()
+    exact, _ = flow_sample(*wide, solver=solver, backend="reference")
+    assert torch.equal(codes, exact)
+    assert int(codes[-1]) == 0
+    assert torch.equal(x, codebook[codes])
+    if backend != "reference":
+        order = torch.arange(rows - 1, -1, -1)
+        again, _ = flow_sample(log_probs[order], noise[order], codebook, solver=solver, backend=backend)
+        assert torch.equal(again[order], codes)
+    kept = 2 * num_codes // 3
+    sampled, _ = sample_codes(log_probs, noise, codebook, top_k=kept, solver=solver, backend=backend)
+    exact, _ = sample_codes(*wide, top_k=kept, solver=solver, backend="reference")
+    assert torch.equal(sampled, exact)
 
 
 def test_codes_do_not_depend_on_the_batch(backend, interpreted):

@@ -1,16 +1,32 @@
+import math
+
 import torch
 
+from ddfast.ops import geometry
 from ddfast.ops.geometry import codebook_geometry
 
 
 def test_distances():
     codebook = torch.randn(1500, 6)
-    geometry = codebook_geometry(codebook)
+    found = codebook_geometry(codebook)
     distance = torch.cdist(codebook.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    assert geometry.diameter >= distance.max()
+    assert found.diameter >= distance.max()
     distance.fill_diagonal_(torch.inf)
-    assert torch.allclose(geometry.nearest.double(), distance.amin(-1), atol=1e-5)
-    assert torch.equal(geometry.packed[:-1], geometry.nearest)
+    assert torch.allclose(found.nearest.double(), distance.amin(-1), atol=1e-5)
+    assert torch.equal(found.packed[:-1], found.nearest)
+
+
+def test_a_large_codebook_is_multiplied(monkeypatch):
+    """As right as by differences, far from the origin too and of codes that nearly are one."""
+    codebook = torch.randn(700, 40) + 9
+    codebook[1] = codebook[0]
+    codebook[3] = codebook[2] + 1e-4
+    by_differences = geometry._compute(codebook)
+    monkeypatch.setattr(geometry, "_MOST_DIFFERENCES", 0)
+    monkeypatch.setattr(geometry, "_MOST_HELD", 70_000)
+    by_products = geometry._compute(codebook)
+    assert torch.allclose(by_products.nearest, by_differences.nearest, rtol=1e-3, atol=1e-6)
+    assert math.isclose(by_products.sigma_min, by_differences.sigma_min, rel_tol=1e-5)
 
 
 def test_is_remembered_until_the_codebook_changes():

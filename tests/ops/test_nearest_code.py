@@ -44,6 +44,14 @@ def test_real_shapes(backend, rows, num_codes, dim):
     assert_nearest(x, codebook, nearest_code(x, codebook, backend=backend))
 
 
+@pytest.mark.parametrize("dim", [65, 96, 200, 256, 512, 1024])
+def test_many_dimensions(backend, dim):
+    """Of which |c|^2 / 2 - x.c loses no more digits: centred codes, and a bound that grows with d where it matters."""
+    x, codebook = torch.randn(70, dim) + 3, torch.randn(517, dim) + 3
+    codebook[1::3] = codebook[::3][:172] + 1e-3 * torch.randn(172, dim)
+    assert_nearest(x, codebook, nearest_code(x, codebook, backend=backend))
+
+
 @pytest.mark.parametrize("cosine", [False, True])
 def test_ties_go_to_the_lowest_index(backend, cosine):
     codebook = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(9, 1)
