@@ -42,7 +42,6 @@ PAIRS = ((3, 8), (4, 9), (1, 7), (0, 6), (5, 2))
 NULL = "null label"
 
 
-
 def disturbances() -> dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]]:
     """Of the noise [B, N, D], a second one and a generator, by name; all but the scales keep the variance at 1 or say
     so."""

@@ -17,7 +17,7 @@ from ddfast.models.protocol import Teacher
 from ddfast.models.vqgan import ConvSizes, Decoder, Encoder, Naming
 
 _PIXELS = 64 * 256 * 256
-"""Of images that are decoded at a time: VAR's decoder takes 16 GiB for as many. More at a time would not be faster."""
+"""Of images that are decoded at a time: for as many, 20 GiB are counted with VAR's decoder."""
 
 
 class Quantizer(nn.Module):

@@ -40,6 +40,16 @@ def test_a_plan_says_what_a_training_takes(here, tmp_path):
     assert "\nfits: at most" in shown
 
 
+def test_a_plan_says_which_batches_of_the_evaluation_do_not_fit(here):
+    """A cache of VAR-d16 takes .6 GiB a sample at 512 pixels."""
+    scales = ("--teacher.patch-nums", *map(str, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)))
+    code, shown, errors = here("plan", "--recipe=var-d16", "--memory=8GiB", *scales, "--parallel.micro-batch=1")
+    assert code == 0, errors
+    assert re.search(r"the teacher decodes (\d) samples at a time, not 64: give --evaluation.batch-size \1 ", shown)
+    code, shown, errors = here("plan", "--recipe=var-d16", "--parallel.micro-batch=1")
+    assert (code, "evaluation: the teacher" in shown) == (0, False), errors
+
+
 def test_a_plan_that_does_not_fit_says_what_must_change(here):
     code, shown, errors = here(
         "plan", *TINY, "--method=dd2", "--dd2.head-width=16", "--devices=8", "--nodes=2", "--memory=0.5MiB", "--json=-"

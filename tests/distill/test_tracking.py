@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddfast import processes, runs
-from ddfast.config import TRACKERS, SettingError, TrainConfig, profiled_steps, trackers
+from ddfast.config import TRACKERS, EvaluationConfig, SettingError, TrainConfig, profiled_steps, trackers
 from ddfast.distill import tracking
 from ddfast.distill.tracking import Pace, check_trackers, stage_log
 from ddfast.errors import DDFastError
@@ -245,5 +245,7 @@ def test_what_is_told_may_change_between_interruptions(tmp_path):
     (tmp_path / "trajectories").mkdir()
     runs.claim_folder(TrainConfig(out=tmp_path))
     runs.claim_folder(TrainConfig(out=tmp_path, track="wandb", profile_steps="1:2"))
+    smaller = EvaluationConfig(batch_size=4, batch_sizes=(1, 4))  # as the error advises whose evaluation did not fit
+    runs.claim_folder(TrainConfig(out=tmp_path, evaluation=smaller))
     with pytest.raises(DDFastError, match="seed is 0, not 1"):
         runs.claim_folder(TrainConfig(out=tmp_path, seed=1))

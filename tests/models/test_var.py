@@ -195,6 +195,19 @@ def test_ways_to_share_phi(tmp_path, shared):
     assert loaded.phi_count == (shared or 3)
 
 
+def test_large_images_are_decoded_in_parts(teacher, monkeypatch):
+    """As many pixels at a time as 64 images of 256: a decoder's activations grow with them."""
+    codes = torch.randint(teacher.num_codes, (5, teacher.num_tokens), generator=torch.Generator().manual_seed(0))
+    whole = teacher.decode(codes)
+    parts, decoder = [], teacher.tokenizer.decoder
+    monkeypatch.setattr("ddfast.models.tokenizers._PIXELS", 2 * whole[0, 0].numel())
+    handle = decoder.register_forward_pre_hook(lambda _, inputs: parts.append(len(inputs[0])))
+    made = teacher.decode(codes)
+    handle.remove()
+    assert parts == [2, 2, 1]
+    torch.testing.assert_close(made, whole, atol=1e-5, rtol=1e-5)
+
+
 def test_images_of_another_size_are_refused(teacher):
     with pytest.raises(ValueError, match=r"images: got \[2, 2\] latents, expected 4 x 4"):
         teacher.encode(torch.rand(1, 3, 32, 32))
