@@ -179,8 +179,3 @@ def images(recipe: str = "digits", seed: int = 0, *, samples: int = 5000) -> Tas
 def task(name: str, seed: int = 0, **options: Any) -> Task:
     """The task of a name: toy, or a recipe of the digits."""
     return toy(seed, **options) if name == "toy" else images(name, seed, **options)
-
-
-def mean(values: list[float]) -> float:
-    """Of some seeds."""
-    return sum(values) / len(values)

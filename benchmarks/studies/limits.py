@@ -237,7 +237,7 @@ def charts(rows: Rows, to: Path = Path("docs/notes/limits.png")) -> None:
     by_steps.set(xlabel="steps", ylabel="total variation", title="Toy: DD1 (solid), best factorised sampler (dashed)")
     by_steps.set_xticks([1, 2, 3, 4])
     by_steps.legend()
-    title = "Toy, one step: DD1 (dots), factorised (squares), sampling noise (lines)"
+    title = "Toy, one step: DD1 (dots), factorised (squares), floor (lines)"
     factor.set(xlabel="total correlation, nats", ylabel="total variation", title=title)
     row = next(row for row in rows.rows if row["experiment"] == "sources" and row["task"] == "digits")
     tokens = range(1, len(row["given the truth"]) + 1)

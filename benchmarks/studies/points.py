@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Rows, Task, mean, task
+from common import Rows, Task, task
 from torch import Tensor
 
 from ddfast.models.student import DD1Student
@@ -204,22 +204,27 @@ def by_seeds(rows: Rows, task_name: str, experiment: str) -> dict[Any, list[Sett
     return found
 
 
+DIGITS = {"tv": 3, "teacher_nll": 3, "frechet": 2, "agree": 3}
+"""Behind the point."""
+
+
 def tables(rows: Rows) -> None:
-    """Every experiment as a Markdown table: means over seeds of the last number of steps, and of one step."""
+    """Every experiment as a Markdown table: of one step and of the most steps, a figure for each seed."""
     for name in UPDATES:
         figure = ("tv",) if name == "toy" else ("teacher_nll", "frechet")
         for experiment in ("places", "schedules", "learnt", "probability"):
             found = by_seeds(rows, name, experiment)
             if not found:
                 continue
-            heads = [f"{steps}: {one}" for steps in ("1 step", "all steps") for one in (*figure, "agree")]
+            figures = (*figure, "agree")
+            heads = [f"{steps}: {one}" for steps in ("1 step", "all steps") for one in figures]
             print(f"\n{name}, {experiment}\n\n| points | updates | share | seeds | {' | '.join(heads)} |")
             print("|" + "---|" * (4 + len(heads)))
-            for (points, updates, share), own in sorted(found.items(), key=lambda item: str(item[0])):
+            for (points, updates, share), own in sorted(found.items(), key=lambda item: [one or 0 for one in item[0][1:]] + [len(item[0][0]), *item[0][0]]):
                 cells = [
-                    f"{mean([row[steps(row)][one] for row in own]):.3f}"
+                    " / ".join(f"{row[steps(row)][one]:.{DIGITS[one]}f}" for row in own)
                     for steps in (lambda _: "1 steps", last)
-                    for one in (*figure, "agree")
+                    for one in figures
                 ]
                 told = points or [row["chosen"] for row in own]
                 print(f"| {told} | {updates} | {share or ''} | {len(own)} | {' | '.join(cells)} |")
