@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ from ddfast.models.refinement import refined
 from ddfast.models.student import DD1Student, Student
 from ddfast.models.text import TextTeacher, as_codes, reference
 from ddfast.ops import draw_codes, flow_sample, nearest_code, noise
+from ddfast.portable import portable_command
 from ddfast.progress import progress_bar
 from ddfast.recipes import get_recipe
 from ddfast.report import machine
@@ -348,10 +350,8 @@ def write(path: Path | None, rows: dict[str, Any], **more: Any) -> None:
     """What was found, with what it was found by."""
     if path is None:
         return
-    command = " ".join(["python", *sys.argv])
-    write_atomically(
-        path, json.dumps({"machine": machine(), "command": command, **more, "rows": rows}, indent=1) + "\n"
-    )
+    found = {"machine": machine(), "command": portable_command(shlex.join(["python", *sys.argv])), **more, "rows": rows}
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
