@@ -7,7 +7,7 @@ python benchmarks/studies/large_codebooks.py memory        # peak, in a process 
 python benchmarks/studies/large_codebooks.py geometry      # what the flow needs of a codebook once
 
 Each writes its rows into benchmarks/results/studies/large_codebooks.json (--out), beside those of the others. Seeds are
-fixed. Logits are independent, N(0, 2.5^2) (accuracy: 3^2): of 50,000 they keep 50 with top-k 50, and 10,000 to 11,000 with top-p 0.95.
+fixed. Logits are independent, N(0, 2.5^2), for accuracy N(0, 3^2).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _SIGMA_MIN_FRACTION = 1 / 8
 docs/method.md section 3 (Solving the flow)."""
 
 _MOST_DIFFERENCES = 2**32
-"""Beyond VAR's codebook (2^29) and LlamaGen's (2^31): seconds. Half an hour, of 50,000 codes of 1,024 dimensions."""
+"""Beyond VAR's codebook (2^29) and LlamaGen's (2^31): seconds. It would be 2^41 of 50,000 codes of 1,024 dimensions."""
 
 _SCALES = (1e-15, 1e15)
 
