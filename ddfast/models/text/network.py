@@ -40,7 +40,7 @@ class TextTeacher(TransformerTeacher):
         self.config = config
 
     def labels(self, condition: Condition, *, unconditional: bool = False) -> Tensor:
-        """The one class; raises `ValueError` where a sample without condition is asked for."""
+        """The labels; raise `ValueError` where guidance asks for none."""
         if unconditional:
             raise ValueError("cfg_scale: a teacher of text has no condition to guide it by, expected 1.0")
         return super().labels(condition)
@@ -50,7 +50,7 @@ class TextTeacher(TransformerTeacher):
         return checked(as_codes(texts), self.num_codes, (len(texts), self.num_tokens), "texts")
 
     def texts(self, codes: Any) -> list[str]:
-        """As `Teacher.texts`, of `num_tokens` characters each."""
+        """As `Teacher.texts`."""
         tokens = self.tokens(codes)
         return as_texts(nearest_code(tokens, self.codebook))
 
