@@ -159,7 +159,7 @@ def times(sizes: tuple[int, ...], dims: tuple[int, ...]) -> Iterator[dict[str, A
                 row: dict[str, Any] = {"op": name, "V": num_codes, "d": dim, "rows": rows}
                 for backend in ("cpu", "reference"):
                     call(backend)
-                    found, begin = [], time.perf_counter()
+                    begin, found = time.perf_counter(), list[float]()
                     while not found or (len(found) < 7 and time.perf_counter() - begin < 0.4):
                         before = time.perf_counter()
                         call(backend)
