@@ -220,7 +220,7 @@ def tables(rows: Rows) -> None:
             heads = [f"{steps}: {one}" for steps in ("1 step", "all steps") for one in figures]
             print(f"\n{name}, {experiment}\n\n| points | updates | share | seeds | {' | '.join(heads)} |")
             print("|" + "---|" * (4 + len(heads)))
-            for (points, updates, share), own in sorted(found.items(), key=lambda item: [one or 0 for one in item[0][1:]] + [len(item[0][0]), *item[0][0]]):
+            for (points, updates, share), own in sorted(found.items(), key=lambda item: _order(item[0])):
                 cells = [
                     " / ".join(f"{row[steps(row)][one]:.{DIGITS[one]}f}" for row in own)
                     for steps in (lambda _: "1 steps", last)
@@ -228,6 +228,12 @@ def tables(rows: Rows) -> None:
                 ]
                 told = points or [row["chosen"] for row in own]
                 print(f"| {told} | {updates} | {share or ''} | {len(own)} | {' | '.join(cells)} |")
+
+
+def _order(settings: tuple[tuple[int, ...], int | None, float | None]) -> list[float]:
+    """Updates, probability, number of points, points."""
+    points, updates, share = settings
+    return [updates or 0, share or 0, len(points), *points]
 
 
 def last(row: Settings) -> str:
