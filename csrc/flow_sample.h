@@ -221,7 +221,7 @@ struct Grid {
 };
 
 static Grid grid_of(const FlowArgs& a, float spread) {
-  const double sigma_max = max_of(max_of(8.0, .25 * (double)a.d) * (double)spread, 2.0 * a.sigma_min);
+  const double sigma_max = max_of((a.d > 64 ? .25 * (double)a.d : 8.0) * (double)spread, 2.0 * a.sigma_min);
   const double h = log(sigma_max / a.sigma_min) / (double)a.steps;
   const double i0 = -expm1(-h), i1 = h - i0, i2 = h * h - 2 * i1;
   Grid grid = {sigma_max, h, 1 - i0, i0, i0, 0, 0};

@@ -72,10 +72,11 @@ struct FlowGrid {
   float sigma_max, h, g, i0, a0, a1, a2;
 };
 
-// From max(8, d / 4) spreads on: see ddfast/ops/flow_sample.py.
-DDFAST_MATH FlowGrid flow_grid(float spread, int d, float sigma_min, int steps, int solver) {
+constexpr float kStartSpreads = 8.f;  // as _START_SPREADS in ddfast/ops/flow_sample.py
+
+DDFAST_MATH FlowGrid flow_grid(float spread, float sigma_min, int steps, int solver) {
   FlowGrid grid;
-  const float start = (d > 32 ? .25f * (float)d : 8.f) * spread, least = 2.f * sigma_min;
+  const float start = kStartSpreads * spread, least = 2.f * sigma_min;
   grid.sigma_max = start > least ? start : least;
   const float h = logf(grid.sigma_max / sigma_min) / (float)steps;
   float i1, i2;

@@ -593,7 +593,7 @@ __device__ uint32_t flow_row(FlowBlock<T>& b, Flow& flow, int32_t* evaluations) 
       centre_codes<L>(b, flow, d, held);
       const float variance = 2.f * half_variance<L>(b, flow) / ((1.f + e.rest) * (float)a.d);
       if (!(variance > 0.f)) return e.top;  // without spread there is no flow: the likeliest code
-      const FlowGrid made = flow_grid(sqrtf(variance), (int)a.d, a.sigma_min, a.steps, a.solver);
+      const FlowGrid made = flow_grid(sqrtf(variance), a.sigma_min, a.steps, a.solver);
       if (simt::lane() == 0) {
         grid = made;
         // For the rounding of one lane's own sum; like all that decides, the same in every block.

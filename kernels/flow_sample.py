@@ -84,7 +84,7 @@ def flow_sample_kernel(
     good = inside & (total >= 1.0) & (total < float("inf")) & (noise_size < float("inf"))  # false for NaN
     spread = tl.sqrt(tl.maximum(square - tl.sum(mean * mean, axis=1), 0.0) / dim)
     mean = tl.where(good[:, None], mean, 0.0)
-    start: tl.constexpr = 8.0 if dim <= 32 else 0.25 * dim  # in spreads, as in ddfast/ops/flow_sample.py
+    start: tl.constexpr = 8.0 if dim <= 64 else 0.25 * dim  # in spreads, as in ddfast/ops/flow_sample.py
     sigma = tl.where(good, tl.maximum(start * spread, 2.0 * sigma_min), 2.0 * sigma_min)
 
     # The solvers' coefficients: differences of almost equal numbers, so in float64.

@@ -28,9 +28,10 @@ MOST_STEPS = 2**20
 def _start_spreads(dim: int) -> float:
     """The multiple of a token's own spread at which its grid starts; docs/numerics.md has the measurements.
 
-    At k spreads the exponents of the weights have the variance d / k^2, of which the start leaves out higher powers.
+    At k spreads the exponents of the weights have the variance d / k^2, of which the start leaves out higher powers. To
+    64 dimensions, where that is 1 at most, the grid is what it always was, and stores of pairs go on as they began.
     """
-    return max(8.0, dim / 4)
+    return 8.0 if dim <= 64 else dim / 4
 
 
 def flow_sample(

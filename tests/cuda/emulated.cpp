@@ -259,8 +259,8 @@ float math_value_of_key(uint32_t key) { return value_of_key(key); }
 uint64_t math_fixed_mass(float weight) { return fixed_mass(weight); }
 uint64_t math_mass_goal(double fraction, uint64_t total) { return mass_goal(fraction, total); }
 void math_exponential_integrals(float h, float* out) { exponential_integrals(h, out, out + 1, out + 2); }
-void math_flow_grid(float spread, int d, float sigma_min, int steps, int solver, float* out) {
-  const FlowGrid grid = flow_grid(spread, d, sigma_min, steps, solver);
+void math_flow_grid(float spread, float sigma_min, int steps, int solver, float* out) {
+  const FlowGrid grid = flow_grid(spread, sigma_min, steps, solver);
   std::memcpy(out, &grid, sizeof grid);
 }
 int math_flow_is_decided(float rest, float nearest, float diameter, float gap, float slack) {
