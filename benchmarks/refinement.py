@@ -126,15 +126,7 @@ def quality(evaluator: Evaluator | None, codes: Tensor, teacher: Teacher, condit
     """What a run's table has of samples."""
     if evaluator is None:
         return {}
-    number = torch.arange(len(codes), dtype=torch.int64)
-    samples = Samples(
-        codes=codes,
-        embeddings=teacher.embed(codes),
-        condition=condition,
-        number=number,
-        passes=torch.zeros_like(number),
-    )
-    found = evaluator.measure(samples)
+    found = evaluator.measure(Samples.numbered(codes, teacher.embed(codes), condition))
     return {name: float(found[name]) for name in ("frechet", "teacher_nll", "pair_tv") if name in found}
 
 

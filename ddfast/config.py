@@ -225,15 +225,13 @@ class TeacherConfig(SamplingSettings):
 
 
 @dataclass(kw_only=True)
-class DigitsTeacherConfig(TeacherConfig):
-    """AR transformer of the digits recipe, trained on first use.
+class TrainedTeacherConfig(TeacherConfig):
+    """A small AR transformer that is trained on first use.
 
     Attributes:
         width: of the transformer.
         depth: its blocks.
         heads: attention heads.
-        class_dropout: share of training sequences without their label, for guidance.
-        training_images: rendered digits that it is trained on.
         iterations: training steps.
         batch_size: sequences per step.
         optimizer: adamw or muon, as of `OptimisationConfig`.
@@ -244,8 +242,6 @@ class DigitsTeacherConfig(TeacherConfig):
     width: int = 96
     depth: int = 4
     heads: int = 4
-    class_dropout: float = 0.1
-    training_images: int = 60_000
     iterations: int = 450
     batch_size: int = 128
     optimizer: str = "muon"
@@ -253,11 +249,26 @@ class DigitsTeacherConfig(TeacherConfig):
     weight_decay: float = 0.02
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self, "width", "depth", "heads", "training_images", "iterations", "batch_size", "learning_rate"
-        )
+        _require_positive(self, "width", "depth", "heads", "iterations", "batch_size", "learning_rate")
         _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
         _require_optimizer(self.optimizer)
+
+
+@dataclass(kw_only=True)
+class DigitsTeacherConfig(TrainedTeacherConfig):
+    """AR transformer of the digits recipe.
+
+    Attributes:
+        class_dropout: share of training sequences without their label, for guidance.
+        training_images: rendered digits that it is trained on.
+    """
+
+    class_dropout: float = 0.1
+    training_images: int = 60_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "training_images")
 
 
 @dataclass(kw_only=True)
@@ -307,38 +318,23 @@ class TextTokenizerConfig(TokenizerConfig):
 
 
 @dataclass(kw_only=True)
-class TextTeacherConfig(TeacherConfig):
-    """AR transformer of the text recipe, trained on first use.
+class TextTeacherConfig(TrainedTeacherConfig):
+    """AR transformer of the text recipe.
 
     Attributes:
         num_tokens: n, characters of a sample.
-        width: of the transformer.
-        depth: its blocks.
-        heads: attention heads.
-        iterations: training steps.
-        batch_size: sequences per step.
-        optimizer: adamw or muon, as of `OptimisationConfig`.
-        learning_rate: peak.
-        weight_decay: decoupled from the gradient.
     """
 
     cfg_scale: float = 1.0
     num_tokens: int = 32
-    width: int = 96
-    depth: int = 4
-    heads: int = 4
     iterations: int = 1000
     batch_size: int = 64
-    optimizer: str = "muon"
     learning_rate: float = 1.2e-2
-    weight_decay: float = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.cfg_scale == 1.0, "cfg_scale", self.cfg_scale, "1: text has no condition to guide it by")
-        _require_positive(self, "num_tokens", "width", "depth", "heads", "iterations", "batch_size", "learning_rate")
         _require(self.num_tokens >= 2, "num_tokens", self.num_tokens, "at least 2")
-        _require(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
-        _require_optimizer(self.optimizer)
 
 
 @dataclass(kw_only=True)

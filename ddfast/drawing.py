@@ -147,8 +147,10 @@ class Choices:
     @classmethod
     def of(cls, options: SampleOptions) -> Choices:
         """By the options; where one is given beside a preset, it is said."""
-        preset, usual = get_preset(options.preset) if options.preset else None, cls(format=_usual_form(options.student))
-        if preset is not None:
+        preset, usual = get_preset(options.preset) if options.preset else None, cls()
+        if preset is None and options.format is None:
+            usual = cls(format=_usual_form(options.student))
+        elif preset is not None:
             usual = cls(
                 count=preset.count,
                 labels=preset.labels,

@@ -56,6 +56,13 @@ class Samples:
         return [Samples(**dict(zip(vars(self), part, strict=True))) for part in parts]
 
     @classmethod
+    def numbered(cls, codes: Tensor, embeddings: Tensor, condition: Tensor) -> Samples:
+        """Samples from number 0 on, whose passes nobody counted."""
+        number = torch.arange(len(codes), dtype=torch.int64)
+        passes = torch.zeros_like(number)
+        return cls(codes=codes, embeddings=embeddings, condition=condition, number=number, passes=passes)
+
+    @classmethod
     def joined(cls, parts: Iterable[Samples]) -> Samples:
         """All of the parts in one."""
         whole = list(parts)

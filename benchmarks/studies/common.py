@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,8 +104,15 @@ class Task:
     @cached_property
     def flow(self) -> Tensor:
         """Codes [samples, N] of the teacher's flow from this noise: what a perfect student makes."""
-        parts = zip(self.condition.split(5000), self.noise.split(5000), strict=True)
-        return torch.cat([self.teacher.generate(label, sampler="flow", noise=eps) for label, eps in parts])
+        return self.flow_from(self.noise)
+
+    def flow_from(self, noise: Tensor) -> Tensor:
+        """Codes [samples, N] of the teacher's flow from a noise."""
+        return torch.cat([self.teacher.generate(label, sampler="flow", noise=eps) for label, eps in self.parts(noise)])
+
+    def parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Labels and tensors [samples, ...], some samples at a time."""
+        return zip(*(tensor.split(5000) for tensor in (self.condition, *tensors)), strict=True)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -138,9 +146,9 @@ class Task:
         finally:
             vars(self.config.dd1).update(before)
 
-    def codes(self, student: DD1Student, steps: tuple[int, ...]) -> Tensor:
-        """Codes [samples, N] of a student."""
-        parts = zip(self.condition.split(5000), self.noise.split(5000), strict=True)
+    def codes(self, student: DD1Student, steps: tuple[int, ...], noise: Tensor | None = None) -> Tensor:
+        """Codes [samples, N] of a student, from the noise that is judged or another one."""
+        parts = self.parts(self.noise if noise is None else noise)
         made = [student.sample(label, eps, steps=steps) for label, eps in parts]
         return torch.cat([nearest_code(part, student.codebook) for part in made])
 
@@ -153,12 +161,19 @@ class Task:
         }
         if isinstance(self.teacher, ToyTeacher):
             return found | {"tv": round(self.teacher.total_variation(codes), 4)}
-        number = torch.arange(self.samples, dtype=torch.int64)
-        embeddings, nothing = self.teacher.embed(codes), torch.zeros_like(number)
-        samples = Samples(codes=codes, embeddings=embeddings, condition=self.condition, number=number, passes=nothing)
-        measured = self.evaluator.measure(samples)
+        measured = self.evaluator.measure(Samples.numbered(codes, self.teacher.embed(codes), self.condition))
         names = ("teacher_nll", "frechet", "frechet_error", "recall", "class_accuracy", "pair_tv")
         return found | {name: round(float(measured[name]), 4) for name in names if name in measured}
+
+
+def parser(text: str, experiments: list[str], tasks: list[str], out: str) -> argparse.ArgumentParser:
+    """Options of a study: its experiments and tasks, and where its rows go; the first task is the default."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("experiment", choices=experiments)
+    made.add_argument("--task", choices=tasks, default=tasks[0])
+    made.add_argument("--seed", type=int, default=0, help="of teacher, pairs and student")
+    made.add_argument("--out", type=Path, default=Path("benchmarks/results/studies") / out)
+    return made
 
 
 def toy(seed: int = 0, *, samples: int = 100_000, pairs: int = 200_000, **teacher: Any) -> Task:

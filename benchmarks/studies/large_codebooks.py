@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import re
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from torch.nn import functional as F
 from ddfast import ops
 from ddfast.ops import flow_sample as flow_op
 from ddfast.ops import geometry, native
+from ddfast.report import machine
 
 OUT = Path(__file__).parents[1] / "results" / "studies" / "large_codebooks.json"
 flow_module = sys.modules["ddfast.ops.flow_sample"]
@@ -219,17 +219,6 @@ PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
 }
 
 
-def machine() -> dict[str, Any]:
-    """What the rows were measured with."""
-    return {
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu_kernels": native.cpu_reason,
-        "command": " ".join(["python", "benchmarks/studies/large_codebooks.py", *sys.argv[1:]]),
-    }
-
-
 def main() -> None:
     """Measure one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -247,7 +236,8 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    results[arguments.part] = {"machine": machine(), "rows": rows}
+    command = " ".join(["python", "benchmarks/studies/large_codebooks.py", *sys.argv[1:]])
+    results[arguments.part] = {"machine": {**machine(), "command": command}, "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)
     arguments.out.write_text(re.sub(r"\n {4,}(?=[\"}])", " ", text) + "\n")

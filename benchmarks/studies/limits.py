@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Rows, Task, task, toy
+from common import Rows, Task, parser, task, toy
 from torch import Tensor
 
 from ddfast.models.student import DD1Student
@@ -88,8 +88,7 @@ def given_truth(done: Task, student: DD1Student) -> list[list[float]]:
     for point in range(len(teacher.groups)):
         first = teacher.group_starts()[point]
         x = torch.cat((teacher.embed(done.flow[:, :first]), done.noise[:, first:]), dim=1)
-        parts = zip(done.condition.split(5000), x.split(5000), strict=True)
-        codes = torch.cat([student.predict(label, part, point)[0].argmax(-1) for label, part in parts])
+        codes = torch.cat([student.predict(label, part, point)[0].argmax(-1) for label, part in done.parts(x)])
         found.append([round(v, 4) for v in (codes == done.flow).double().mean(0)[first:].tolist()])
     return found
 
@@ -97,7 +96,7 @@ def given_truth(done: Task, student: DD1Student) -> list[list[float]]:
 def of_their_prefix(done: Task, codes: Tensor, eps: Tensor) -> Tensor:
     """Codes that the flow makes of a noise, every token given the codes before it: teacher-forced."""
     teacher, found = done.teacher, []
-    for label, own, part in zip(done.condition.split(5000), codes.split(5000), eps.split(5000), strict=True):
+    for label, own, part in done.parts(codes, eps):
         found.append(flow_sample(teacher.log_probs(label, own), part, teacher.codebook)[0])
     return torch.cat(found)
 
@@ -113,12 +112,11 @@ def jumps(done: Task, student: DD1Student) -> list[dict[str, Any]]:
     before = done.codes(student, (0,))
     for change in CHANGES:
         eps = math.sqrt(1 - change**2) * done.noise + change * fresh
-        parts = list(zip(done.condition.split(5000), eps.split(5000), strict=True))
-        flow = torch.cat([teacher.generate(label, sampler="flow", noise=part) for label, part in parts])
-        embeddings = torch.cat([student.sample(label, part) for label, part in parts])
-        now = torch.cdist(embeddings, student.codebook[None]).argmin(-1)
-        made = {"own": (of_their_prefix(done, done.flow, eps), done.flow), "flow": (flow, done.flow)}
-        made["student"] = (now, before)
+        made = {
+            "own": (of_their_prefix(done, done.flow, eps), done.flow),
+            "flow": (done.flow_from(eps), done.flow),
+            "student": (done.codes(student, (0,), eps), before),
+        }
         shares = {name: (new != old).double().mean(0).tolist() for name, (new, old) in made.items()}
         rows.append({"change": change, **{name: [round(v, 4) for v in by] for name, by in shares.items()}})
     return rows
@@ -260,13 +258,8 @@ def charts(rows: Rows, to: Path = Path("docs/notes/limits.png")) -> None:
 
 def main() -> None:
     """See the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ["strength", "tokens", "sizes", "pairs", "updates", "sources", "charts"]
-    parser.add_argument("experiment", choices=kinds)
-    parser.add_argument("--task", choices=list(UPDATES), default="toy")
-    parser.add_argument("--seed", type=int, default=0, help="of teacher, pairs and student")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/studies/limits.json"))
-    options = parser.parse_args()
+    options = parser(__doc__, kinds, list(UPDATES), "limits.json").parse_args()
     rows = Rows(options.out)
     if options.experiment == "charts":
         charts(rows)

@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from itertools import accumulate, combinations, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Rows, Task, task
+from common import Rows, Task, parser, task
 from torch import Tensor
 
 from ddfast.models.student import DD1Student
-from ddfast.ops import noise
+from ddfast.ops import nearest_code, noise
 
 UPDATES = {"toy": 1000, "digits": 500, "digits-llamagen": 500, "digits-var": 500}
 """Of a student, where the experiment is not about their number: enough to tell places apart."""
@@ -118,14 +117,8 @@ def likelihood(done: Task, student: DD1Student, point: int, samples: int = 1000)
     teacher, number = done.teacher, torch.arange(samples, dtype=torch.int64)
     eps = noise(done.config.seed + CHOICE, number, (teacher.num_tokens, teacher.code_dim), "cpu")
     labels = number % teacher.num_conditions
-    codes = teacher_codes(student, labels, eps, point)
+    codes = nearest_code(student.sample(labels, eps, steps=(0, point)), student.codebook)
     return float(teacher.log_probs(labels, codes, filtered=False).gather(-1, codes[..., None]).mean())
-
-
-def teacher_codes(student: DD1Student, labels: Tensor, eps: Tensor, point: int) -> Tensor:
-    """Codes [B, N] of a student's two steps, which are exactly codes' embeddings."""
-    made = student.sample(labels, eps, steps=(0, point))
-    return torch.cdist(made, student.codebook[None]).argmin(-1)
 
 
 class Study:
@@ -243,15 +236,12 @@ def last(row: Settings) -> str:
 
 def main() -> None:
     """See the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ["profile", "places", "schedules", "learnt", "probability", "tables"]
-    parser.add_argument("experiment", choices=kinds)
-    parser.add_argument("--task", choices=list(UPDATES), default="digits")
-    parser.add_argument("--seed", type=int, default=0, help="of teacher, pairs and student")
-    parser.add_argument("--points", type=int, nargs="*", help="of places; default: all")
-    parser.add_argument("--updates", type=int, default=0, help="of a student; default: the task's")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/studies/points.json"))
-    options = parser.parse_args()
+    given = parser(__doc__, kinds, list(UPDATES), "points.json")
+    given.set_defaults(task="digits")
+    given.add_argument("--points", type=int, nargs="*", help="of places; default: all")
+    given.add_argument("--updates", type=int, default=0, help="of a student; default: the task's")
+    options = given.parse_args()
     rows = Rows(options.out)
     if options.experiment == "tables":
         tables(rows)

@@ -132,11 +132,7 @@ class Study:
             made = subject.embeddings(who, labels, eps)
             codes = nearest_code(made, subject.teacher.codebook)
             flow = codes if flow is None else flow
-            number = torch.arange(len(codes))
-            samples = Samples(
-                codes=codes, embeddings=made, condition=labels, number=number, passes=torch.zeros_like(number)
-            )
-            rows[who] = self._figures(subject.teacher, samples, flow)
+            rows[who] = self._figures(subject.teacher, Samples.numbered(codes, made, labels), flow)
         return rows
 
     def _figures(self, teacher: Teacher, samples: Samples, flow: Tensor) -> dict[str, Any]:

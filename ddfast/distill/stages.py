@@ -44,8 +44,7 @@ def distill(
     seeds.seed_all(config.seed)
     if student is None:
         student = start_student(teacher, recycles=config.dd1.recycles)
-    student.point, *later = trajectory_points(config.dd1, teacher)
-    student.later_points = tuple(later)
+    _set_points(student, config)
     if config.dd1.split >= 0:
         student.split = config.dd1.split
     student = student.to(config.device, torch.float32).train().requires_grad_(True)
@@ -86,8 +85,7 @@ def untrained_student(config: TrainConfig, teacher: Teacher) -> Student:
     else:
         student = kind.from_teacher(teacher, **student_sizes(teacher, config.dd1.recycles))
     if isinstance(student, DD1Student):
-        student.point, *later = trajectory_points(config.dd1, teacher)
-        student.later_points = tuple(later)
+        _set_points(student, config)
     return student.to(config.device).eval()
 
 
@@ -199,6 +197,12 @@ def match(
         if network is not None:
             network.eval().requires_grad_(False)
     return live
+
+
+def _set_points(student: DD1Student, config: TrainConfig) -> None:
+    """Where the student's steps start: at the points that it is trained from."""
+    student.point, *later = trajectory_points(config.dd1, student.teacher)
+    student.later_points = tuple(later)
 
 
 def _live(student: Student) -> Live:
